@@ -1,0 +1,125 @@
+// What every op checks before it computes: dtype, shape, device, strides, page tables. Kernels trust their params.
+// Every message reads `name: got X, allowed: Y`, and everything is checked before anything is written.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "kvselect/check.h"
+#include "kvselect/kv_view.h"
+#include "kvselect/query_blocks.h"
+#include "kvselect/rope.h"
+#include "kvselect/sketch.h"
+
+namespace kvselect::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kAnySize = -1;
+
+// One dimension of an expected shape, by the name that the documentation gives it.
+struct Dim {
+    const char* name;
+    int64_t size = kAnySize;
+};
+
+// A tensor argument under its name. Sizes and strides are read through the C ABI once; they are borrowed.
+class TensorArg {
+public:
+    TensorArg(const char* name, const Tensor& tensor);  // checks that it lies on the CPU
+
+    const TensorArg& require_dtype(ScalarType allowed) const;
+    const TensorArg& require_shape(std::initializer_list<Dim> dims) const;
+    const TensorArg& require_contiguous_rows() const;  // the last dimension has stride 1
+    const TensorArg& require_contiguous() const;
+    const TensorArg& require_writable() const;  // no two elements at one address by a stride of 0
+
+    int64_t dim() const { return dim_; }
+    int64_t size(int64_t i) const { return sizes_[i]; }
+    int64_t stride(int64_t i) const { return strides_[i]; }
+    ScalarType dtype() const { return dtype_; }
+    const char* name() const { return name_; }
+    template <typename T>
+    const T* data() const {
+        return static_cast<const T*>(tensor_->const_data_ptr());
+    }
+    template <typename T>
+    T* mutable_data() const {
+        return static_cast<T*>(tensor_->mutable_data_ptr());
+    }
+
+private:
+    const char* name_;
+    const Tensor* tensor_;
+    int64_t dim_;
+    const int64_t* sizes_;
+    const int64_t* strides_;
+    ScalarType dtype_;
+};
+
+// A `str` argument. torch's own conversion to std::string leaks one string a call (2.11 to 2.13), which a server
+// that decodes for days would notice; the handle fits the stack slot, so we take the text and free it ourselves.
+struct StringArg {
+    void* handle;
+};
+std::string take_string(StringArg argument);
+
+// An int32 tensor of one number per row (cache_seqlens, starts, num_valid), contiguous.
+const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch);
+const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64_t batch);  // or nullptr
+
+DType kernel_dtype(const TensorArg& arg);  // float32, float16 or bfloat16
+void require_count(const char* name, int64_t value, int64_t low);
+void require_heads(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim);
+
+// Keys or values as the kernels see them, and how many tokens one row can hold.
+struct CacheArg {
+    KVView view;
+    DType dtype;
+    ScalarType scalar_type;
+    int64_t num_blocks, num_kv_heads, head_dim;
+    int64_t capacity_tokens;
+};
+CacheArg read_cache(const TensorArg& cache, const OptionalTensor& block_table, int64_t batch);
+// The values of a cache whose keys are `keys`: the same shape and dtype, strides of their own.
+CacheArg read_values(const TensorArg& values, const TensorArg& keys, const CacheArg& keys_read);
+// That tokens [first, last) of a row lie inside the row's capacity and in pages that exist.
+void require_pages(const CacheArg& cache, int64_t row, int64_t first, int64_t last);
+// The same for every stored token of every row.
+void require_stored_pages(const CacheArg& cache, const QueryBlocks& blocks);
+// The longest row must fit the columns of the call's score matrix (or its scratch memory).
+void require_max_seqlen(const char* name, int64_t max_seqlen_k, const QueryBlocks& blocks);
+
+SketchFormat sketch_format(const std::string& name);
+// `needed_tokens`: the longest row; every whole block of it must have a record.
+SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, int64_t batch,
+                       int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens);
+
+WindowRule window_rule(const std::string& name);
+// Only the cutting of the queries; callers that keep windows add rule, sinks and recent tokens.
+QueryBlocks read_query_blocks(const Tensor& cache_seqlens, const OptionalTensor& starts,
+                              const OptionalTensor& q_block_offsets, int64_t batch,
+                              int64_t seqlen_q);
+void require_all_queries_covered(const QueryBlocks& blocks);
+
+RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t start,
+                   bool interleaved, int64_t head_dim);
+void require_rope_positions(const RopeView& rope, int64_t needed);
+
+// Selected token lists as the kernels read them, each list checked: ascending positions inside the row.
+struct IndexListsArg {
+    const int32_t* indices;
+    const int32_t* topk_length;
+    int64_t indices_strides[3], topk_length_strides[3];  // elements: batch, block, head
+    int64_t longest;  // tokens of the longest list: ranks are below it
+};
+IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
+                               const QueryBlocks& blocks, int64_t num_kv_heads);
+
+}  // namespace kvselect::bindings

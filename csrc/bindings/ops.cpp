@@ -1,0 +1,57 @@
+// Every op of kvselect: its schema, and the CPU function behind it. Fakes live in kvselect/ops.py.
+#include "bindings/ops.h"
+
+#include <torch/csrc/stable/library.h>
+
+using namespace kvselect::bindings;
+
+// Sizes that change from call to call are SymInt, so that torch.compile traces them once instead of once a length.
+STABLE_TORCH_LIBRARY(kvselect, m) {
+    m.def(
+        "kv_append(Tensor k, Tensor v, Tensor? num_valid, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+        "Tensor? block_table, Tensor(c!) cache_seqlens, Tensor(d!)? sketch, str sketch_format, "
+        "Tensor(e!) num_nonfinite) -> ()");
+    m.def(
+        "score_tokens(Tensor q, Tensor? q_local, Tensor k_cache, Tensor? block_table, "
+        "Tensor cache_seqlens, Tensor? starts, Tensor? sketch, str sketch_format, "
+        "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
+        "int num_recent_tokens, SymInt keep, float scale, bool normalise_candidates_only, "
+        "bool max_vote, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved, "
+        "Tensor? hit, SymInt max_seqlen_k) -> (Tensor scores, Tensor lse, Tensor num_nonfinite)");
+    m.def(
+        "select_tokens(Tensor scores, Tensor cache_seqlens, Tensor? starts, "
+        "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
+        "int num_recent_tokens, SymInt keep, int pool_width, Tensor? hit, Tensor(a!) indices, "
+        "Tensor(b!) topk_length, Tensor(c!) kept_score) -> ()");
+    m.def(
+        "sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
+        "Tensor cache_seqlens, Tensor? starts, Tensor? indices, Tensor? topk_length, "
+        "Tensor? q_block_offsets, float softmax_scale, Tensor? cos, Tensor? sin, int rope_start, "
+        "bool rope_interleaved) -> (Tensor out, Tensor lse)");
+    m.def("merge_splits(Tensor partial_out, Tensor partial_lse) -> (Tensor out, Tensor lse)");
+    m.def(
+        "recovered_mass(Tensor q, Tensor k_cache, Tensor? block_table, Tensor cache_seqlens, "
+        "Tensor? starts, Tensor indices, Tensor topk_length, Tensor? q_block_offsets, "
+        "float softmax_scale, SymInt max_seqlen_k) -> Tensor");
+    m.def("build_info() -> str");
+    m.def("cpu_implementations() -> str");
+    m.def("cpu_implementation() -> str");
+    m.def("set_cpu_implementation(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
+    m.impl("kv_append", TORCH_BOX(&kv_append));
+    m.impl("score_tokens", TORCH_BOX(&score_tokens));
+    m.impl("select_tokens", TORCH_BOX(&select_tokens));
+    m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+    m.impl("merge_splits", TORCH_BOX(&merge_splits));
+    m.impl("recovered_mass", TORCH_BOX(&recovered_mass));
+}
+
+// No tensor tells these where to run, so they are registered for every backend.
+STABLE_TORCH_LIBRARY_IMPL(kvselect, CompositeExplicitAutograd, m) {
+    m.impl("build_info", TORCH_BOX(&build_info));
+    m.impl("cpu_implementations", TORCH_BOX(&cpu_implementations));
+    m.impl("cpu_implementation", TORCH_BOX(&cpu_implementation));
+    m.impl("set_cpu_implementation", TORCH_BOX(&set_cpu_implementation));
+}

@@ -1,0 +1,47 @@
+// The CPU op of every schema in ops.cpp: check, allocate outputs, fill the params, run.
+#pragma once
+
+#include <tuple>
+
+#include "bindings/checks.h"
+
+namespace kvselect::bindings {
+
+void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
+               OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
+               StringArg sketch_format, Tensor num_nonfinite);
+
+std::tuple<Tensor, Tensor, Tensor> score_tokens(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k);
+
+void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
+                   OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+                   int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep,
+                   int64_t pool_width, OptionalTensor hit, Tensor indices, Tensor topk_length,
+                   Tensor kept_score);
+
+std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache,
+                                            OptionalTensor block_table, Tensor cache_seqlens,
+                                            OptionalTensor starts, OptionalTensor indices,
+                                            OptionalTensor topk_length,
+                                            OptionalTensor q_block_offsets, double softmax_scale,
+                                            OptionalTensor cos, OptionalTensor sin,
+                                            int64_t rope_start, bool rope_interleaved);
+
+std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
+
+Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tensor cache_seqlens,
+                      OptionalTensor starts, Tensor indices, Tensor topk_length,
+                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k);
+
+std::string build_info();
+std::string cpu_implementations();
+std::string cpu_implementation();
+void set_cpu_implementation(StringArg name);
+
+}  // namespace kvselect::bindings

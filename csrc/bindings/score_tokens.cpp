@@ -1,0 +1,121 @@
+#include "kvselect/score_tokens.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "bindings/ops.h"
+#include "bindings/parallel.h"
+#include "cpu/dispatch.h"
+
+namespace kvselect::bindings {
+namespace {
+
+// Positions that "compact" rotates to: sinks keep their rank, the window follows the picked tokens.
+int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
+    int64_t needed = 0;
+    for (int64_t row = 0; row < blocks.batch; ++row) {
+        for (int64_t block = 0; block < blocks.num_blocks; ++block) {
+            const BlockRange range = block_range(blocks, row, block);
+            needed = std::max(needed, (range.sink_end - range.start) +
+                                          std::min(keep, range.window_start - range.sink_end) +
+                                          (range.end - range.window_start));
+        }
+    }
+    return needed;
+}
+
+}  // namespace
+
+// Lists that `hit` skips keep whatever the fresh memory of `scores` held (nobody reads it: select_tokens skips the
+// same lists); their lse is -inf and their num_nonfinite 0.
+std::tuple<Tensor, Tensor, Tensor> score_tokens(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k) {
+    const std::string format = take_string(sketch_format), rule = take_string(window_rule);
+    require_count("num_sink_tokens", num_sink_tokens, 0);
+    require_count("num_recent_tokens", num_recent_tokens, 0);
+    require_count("keep", keep, 0);
+    require_count("max_seqlen_k", max_seqlen_k, 0);
+
+    const TensorArg q_arg("q", q), cache_arg("k_cache", k_cache);
+    q_arg.require_dtype(ScalarType::Float)
+        .require_shape({{"batch"}, {"num_blocks"}, {"num_vectors"}, {"num_q_heads"}, {"head_dim"}})
+        .require_contiguous();
+    const int64_t batch = q_arg.size(0), num_vectors = q_arg.size(2), num_q_heads = q_arg.size(3);
+    const CacheArg keys = read_cache(cache_arg, block_table, batch);
+    require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
+
+    ScoreTokensParams p{};
+    p.blocks = read_query_blocks(cache_seqlens, starts, q_block_offsets, batch, seqlen_q);
+    p.blocks.rule = bindings::window_rule(rule);
+    p.blocks.num_sink_tokens = num_sink_tokens;
+    p.blocks.num_recent_tokens = num_recent_tokens;
+    q_arg.require_shape({{"batch", batch},
+                         {"num_blocks", p.blocks.num_blocks},
+                         {"num_vectors", num_vectors},
+                         {"num_q_heads", num_q_heads},
+                         {"head_dim", keys.head_dim}});
+    if (q_local) {
+        const TensorArg local_arg("q_local", *q_local);
+        local_arg.require_dtype(ScalarType::Float)
+            .require_shape({{"batch", batch},
+                            {"num_blocks", p.blocks.num_blocks},
+                            {"num_vectors", num_vectors},
+                            {"num_q_heads", num_q_heads},
+                            {"head_dim", keys.head_dim}})
+            .require_contiguous();
+        p.q_local = local_arg.data<float>();
+    }
+    require_stored_pages(keys, p.blocks);
+    require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
+    int64_t longest = 0;
+    for (int64_t row = 0; row < batch; ++row) {
+        longest = std::max<int64_t>(longest, p.blocks.cache_seqlens[row]);
+    }
+    p.sketch = read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest);
+    p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim);
+    if (p.rope.cos) require_rope_positions(p.rope, compact_positions(p.blocks, keep));
+    if (hit) {
+        const TensorArg hit_arg("hit", *hit);
+        hit_arg.require_dtype(ScalarType::Int)
+            .require_shape({{"batch", batch}, {"num_kv_heads", keys.num_kv_heads}})
+            .require_contiguous();
+        p.hit = hit_arg.data<int32_t>();
+    }
+
+    const int64_t num_blocks = p.blocks.num_blocks;
+    Tensor scores = torch::stable::new_empty(
+        q, std::array<int64_t, 4>{batch, num_blocks, keys.num_kv_heads, max_seqlen_k});
+    Tensor lse = torch::stable::new_empty(
+        q, std::array<int64_t, 4>{batch, num_blocks, num_vectors, num_q_heads});
+    Tensor num_nonfinite = torch::stable::new_empty(
+        q, std::array<int64_t, 3>{batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
+    p.dtype = keys.dtype;
+    p.num_q_heads = num_q_heads;
+    p.num_kv_heads = keys.num_kv_heads;
+    p.head_dim = keys.head_dim;
+    p.num_vectors = num_vectors;
+    p.q = q_arg.data<float>();
+    p.keys = keys.view;
+    p.keep = keep;
+    p.scale = static_cast<float>(scale);
+    p.normalise_candidates_only = normalise_candidates_only;
+    p.max_vote = max_vote;
+    p.scores = static_cast<float*>(scores.mutable_data_ptr());
+    p.max_seqlen_k = max_seqlen_k;
+    p.lse = static_cast<float*>(lse.mutable_data_ptr());
+    p.num_nonfinite = static_cast<int64_t*>(num_nonfinite.mutable_data_ptr());
+    std::fill_n(p.num_nonfinite, num_nonfinite.numel(), int64_t{0});
+    if (p.hit) std::fill_n(p.lse, lse.numel(), -std::numeric_limits<float>::infinity());
+
+    const auto kernel = cpu::current_implementation().score_tokens;
+    run_parallel(batch * num_blocks * p.num_kv_heads, score_tokens_scratch_floats(p),
+                 [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    return {scores, lse, num_nonfinite};
+}
+
+}  // namespace kvselect::bindings

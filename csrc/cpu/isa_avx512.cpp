@@ -1,0 +1,43 @@
+// Every op, compiled for AVX-512 (F, BW, VL, DQ, VNNI).
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// GCC 12's own AVX-512 headers trip over their deliberately undefined registers (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/element_types.h"
+#include "cpu/target_region.h"
+
+#define KVS_HAS_BF16_DOT 0
+KVS_TARGET_REGION("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+namespace kvselect::cpu {
+namespace avx512 {
+namespace {
+
+#include "cpu/vec_avx512.h"
+#include "cpu/ops-inl.h"
+
+}  // namespace
+}  // namespace avx512
+}  // namespace kvselect::cpu
+KVS_UNTARGET_REGION
+
+namespace kvselect::cpu {
+
+const Implementation& avx512_implementation() {
+    static constexpr Implementation implementation{"avx512",
+                                                   avx512::kv_append,
+                                                   avx512::score_tokens,
+                                                   avx512::select_tokens,
+                                                   avx512::sparse_attention,
+                                                   avx512::merge_splits,
+                                                   avx512::recovered_mass};
+    return implementation;
+}
+
+}  // namespace kvselect::cpu

@@ -1,0 +1,211 @@
+// Dot products of a few query columns with cached keys: the exact-key half of score_tokens,
+// sparse_attention (decode) and recovered_mass. Keys come as row pointers, so that contiguous runs,
+// pages and gathered lists share one loop.
+
+constexpr int64_t kTileTokens = 64;
+constexpr int64_t kMaxHeadDim = 256;
+
+template <typename T>
+inline const T* key_row(const KVView& view, int64_t row, int64_t position, int64_t kv_head) {
+    return static_cast<const T*>(view.data) + view.offset(row, position, kv_head);
+}
+
+// Pointers of positions [begin, begin + count): one page look-up per run of tokens, not per token.
+template <typename T>
+inline void row_pointers(const KVView& view, int64_t row, int64_t begin, int64_t count,
+                         int64_t kv_head, const T** out) {
+    int64_t done = 0;
+    while (done < count) {
+        const int64_t position = begin + done;
+        const int64_t left = view.page_block_size - position % view.page_block_size;
+        const int64_t run = left < count - done ? left : count - done;
+        const T* first = key_row<T>(view, row, position, kv_head);
+        for (int64_t i = 0; i < run; ++i) out[done + i] = first + i * view.token_stride;
+        done += run;
+    }
+}
+
+// x of one row rotated to `position`, as float32. The table's angles: (a, b) -> (a cos - b sin, b
+// cos + a sin).
+template <typename T>
+inline void rotate_row(const T* x, const RopeView& rope, int64_t position, int64_t head_dim,
+                       float* out) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(x + d));
+    const float* cos = rope.cos + position * rope.num_pairs;
+    const float* sin = rope.sin + position * rope.num_pairs;
+    float* span = out + rope.start;
+    const int64_t step = rope.interleaved ? 2 : 1, other = rope.interleaved ? 1 : rope.num_pairs;
+    int64_t i = 0;
+    if (!rope.interleaved) {
+        for (; i + kLanes <= rope.num_pairs; i += kLanes) {
+            const F32 a = load(span + i), b = load(span + other + i), c = load(cos + i),
+                      s = load(sin + i);
+            store(span + i, sub(mul(a, c), mul(b, s)));
+            store(span + other + i, add(mul(b, c), mul(a, s)));
+        }
+    }
+    for (; i < rope.num_pairs; ++i) {
+        const float a = span[i * step], b = span[i * step + other];
+        span[i * step] = a * cos[i] - b * sin[i];
+        span[i * step + other] = b * cos[i] + a * sin[i];
+    }
+}
+
+// Rows that will be needed soon. Their cache lines are asked for a few at a time, spread over the
+// loop that uses the rows before them: a burst of prefetches overruns the fill buffers, and the
+// hardware does not follow gathered rows. Measured on the sketch scan at 128K tokens, one
+// thread: 9.7 ms without, 4.6 ms with.
+struct Upcoming {
+    const char* const* rows[2];
+    int64_t count[2];
+    int64_t bytes;  // per row
+
+    void fetch(int64_t index) const {
+        for (int which = 0; which < 2; ++which) {
+            if (index >= count[which]) continue;
+            for (int64_t at = 0; at < bytes; at += 64) prefetch(rows[which][index] + at);
+        }
+    }
+};
+
+template <typename T>
+inline const char* const* as_bytes(const T* const* rows) {
+    return reinterpret_cast<const char* const*>(rows);
+}
+
+// out[c * stride + t] = scale * q[c] . rows[t] for kCols columns; columns lie `q_stride` floats
+// apart.
+template <int kCols, typename T>
+inline void dot_columns(const T* const* rows, int64_t count, const float* q, int64_t q_stride,
+                        int64_t head_dim, float scale, const Upcoming& upcoming, float* out,
+                        int64_t stride) {
+    constexpr int kTokens = 4;
+    for (int64_t t = 0; t < count; t += kTokens) {
+        const T* k[kTokens];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTokens; ++i) {
+            k[i] = rows[t + i < count ? t + i : count - 1];
+            upcoming.fetch(t + i);
+        }
+        F32 acc[kCols][kTokens];
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 4
+            for (int i = 0; i < kTokens; ++i) acc[c][i] = broadcast(0.f);
+        for (int64_t d = 0; d < head_dim; d += kLanes) {
+            F32 key[kTokens];
+#pragma GCC unroll 4
+            for (int i = 0; i < kTokens; ++i) key[i] = load(k[i] + d);
+#pragma GCC unroll 4
+            for (int c = 0; c < kCols; ++c) {
+                const F32 query = load(q + c * q_stride + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < kTokens; ++i) acc[c][i] = fma(key[i], query, acc[c][i]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+            float sums[kTokens];
+            reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+            for (int i = 0; i < kTokens && t + i < count; ++i)
+                out[c * stride + t + i] = scale * sums[i];
+        }
+    }
+}
+
+// All columns, four at a time (any count).
+template <typename T>
+inline void dot_rows(const T* const* rows, int64_t count, const float* q, int64_t q_stride,
+                     int64_t num_columns, int64_t head_dim, float scale, const Upcoming& upcoming,
+                     float* out, int64_t stride) {
+    Upcoming rest = upcoming;  // the first pass over the rows fetches, later ones do not
+    const auto columns = [&](auto width, int64_t c) {
+        dot_columns<width()>(rows, count, q + c * q_stride, q_stride, head_dim, scale, rest,
+                             out + c * stride, stride);
+        rest.count[0] = rest.count[1] = 0;
+    };
+    int64_t c = 0;
+    for (; c + 4 <= num_columns; c += 4) columns(std::integral_constant<int, 4>{}, c);
+    for (; c + 2 <= num_columns; c += 2) columns(std::integral_constant<int, 2>{}, c);
+    if (c < num_columns) columns(std::integral_constant<int, 1>{}, c);
+}
+
+// Scaled logits of positions [begin, end) of one (row, kv_head) with exact keys: out[c * stride +
+// position - begin]. With a rope table the key of `position` is first rotated to `position +
+// shift`.
+template <typename T>
+inline void key_logits(const KVView& keys, int64_t row, int64_t kv_head, int64_t begin, int64_t end,
+                       const float* q, int64_t q_stride, int64_t num_columns, int64_t head_dim,
+                       float scale, const RopeView* rope, int64_t shift, float* out,
+                       int64_t stride) {
+    const T* tiles[2][kTileTokens];
+    const auto point_at = [&](int64_t position, const T** rows) {
+        const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
+        if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
+        return left;
+    };
+    int64_t count = point_at(begin, tiles[0]), turn = 0;
+    for (int64_t position = begin; position < end; position += kTileTokens, turn ^= 1) {
+        const T* const* rows = tiles[turn];
+        const int64_t next = point_at(position + kTileTokens, tiles[turn ^ 1]);
+        const Upcoming upcoming{
+            {as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * int64_t{sizeof(T)}};
+        const int64_t tokens = count;
+        count = next;
+        float* tile_out = out + (position - begin);
+        if (rope == nullptr) {
+            dot_rows(rows, tokens, q, q_stride, num_columns, head_dim, scale, upcoming, tile_out,
+                     stride);
+            continue;
+        }
+        for (int64_t t = 0; t < tokens; t += 4) {  // four rotated rows at a time stay in L1
+            float rotated[4][kMaxHeadDim];
+            const float* rotated_rows[4];
+            const int64_t some = tokens - t < 4 ? tokens - t : 4;
+            for (int64_t i = 0; i < some; ++i) {
+                rotate_row(rows[t + i], *rope, position + t + i + shift, head_dim, rotated[i]);
+                rotated_rows[i] = rotated[i];
+            }
+            dot_rows(rotated_rows, some, q, q_stride, num_columns, head_dim, scale, Upcoming{},
+                     tile_out + t, stride);
+        }
+    }
+}
+
+// Whether every element is finite: x * 0 is NaN for NaN and inf, and NaN survives the sum.
+inline bool all_finite(const float* x, int64_t count) {
+    const int64_t whole = count / kLanes * kLanes;
+    F32 sum = broadcast(0.f);
+    for (int64_t i = 0; i < whole; i += kLanes) sum = fma(load(x + i), broadcast(0.f), sum);
+    float tail = reduce_add(sum);
+    for (int64_t i = whole; i < count; ++i) tail += x[i] * 0.f;
+    return tail == 0.f;
+}
+
+// Turns a row of logits into exp(logit - max) in place; returns max and the sum. NaN entries are
+// ignored by the maximum; the caller has replaced them by -inf where they can occur.
+inline float exp_in_place(float* logits, int64_t count, float* sum) {
+    const int64_t whole = count / kLanes * kLanes;
+    F32 top = broadcast(-INFINITY);
+    for (int64_t i = 0; i < whole; i += kLanes) top = max(load(logits + i), top);
+    float peak = reduce_max(top);
+    for (int64_t i = whole; i < count; ++i) peak = logits[i] > peak ? logits[i] : peak;
+    if (peak == -INFINITY) {  // nothing visible: weights 0, not exp(-inf - -inf)
+        for (int64_t i = 0; i < count; ++i) logits[i] = 0.f;
+        *sum = 0.f;
+        return peak;
+    }
+    F32 total = broadcast(0.f);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const F32 weight = exp(sub(load(logits + i), broadcast(peak)));
+        store(logits + i, weight);
+        total = add(total, weight);
+    }
+    float tail = reduce_add(total);
+    for (int64_t i = whole; i < count; ++i) {
+        logits[i] = exp(logits[i] - peak);
+        tail += logits[i];
+    }
+    *sum = tail;
+    return peak;
+}

@@ -1,0 +1,88 @@
+// Exact-key logits with bfloat16 dot products: half the instructions of the float32 path for
+// bfloat16 keys. Used only when the queries are bfloat16 numbers themselves, so that nothing is
+// rounded that was not before.
+
+template <int kCols>
+inline void dot_columns_bf16(const BFloat16* const* rows, int64_t count, const BFloat16* q,
+                             int64_t head_dim, float scale, const Upcoming& upcoming, float* out,
+                             int64_t stride) {
+    for (int64_t t = 0; t < count; t += 4) {
+        const BFloat16* k[4];
+        for (int i = 0; i < 4; ++i) {
+            k[i] = rows[t + i < count ? t + i : count - 1];
+            upcoming.fetch(t + i);
+        }
+        F32 acc[kCols][4];
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) acc[c][i] = broadcast(0.f);
+        for (int64_t d = 0; d < head_dim; d += 32) {
+            Bf16Pairs key[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) key[i] = load_pairs(k[i] + d);
+#pragma GCC unroll 4
+            for (int c = 0; c < kCols; ++c) {
+                const Bf16Pairs query = load_pairs(q + c * kMaxHeadDim + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) acc[c][i] = dot_pairs(acc[c][i], key[i], query);
+            }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+            float sums[4];
+            reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+            for (int i = 0; i < 4 && t + i < count; ++i) out[c * stride + t + i] = scale * sums[i];
+        }
+    }
+}
+
+// False, with nothing written, if a query is not exactly bfloat16 or head_dim is no multiple of 32.
+inline bool key_logits_bf16(const KVView& keys, int64_t row, int64_t kv_head, int64_t begin,
+                            int64_t end, const float* q, int64_t num_columns, int64_t head_dim,
+                            float scale, float* out, int64_t stride) {
+    if (head_dim % 32 != 0) return false;
+    for (int64_t i = 0; i < num_columns * head_dim; ++i)
+        if (element::bits_of(q[i]) & 0xffffu) return false;
+    const BFloat16* tiles[2][kTileTokens];
+    alignas(64) BFloat16 columns[4 * kMaxHeadDim];
+    for (int64_t first = 0; first < num_columns; first += 4) {
+        const int64_t count = num_columns - first < 4 ? num_columns - first : 4;
+        for (int64_t c = 0; c < count; ++c)
+            for (int64_t d = 0; d < head_dim; ++d)
+                columns[c * kMaxHeadDim + d].bits =
+                    static_cast<uint16_t>(element::bits_of(q[(first + c) * head_dim + d]) >> 16);
+        const auto point_at = [&](int64_t position, const BFloat16** rows) {
+            const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
+            if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
+            return left;
+        };
+        int64_t tokens = point_at(begin, tiles[0]), next = 0, turn = 0;
+        for (int64_t position = begin; position < end;
+             position += kTileTokens, tokens = next, turn ^= 1) {
+            const BFloat16* const* rows = tiles[turn];
+            next = point_at(position + kTileTokens, tiles[turn ^ 1]);
+            const Upcoming upcoming{{as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * 2};
+            float* target = out + first * stride + (position - begin);
+            switch (count) {
+                case 1:
+                    dot_columns_bf16<1>(rows, tokens, columns, head_dim, scale, upcoming, target,
+                                        stride);
+                    break;
+                case 2:
+                    dot_columns_bf16<2>(rows, tokens, columns, head_dim, scale, upcoming, target,
+                                        stride);
+                    break;
+                case 3:
+                    dot_columns_bf16<3>(rows, tokens, columns, head_dim, scale, upcoming, target,
+                                        stride);
+                    break;
+                default:
+                    dot_columns_bf16<4>(rows, tokens, columns, head_dim, scale, upcoming, target,
+                                        stride);
+                    break;
+            }
+        }
+    }
+    return true;
+}

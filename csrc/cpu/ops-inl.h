@@ -1,0 +1,14 @@
+// Every op over the vector type of the including file, in the order in which they use each other.
+
+#include "cpu/exp-inl.h"
+#include "cpu/key_logits-inl.h"
+#if KVS_HAS_BF16_DOT
+#include "cpu/key_logits_bf16-inl.h"
+#endif
+#include "cpu/kv_append-inl.h"
+#include "cpu/merge_splits-inl.h"
+#include "cpu/recovered_mass-inl.h"
+#include "cpu/sketch_logits-inl.h"
+#include "cpu/score_tokens-inl.h"
+#include "cpu/select_tokens-inl.h"
+#include "cpu/sparse_attention-inl.h"

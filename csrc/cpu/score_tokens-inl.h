@@ -1,0 +1,235 @@
+// score_tokens: logits of every visible token, one softmax per scoring vector and query head, votes
+// added per KV head.
+//
+// Floor   bytes = sketch (4.25 bits per channel for int4) or keys of the visible tokens; everything
+// after the logits
+//         works on one (row, block, kv_head) at a time: columns * seqlen floats of scratch, in
+//         cache up to ~128K tokens.
+// Plan    1. logits into scratch: sketch blocks for the candidates; keys for sinks, recent tokens
+// and what has no codes
+//         2. per column: maximum, exp in place, sum: lse        3. scores = sum over columns of exp
+//         * 1 / sum
+// A work item's arithmetic does not depend on the number of threads, so neither do its bits.
+
+struct ScoreItem {
+    int64_t row, block, kv_head;
+    BlockRange range;
+    int64_t cand_end;     // candidates are [range.sink_end, cand_end)
+    int64_t visible;      // tokens in [range.start, range.visible_end)
+    int64_t num_columns;  // columns with a finite query
+    const float* q;       // their queries, [num_columns, head_dim]
+    const float* q_local;
+    float* logits;  // [num_columns, stride]
+    int64_t stride;
+};
+
+template <typename T>
+inline void exact_logits(const ScoreTokensParams& p, const ScoreItem& s, const float* q,
+                         int64_t begin, int64_t end, const RopeView* rope, int64_t shift) {
+    if (begin >= end) return;
+    float* out = s.logits + (begin - s.range.start);
+#if KVS_HAS_BF16_DOT
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (rope == nullptr && key_logits_bf16(p.keys, s.row, s.kv_head, begin, end, q,
+                                               s.num_columns, p.head_dim, p.scale, out, s.stride))
+            return;
+    }
+#endif
+    key_logits<T>(p.keys, s.row, s.kv_head, begin, end, q, p.head_dim, s.num_columns, p.head_dim,
+                  p.scale, rope, shift, out, s.stride);
+}
+
+template <typename T, SketchFormat kFormat>
+inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const ScoreItem& s) {
+    const int64_t seqlen = p.blocks.cache_seqlens[s.row];
+    int64_t position = s.range.sink_end;
+    while (position < s.cand_end) {
+        const int64_t index = position / kSketchBlockTokens, first = index * kSketchBlockTokens;
+        const int64_t next = first + kSketchBlockTokens;
+        const int64_t stop = next < s.cand_end ? next : s.cand_end;
+        const uint8_t* record = next <= seqlen ? p.sketch.block(s.row, s.kv_head, index) : nullptr;
+        const bool has_codes =
+            record &&
+            element::is_finite(element::to_float(*reinterpret_cast<const Float16*>(record)));
+        if (!has_codes) {  // unfinished, or holding something that is not finite
+            exact_logits<T>(p, s, s.q, position, stop, nullptr, 0);
+        } else if (position == first && stop == next) {
+            sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim,
+                                         p.scale, s.logits + (position - s.range.start), s.stride);
+        } else {  // a block that straddles a border: all of it aside, then the part that counts
+            for (int64_t c = 0; c < s.num_columns; ++c) {
+                float whole[kSketchBlockTokens];
+                sketch_block_logits<kFormat>(record, s.q + c * p.head_dim, p.head_dim, 1,
+                                             p.head_dim, p.scale, whole, 0);
+                std::memcpy(s.logits + c * s.stride + (position - s.range.start),
+                            whole + (position - first),
+                            sizeof(float) * static_cast<size_t>(stop - position));
+            }
+        }
+        position = stop;
+    }
+}
+
+// Scores NaN where a finite query met a non-finite logit; such a token weighs nothing in any
+// column.
+inline int64_t drop_nonfinite_tokens(const ScoreItem& s, float* scores) {
+    int64_t dropped = 0;
+    bool all = true;
+    for (int64_t c = 0; c < s.num_columns && all; ++c)
+        all = all_finite(s.logits + c * s.stride, s.visible);
+    if (all) return 0;
+    for (int64_t i = 0; i < s.visible; ++i) {
+        bool finite = true;
+        for (int64_t c = 0; c < s.num_columns; ++c)
+            finite = finite && element::is_finite(s.logits[c * s.stride + i]);
+        if (finite) continue;
+        ++dropped;
+        scores[i] = NAN;
+        for (int64_t c = 0; c < s.num_columns; ++c) s.logits[c * s.stride + i] = -INFINITY;
+    }
+    return dropped;
+}
+
+// total[i] += weight * part[i]; a NaN mark stays NaN.
+inline void add_scaled(float* total, const float* part, float weight, int64_t count) {
+    const int64_t whole = count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+        store(total + i, fma(load(part + i), broadcast(weight), load(total + i)));
+    for (int64_t i = whole; i < count; ++i) total[i] += weight * part[i];
+}
+
+template <typename T>
+void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, float* scratch) {
+    const int64_t group = p.num_q_heads / p.num_kv_heads;
+    const int64_t all_columns = p.num_vectors * group;
+    for (int64_t item = begin; item < end; ++item) {
+        ScoreItem s;
+        s.kv_head = item % p.num_kv_heads;
+        s.block = item / p.num_kv_heads % p.blocks.num_blocks;
+        s.row = item / p.num_kv_heads / p.blocks.num_blocks;
+        if (p.hit && p.hit[s.row * p.num_kv_heads + s.kv_head]) continue;
+        s.range = block_range(p.blocks, s.row, s.block);
+        const int64_t visible_end =
+            s.range.visible_end > s.range.start ? s.range.visible_end : s.range.start;
+        s.visible = visible_end - s.range.start;
+        const int64_t sink_end = s.range.sink_end < visible_end ? s.range.sink_end : visible_end;
+        s.cand_end = s.range.window_start < visible_end ? s.range.window_start : visible_end;
+        s.range.sink_end = sink_end;
+
+        float* q = scratch;
+        float* q_local = q + all_columns * p.head_dim;
+        s.stride = (s.visible + kLanes - 1) / kLanes * kLanes;
+        s.logits = q_local + all_columns * p.head_dim;
+        s.q = q, s.q_local = p.q_local ? q_local : q;
+
+        // Gather the finite queries; a query vector with NaN or inf has no vote.
+        float* lse =
+            p.lse + (s.row * p.blocks.num_blocks + s.block) * p.num_vectors * p.num_q_heads;
+        int64_t nonfinite = 0;
+        int64_t source_column[kMaxScoreColumns];
+        s.num_columns = 0;
+        for (int64_t r = 0; r < p.num_vectors; ++r) {
+            for (int64_t h = 0; h < group; ++h) {
+                const int64_t head = s.kv_head * group + h;
+                const int64_t from =
+                    (((s.row * p.blocks.num_blocks + s.block) * p.num_vectors + r) * p.num_q_heads +
+                     head) *
+                    p.head_dim;
+                lse[r * p.num_q_heads + head] = -INFINITY;
+                if (!all_finite(p.q + from, p.head_dim) ||
+                    (p.q_local && !all_finite(p.q_local + from, p.head_dim))) {
+                    ++nonfinite;
+                    continue;
+                }
+                const size_t bytes = sizeof(float) * static_cast<size_t>(p.head_dim);
+                std::memcpy(q + s.num_columns * p.head_dim, p.q + from, bytes);
+                if (p.q_local)
+                    std::memcpy(q_local + s.num_columns * p.head_dim, p.q_local + from, bytes);
+                source_column[s.num_columns++] = r * group + h;
+            }
+        }
+
+        float* row_scores =
+            p.scores +
+            ((s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
+        std::memset(row_scores, 0, sizeof(float) * static_cast<size_t>(p.max_seqlen_k));
+        float* scores = row_scores + s.range.start;
+
+        // Sinks at their rank, recent tokens behind the picked ones (compact positions), or as they
+        // are.
+        const int64_t num_sinks = sink_end - s.range.start, num_candidates = s.cand_end - sink_end;
+        const int64_t picked = p.keep < num_candidates ? p.keep : num_candidates;
+        const RopeView* rope = p.rope.cos ? &p.rope : nullptr;
+        if (!p.normalise_candidates_only) {
+            exact_logits<T>(p, s, s.q_local, s.range.start, sink_end, rope, -s.range.start);
+            exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
+                            num_sinks + picked - s.cand_end);
+        } else {  // sinks and recent tokens weigh nothing
+            for (int64_t c = 0; c < s.num_columns; ++c) {
+                float* logits = s.logits + c * s.stride;
+                for (int64_t i = 0; i < num_sinks; ++i) logits[i] = -INFINITY;
+                for (int64_t i = s.cand_end - s.range.start; i < s.visible; ++i)
+                    logits[i] = -INFINITY;
+            }
+        }
+        if (p.sketch.data == nullptr) {
+            exact_logits<T>(p, s, s.q, sink_end, s.cand_end, nullptr, 0);
+        } else if (p.sketch.format == SketchFormat::kInt4) {
+            candidate_logits_from_sketch<T, SketchFormat::kInt4>(p, s);
+        } else {
+            candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s);
+        }
+
+        if (p.normalise_candidates_only) {  // the -inf marks outside the candidates are no defects
+            ScoreItem candidates = s;
+            candidates.logits += num_sinks;
+            candidates.visible = num_candidates;
+            nonfinite += drop_nonfinite_tokens(candidates, scores + num_sinks);
+        } else {
+            nonfinite += drop_nonfinite_tokens(s, scores);
+        }
+        p.num_nonfinite[(s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head] =
+            nonfinite;
+
+        // Softmax and vote. For the maximum over vectors, each vector's group sum is built in its
+        // first column.
+        int64_t previous_vector = -1;
+        float* vector_sum = nullptr;
+        for (int64_t c = 0; c < s.num_columns; ++c) {
+            float* weights = s.logits + c * s.stride;
+            float total;
+            const float peak = exp_in_place(weights, s.visible, &total);
+            const int64_t vector = source_column[c] / group,
+                          head = s.kv_head * group + source_column[c] % group;
+            if (total > 0.f) lse[vector * p.num_q_heads + head] = peak + std::log(total);
+            const float inverse = total > 0.f ? 1.f / total : 0.f;
+            if (!p.max_vote) {
+                add_scaled(scores, weights, inverse, s.visible);
+            } else if (vector != previous_vector) {
+                vector_sum = weights;
+                for (int64_t i = 0; i < s.visible; ++i) weights[i] *= inverse;
+            } else {
+                add_scaled(vector_sum, weights, inverse, s.visible);
+            }
+            const bool last_of_vector =
+                c + 1 == s.num_columns || source_column[c + 1] / group != vector;
+            if (p.max_vote && last_of_vector) {
+                for (int64_t i = 0; i < s.visible; ++i)
+                    if (vector_sum[i] > scores[i])
+                        scores[i] = vector_sum[i];  // false for a NaN mark: it stays
+            }
+            previous_vector = vector;
+        }
+    }
+}
+
+void score_tokens(const ScoreTokensParams& p, int64_t begin, int64_t end, float* scratch) {
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return score_tokens_of<float>(p, begin, end, scratch);
+        case DType::kFloat16:
+            return score_tokens_of<Float16>(p, begin, end, scratch);
+        case DType::kBFloat16:
+            return score_tokens_of<BFloat16>(p, begin, end, scratch);
+    }
+}

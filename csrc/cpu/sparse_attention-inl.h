@@ -1,0 +1,364 @@
+// sparse_attention: softmax over the listed tokens only, exact keys and values, float32 inside.
+//
+// Floor   one decode query: 2 * head_dim * element size bytes per listed token and KV head;
+// memory-bound.
+//         a block of queries: 4 * rows * listed * head_dim flops per KV head (rows = queries *
+//         group); compute-bound.
+// Plan    tiles of 64 tokens. Few rows: dot products straight from the cache rows, then a weighted
+// sum of value rows.
+//         Many rows: the tile is widened to float32 once (keys transposed) and two small matrix
+//         products serve all rows.
+// Both rotate a key to its rank on the way in when positions are compact.
+
+struct AttentionItem {
+    int64_t row, kv_head, group;
+    int64_t start, list_end;  // visible positions of a list-free call: [start, list_end)
+    const int32_t* list;      // or nullptr: every position from start on
+    int64_t count;            // listed tokens
+    int64_t first_query, num_queries, first_position;
+
+    int64_t position_of(int64_t i) const { return list ? list[i] : start + i; }
+    // Listed tokens at or before `position`.
+    int64_t listed_up_to(int64_t position) const {
+        if (!list) {
+            const int64_t n = position + 1 - start;
+            return n < 0 ? 0 : (n < count ? n : count);
+        }
+        int64_t low = 0, high = count;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (list[middle] <= position)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return low;
+    }
+};
+
+template <typename T>
+inline void tile_pointers(const KVView& view, const AttentionItem& a, int64_t first, int64_t count,
+                          const T** out) {
+    if (!a.list) return row_pointers(view, a.row, a.start + first, count, a.kv_head, out);
+    for (int64_t i = 0; i < count; ++i)
+        out[i] = key_row<T>(view, a.row, a.list[first + i], a.kv_head);
+}
+
+// One query of one query head, scaled and (compact) rotated to the rank of its own token.
+template <typename T>
+inline void load_query(const SparseAttentionParams& p, const AttentionItem& a, int64_t query,
+                       int64_t h, float* out) {
+    const T* from = static_cast<const T*>(p.q) + a.row * p.q_strides[0] + query * p.q_strides[1] +
+                    (a.kv_head * a.group + h) * p.q_strides[2];
+    if (p.rope.cos) {
+        const int64_t rank = a.listed_up_to(a.first_position + query - a.first_query) - 1;
+        rotate_row(from, p.rope, rank > 0 ? rank : 0, p.head_dim, out);
+    } else {
+        for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, load(from + d));
+    }
+    for (int64_t d = 0; d < p.head_dim; d += kLanes)
+        store(out + d, mul(load(out + d), broadcast(p.softmax_scale)));
+}
+
+template <typename T>
+inline void store_output(const SparseAttentionParams& p, const AttentionItem& a, int64_t query,
+                         int64_t h, const float* acc, float peak, float total) {
+    const int64_t row =
+        (a.row * p.blocks.seqlen_q + query) * p.num_q_heads + a.kv_head * a.group + h;
+    T* out = static_cast<T*>(p.out) + row * p.head_dim;
+    const bool empty = peak == -INFINITY;
+    const F32 inverse = broadcast(empty ? 0.f : 1.f / total);
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, mul(load(acc + d), inverse));
+    p.lse[row] = empty ? -INFINITY : peak + std::log(total);
+}
+
+// acc[c][d] += sum_t weights[c][t] * rows[t][d] for a strip of kCols columns x kVecs vectors.
+template <int kCols, int kVecs, typename T>
+inline void weighted_strip(const T* const* rows, int64_t count, const float* weights, int64_t d,
+                           float* acc, int64_t head_dim) {
+    F32 sum[kCols][kVecs];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[c][v] = load(acc + c * head_dim + d + v * kLanes);
+    for (int64_t t = 0; t < count; ++t) {
+        F32 value[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) value[v] = load(rows[t] + d + v * kLanes);
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+            const F32 weight = broadcast(weights[c * kTileTokens + t]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) sum[c][v] = fma(value[v], weight, sum[c][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(acc + c * head_dim + d + v * kLanes, sum[c][v]);
+}
+
+template <int kCols, typename T>
+inline void weighted_sum(const T* const* rows, int64_t count, const float* weights, float* acc,
+                         int64_t head_dim) {
+    int64_t d = 0;
+    for (; d + kValueVecs * kLanes <= head_dim; d += kValueVecs * kLanes)
+        weighted_strip<kCols, kValueVecs>(rows, count, weights, d, acc, head_dim);
+    for (; d < head_dim; d += kLanes)
+        weighted_strip<kCols, 1>(rows, count, weights, d, acc, head_dim);
+}
+
+// One query: `group` rows against the list.
+template <typename T>
+inline void attend_one_query(const SparseAttentionParams& p, const AttentionItem& a, int64_t query,
+                             float* scratch) {
+    const int64_t head_dim = p.head_dim, group = a.group;
+    float* q = scratch;                           // [group, head_dim]
+    float* acc = q + group * head_dim;            // [group, head_dim]
+    float* weights = acc + group * head_dim;      // [group, kTileTokens]
+    float* peak = weights + group * kTileTokens;  // [group]
+    float* total = peak + group;                  // [group]
+    float* rotated = total + group;               // [kTileTokens, head_dim]
+    for (int64_t h = 0; h < group; ++h) {
+        load_query<T>(p, a, query, h, q + h * head_dim);
+        for (int64_t d = 0; d < head_dim; ++d) acc[h * head_dim + d] = 0.f;
+        peak[h] = -INFINITY;
+        total[h] = 0.f;
+    }
+    const int64_t count = a.listed_up_to(a.first_position + query - a.first_query);
+    const T *keys[2][kTileTokens], *values[kTileTokens];
+    const float* rotated_rows[kTileTokens];
+    tile_pointers(p.keys, a, 0, count < kTileTokens ? count : kTileTokens, keys[0]);
+    for (int64_t first = 0, turn = 0; first < count; first += kTileTokens, turn ^= 1) {
+        const int64_t tokens = count - first < kTileTokens ? count - first : kTileTokens;
+        // The next tile's keys and this tile's values are on their way while the keys at hand are
+        // used.
+        const int64_t next =
+            count - first - tokens < kTileTokens ? count - first - tokens : kTileTokens;
+        tile_pointers(p.values, a, first, tokens, values);
+        tile_pointers(p.keys, a, first + tokens, next, keys[turn ^ 1]);
+        const Upcoming upcoming{{as_bytes(values), as_bytes(keys[turn ^ 1])},
+                                {tokens, next},
+                                head_dim * int64_t{sizeof(T)}};
+        if (p.rope.cos) {
+            for (int64_t t = 0; t < tokens; ++t) {
+                upcoming.fetch(t);
+                rotate_row(keys[turn][t], p.rope, first + t, head_dim, rotated + t * head_dim);
+                rotated_rows[t] = rotated + t * head_dim;
+            }
+            dot_rows(rotated_rows, tokens, q, head_dim, group, head_dim, 1.f, Upcoming{}, weights,
+                     kTileTokens);
+        } else {
+            dot_rows(keys[turn], tokens, q, head_dim, group, head_dim, 1.f, upcoming, weights,
+                     kTileTokens);
+        }
+        for (int64_t h = 0; h < group; ++h) {
+            float* weight = weights + h * kTileTokens;
+            float sum;
+            const float top = exp_in_place(weight, tokens, &sum);
+            const float now = top > peak[h] ? top : peak[h];
+            if (now == -INFINITY) continue;
+            const float old_factor = exp(peak[h] - now), new_factor = exp(top - now);
+            if (old_factor != 1.f)
+                for (int64_t d = 0; d < head_dim; d += kLanes)
+                    store(acc + h * head_dim + d,
+                          mul(load(acc + h * head_dim + d), broadcast(old_factor)));
+            if (new_factor != 1.f)
+                for (int64_t t = 0; t < tokens; ++t) weight[t] *= new_factor;
+            total[h] = total[h] * old_factor + sum * new_factor;
+            peak[h] = now;
+        }
+        int64_t h = 0;
+        for (; h + kValueCols <= group; h += kValueCols)
+            weighted_sum<kValueCols>(values, tokens, weights + h * kTileTokens, acc + h * head_dim,
+                                     head_dim);
+        for (; h < group; ++h)
+            weighted_sum<1>(values, tokens, weights + h * kTileTokens, acc + h * head_dim,
+                            head_dim);
+    }
+    for (int64_t h = 0; h < group; ++h)
+        store_output<T>(p, a, query, h, acc + h * head_dim, peak[h], total[h]);
+}
+
+// c[r][n] (+)= sum_k a[r][k] * b[k][n], n over kVecs vectors, r over kRows rows.
+template <int kRows, int kVecs, bool kAccumulate>
+inline void matmul_strip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                         int64_t depth, float* c, int64_t c_stride) {
+    F32 sum[kRows][kVecs];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v)
+            sum[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) : broadcast(0.f);
+    for (int64_t k = 0; k < depth; ++k) {
+        F32 column[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) column[v] = load(b + k * b_stride + v * kLanes);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+            const F32 x = broadcast(a[r * a_stride + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(column[v], x, sum[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+template <int kRows, bool kAccumulate>
+inline void matmul_rows(const float* a, int64_t a_stride, const float* b, int64_t width,
+                        int64_t depth, float* c, int64_t c_stride) {
+    int64_t n = 0;
+    for (; n + kGemmVecs * kLanes <= width; n += kGemmVecs * kLanes)
+        matmul_strip<kRows, kGemmVecs, kAccumulate>(a, a_stride, b + n, width, depth, c + n,
+                                                    c_stride);
+    for (; n < width; n += kLanes)
+        matmul_strip<kRows, 1, kAccumulate>(a, a_stride, b + n, width, depth, c + n, c_stride);
+}
+
+template <bool kAccumulate>
+inline void matmul(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t width,
+                   int64_t depth, float* c, int64_t c_stride) {
+    if (rows == kGemmRows)
+        return matmul_rows<kGemmRows, kAccumulate>(a, a_stride, b, width, depth, c, c_stride);
+    for (int64_t r = 0; r < rows; ++r)
+        matmul_rows<1, kAccumulate>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride,
+                                    c_stride);
+}
+
+// Queries [first, first + num) of the item, all heads of the group: row r = (query, head),
+// query-major.
+template <typename T>
+inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& a, int64_t first,
+                           int64_t num, float* scratch) {
+    const int64_t head_dim = p.head_dim, group = a.group, rows = num * group;
+    float* q = scratch;                                // [rows, head_dim]
+    float* acc = q + rows * head_dim;                  // [rows, head_dim]
+    float* peak = acc + rows * head_dim;               // [rows]
+    float* total = peak + rows;                        // [rows]
+    float* keys = total + rows;                        // [head_dim, kTileTokens], transposed
+    float* values = keys + head_dim * kTileTokens;     // [kTileTokens, head_dim]
+    float* weights = values + head_dim * kTileTokens;  // [kGemmRows, kTileTokens]
+    for (int64_t r = 0; r < rows; ++r) {
+        load_query<T>(p, a, first + r / group, r % group, q + r * head_dim);
+        peak[r] = -INFINITY;
+        total[r] = 0.f;
+    }
+    for (int64_t i = 0; i < rows * head_dim; ++i) acc[i] = 0.f;
+    const int64_t last_position = a.first_position + (first - a.first_query) + num - 1;
+    const int64_t count = a.listed_up_to(last_position);
+    const T *key_rows[kTileTokens], *value_rows[kTileTokens];
+    for (int64_t tile = 0; tile < count; tile += kTileTokens) {
+        const int64_t tokens = count - tile < kTileTokens ? count - tile : kTileTokens;
+        tile_pointers(p.keys, a, tile, tokens, key_rows);
+        tile_pointers(p.values, a, tile, tokens, value_rows);
+        for (int64_t t = 0; t < kTileTokens; ++t) {
+            float key[kMaxHeadDim];
+            if (t >= tokens) {  // padding of the last tile: zero keys and values, weight 0
+                for (int64_t d = 0; d < head_dim; ++d)
+                    keys[d * kTileTokens + t] = values[t * head_dim + d] = 0.f;
+                continue;
+            }
+            if (p.rope.cos) {
+                rotate_row(key_rows[t], p.rope, tile + t, head_dim, key);
+            } else {
+                for (int64_t d = 0; d < head_dim; d += kLanes)
+                    store(key + d, load(key_rows[t] + d));
+            }
+            for (int64_t d = 0; d < head_dim; ++d) keys[d * kTileTokens + t] = key[d];
+            for (int64_t d = 0; d < head_dim; d += kLanes)
+                store(values + t * head_dim + d, load(value_rows[t] + d));
+        }
+        const int64_t tile_first = a.position_of(tile),
+                      tile_last = a.position_of(tile + tokens - 1);
+        for (int64_t r0 = 0; r0 < rows; r0 += kGemmRows) {
+            const int64_t some = rows - r0 < kGemmRows ? rows - r0 : kGemmRows;
+            const int64_t lowest = a.first_position + (first - a.first_query) + r0 / group;
+            const int64_t highest =
+                a.first_position + (first - a.first_query) + (r0 + some - 1) / group;
+            if (tile_first > highest) continue;  // wholly in these rows' future
+            matmul<false>(some, q + r0 * head_dim, head_dim, keys, kTileTokens, head_dim, weights,
+                          kTileTokens);
+            const bool whole = tokens == kTileTokens && tile_last <= lowest;
+            for (int64_t r = 0; r < some; ++r) {
+                float* weight = weights + r * kTileTokens;
+                if (!whole) {
+                    const int64_t position =
+                        a.first_position + (first - a.first_query) + (r0 + r) / group;
+                    int64_t seen = a.listed_up_to(position) - tile;
+                    seen = seen < 0 ? 0 : (seen < tokens ? seen : tokens);
+                    for (int64_t t = seen; t < kTileTokens; ++t) weight[t] = -INFINITY;
+                }
+                float sum;
+                const float top = exp_in_place(weight, kTileTokens, &sum);
+                float* row_acc = acc + (r0 + r) * head_dim;
+                const float before = peak[r0 + r], now = top > before ? top : before;
+                if (now == -INFINITY) continue;
+                const float old_factor = exp(before - now), new_factor = exp(top - now);
+                if (old_factor != 1.f)
+                    for (int64_t d = 0; d < head_dim; d += kLanes)
+                        store(row_acc + d, mul(load(row_acc + d), broadcast(old_factor)));
+                if (new_factor != 1.f)
+                    for (int64_t t = 0; t < kTileTokens; t += kLanes)
+                        store(weight + t, mul(load(weight + t), broadcast(new_factor)));
+                total[r0 + r] = total[r0 + r] * old_factor + sum * new_factor;
+                peak[r0 + r] = now;
+            }
+            matmul<true>(some, weights, kTileTokens, values, head_dim, kTileTokens,
+                         acc + r0 * head_dim, head_dim);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        store_output<T>(p, a, first + r / group, r % group, acc + r * head_dim, peak[r], total[r]);
+}
+
+template <typename T>
+void sparse_attention_of(const SparseAttentionParams& p, int64_t begin, int64_t end,
+                         float* scratch) {
+    for (int64_t item = begin; item < end; ++item) {
+        AttentionItem a;
+        a.kv_head = item % p.num_kv_heads;
+        const int64_t block = item / p.num_kv_heads % p.blocks.num_blocks;
+        a.row = item / p.num_kv_heads / p.blocks.num_blocks;
+        a.group = p.num_q_heads / p.num_kv_heads;
+        const BlockRange range = block_range(p.blocks, a.row, block);
+        a.first_query = p.blocks.offsets ? p.blocks.offsets[block] : 0;
+        a.num_queries =
+            (p.blocks.offsets ? p.blocks.offsets[block + 1] : p.blocks.seqlen_q) - a.first_query;
+        a.first_position = p.blocks.cache_seqlens[a.row] - p.blocks.seqlen_q +
+                           a.first_query;  // may lie in padding
+        a.start = range.start;
+        a.list_end = range.end;
+        a.list = nullptr;
+        a.count = a.list_end - a.start;
+        if (p.indices) {
+            a.list = p.indices + a.row * p.indices_strides[0] + block * p.indices_strides[1] +
+                     a.kv_head * p.indices_strides[2];
+            a.count =
+                p.topk_length[a.row * p.topk_length_strides[0] + block * p.topk_length_strides[1] +
+                              a.kv_head * p.topk_length_strides[2]];
+        }
+        if (a.num_queries == 1) {
+            attend_one_query<T>(p, a, a.first_query, scratch);
+            continue;
+        }
+        const int64_t at_once = sparse_attention_queries_at_once(a.group);
+        for (int64_t done = 0; done < a.num_queries; done += at_once) {
+            const int64_t num = a.num_queries - done < at_once ? a.num_queries - done : at_once;
+            attend_queries<T>(p, a, a.first_query + done, num, scratch);
+        }
+    }
+}
+
+void sparse_attention(const SparseAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+    switch (p.dtype) {
+        case DType::kFloat32:
+            return sparse_attention_of<float>(p, begin, end, scratch);
+        case DType::kFloat16:
+            return sparse_attention_of<Float16>(p, begin, end, scratch);
+        case DType::kBFloat16:
+            return sparse_attention_of<BFloat16>(p, begin, end, scratch);
+    }
+}

@@ -1,0 +1,110 @@
+// Vector operations for AVX2 + FMA + F16C. Names and meanings: vec_scalar.h.
+
+constexpr int kLanes = 8;
+constexpr int kGemmRows = 6, kGemmVecs = 2;
+constexpr int kValueCols = 4, kValueVecs = 2;
+
+using F32 = __m256;
+using I32 = __m256i;
+
+inline F32 broadcast(float x) { return _mm256_set1_ps(x); }
+inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+inline F32 load(const BFloat16* p) {
+    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline F32 load(const Float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+inline void store(BFloat16* p, F32 x) {
+    const I32 bits = _mm256_castps_si256(x);
+    const I32 odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const I32 rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const I32 quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const I32 is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const I32 high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+    const __m128i packed =
+        _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline void store(Float16* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+inline F32 abs(F32 a) {
+    return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
+}
+inline F32 round_even(F32 a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F32 zero_where_below(F32 value, F32 x, float bound) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), value);
+}
+inline F32 times_power_of_two(F32 a, F32 n) {
+    const I32 biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
+inline float reduce_add(F32 a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+inline float reduce_max(F32 a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    const F32 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+inline uint32_t mask_ge(F32 a, F32 b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
+    int64_t count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        out[count] = base + i;
+        count += mask >> i & 1u;
+    }
+    return count;
+}
+inline void store_bytes(uint8_t* p, F32 x) {
+    const I32 low_byte =
+        _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+    const I32 bytes = _mm256_shuffle_epi8(_mm256_cvtps_epi32(x), low_byte);
+    const int32_t low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
+    const int32_t high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
+    std::memcpy(p, &low, 4);
+    std::memcpy(p + 4, &high, 4);
+}
+
+using Codes = I32;
+inline Codes load_codes(const uint8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Codes low_nibbles(Codes c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
+inline Codes high_nibbles(Codes c) {
+    return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
+}
+inline I32 zero_i32() { return _mm256_setzero_si256(); }
+// Widens to 16 bits first: vpmaddubsw would saturate with codes above 127.
+inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
+    const I32 q = _mm256_set1_epi32(q4);
+    const I32 q_even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8),
+              q_odd = _mm256_srai_epi16(q, 8);
+    const I32 even = _mm256_and_si256(codes, _mm256_set1_epi16(255)),
+              odd = _mm256_srli_epi16(codes, 8);
+    return _mm256_add_epi32(
+        acc, _mm256_add_epi32(_mm256_madd_epi16(even, q_even), _mm256_madd_epi16(odd, q_odd)));
+}
+inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

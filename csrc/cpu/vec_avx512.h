@@ -1,0 +1,80 @@
+// Vector operations for AVX-512 (F, BW, VL, DQ, VNNI). Names and meanings: vec_scalar.h.
+
+constexpr int kLanes = 16;
+constexpr int kGemmRows = 6, kGemmVecs = 4;
+constexpr int kValueCols = 4, kValueVecs = 4;
+
+using F32 = __m512;
+using I32 = __m512i;
+
+inline F32 broadcast(float x) { return _mm512_set1_ps(x); }
+inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+inline F32 load(const BFloat16* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline F32 load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+inline void store(BFloat16* p, F32 x) {
+    const I32 bits = _mm512_castps_si512(x);
+    const I32 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    I32 rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+}
+inline void store(Float16* p, F32 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+inline F32 round_even(F32 a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F32 zero_where_below(F32 value, F32 x, float bound) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), value);
+}
+inline F32 times_power_of_two(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
+inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
+inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
+inline __m256 fold(F32 a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    const __m256 sums =
+        _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+inline uint32_t mask_ge(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
+    const I32 lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const I32 positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), positions));
+    return __builtin_popcount(mask);
+}
+inline void store_bytes(uint8_t* p, F32 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+using Codes = I32;
+inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Codes low_nibbles(Codes c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
+inline Codes high_nibbles(Codes c) {
+    return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15));
+}
+inline I32 zero_i32() { return _mm512_setzero_si512(); }
+inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
+    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(q4));
+}
+inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -1,0 +1,141 @@
+// Vector operations in portable C++: eight floats that any compiler may map to whatever the machine
+// has. Included inside the namespace of isa_scalar.cpp; the same names exist in vec_avx2.h and
+// vec_avx512.h.
+
+constexpr int kLanes = 8;
+constexpr int kGemmRows = 2, kGemmVecs = 2;    // register tile of the prefill kernel
+constexpr int kValueCols = 2, kValueVecs = 2;  // register tile of the decode kernel's weighted sum
+
+struct F32 {
+    float lane[kLanes];
+};
+struct I32 {
+    int32_t lane[kLanes];
+};
+
+template <typename Fn>
+inline F32 map_lanes(Fn fn) {
+    F32 out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = fn(i);
+    return out;
+}
+inline F32 broadcast(float x) {
+    return map_lanes([=](int) { return x; });
+}
+inline F32 load(const float* p) {
+    return map_lanes([=](int i) { return p[i]; });
+}
+inline F32 load(const BFloat16* p) {
+    return map_lanes([=](int i) { return element::to_float(p[i]); });
+}
+inline F32 load(const Float16* p) {
+    return map_lanes([=](int i) { return element::to_float(p[i]); });
+}
+template <typename T>
+inline void store(T* p, F32 x) {
+    for (int i = 0; i < kLanes; ++i) element::from_float(x.lane[i], p + i);
+}
+inline F32 add(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline F32 sub(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline F32 mul(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline F32 div(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+inline F32 fma(F32 a, F32 b, F32 c) {
+    return map_lanes([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+// The second operand wins against a NaN in the first, as in the x86 instructions.
+inline F32 max(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 min(F32 a, F32 b) {
+    return map_lanes([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline F32 abs(F32 a) {
+    return map_lanes(
+        [&](int i) { return element::float_of(element::bits_of(a.lane[i]) & 0x7fffffffu); });
+}
+inline F32 round_even(F32 a) {
+    return map_lanes([&](int i) { return std::nearbyint(a.lane[i]); });
+}
+inline F32 zero_where_below(F32 value, F32 x, float bound) {
+    return map_lanes([&](int i) { return x.lane[i] < bound ? 0.f : value.lane[i]; });
+}
+inline F32 times_power_of_two(F32 a, F32 n) {  // n whole, -126 .. 127
+    return map_lanes([&](int i) {
+        return a.lane[i] * element::float_of(
+                               static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
+    });
+}
+inline float reduce_add(F32 a) {
+    return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) +
+           ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
+}
+inline float reduce_max(F32 a) {
+    float out = a.lane[0];
+    for (int i = 1; i < kLanes; ++i) out = a.lane[i] > out ? a.lane[i] : out;
+    return out;
+}
+inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+}
+inline uint32_t mask_ge(F32 a, F32 b) {
+    uint32_t out = 0;
+    for (int i = 0; i < kLanes; ++i) out |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
+    return out;
+}
+// Writes base + i for every set bit i of the mask, ascending; returns how many. May write up to
+// kLanes entries.
+inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
+    int64_t count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        out[count] = base + i;
+        count += mask >> i & 1u;
+    }
+    return count;
+}
+// Rounds each lane of x (already within [-127, 255]) to an integer and stores it as a byte.
+inline void store_bytes(uint8_t* p, F32 x) {
+    for (int i = 0; i < kLanes; ++i)
+        p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(x.lane[i])));
+}
+
+// Sketch codes: lane = token, four unsigned bytes each.
+using Codes = I32;
+inline Codes load_codes(const uint8_t* p) {
+    Codes out;
+    std::memcpy(out.lane, p, sizeof out.lane);
+    return out;
+}
+inline Codes low_nibbles(Codes c) {
+    Codes out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = c.lane[i] & 0x0f0f0f0f;
+    return out;
+}
+inline Codes high_nibbles(Codes c) {
+    Codes out;
+    for (int i = 0; i < kLanes; ++i)
+        out.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(c.lane[i]) >> 4 & 0x0f0f0f0fu);
+    return out;
+}
+inline I32 zero_i32() { return I32{}; }
+inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
+    int8_t q[4];
+    std::memcpy(q, &q4, 4);
+    for (int i = 0; i < kLanes; ++i) {
+        uint8_t c[4];
+        std::memcpy(c, &codes.lane[i], 4);
+        acc.lane[i] += c[0] * q[0] + c[1] * q[1] + c[2] * q[2] + c[3] * q[3];
+    }
+    return acc;
+}
+inline F32 to_f32(I32 a) {
+    return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
+}
+inline void prefetch(const void* p) { __builtin_prefetch(p); }

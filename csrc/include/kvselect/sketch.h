@@ -1,0 +1,54 @@
+// The sketch: a low-bit copy of the keys that is scanned instead of them. Layout of one block.
+//
+// Unit: 128 consecutive tokens of one row and KV head. Record, in bytes, in this order:
+//   step  float16[head_dim]      per channel: (max - min) / levels, rounded to float16
+//   lo    float16[head_dim]      per channel: min, rounded to float16
+//   codes uint8[...]             eight sub-blocks of 16 tokens. A 64-byte line holds 16 tokens x 4
+//   bytes, token-major:
+//         int4: line l of a sub-block = channels 8l..8l+7; byte i of a token: low nibble channel
+//         8l+i, high nibble 8l+4+i int8: line l of a sub-block = channels 4l..4l+3; byte i of a
+//         token: channel 4l+i
+// step[0] = NaN says that the block has no codes (a key in it is not finite, or its range leaves
+// float16): such a block is scored from the keys themselves, so nothing is lost and nothing is
+// hidden.
+#pragma once
+
+#include <cstdint>
+
+namespace kvselect {
+
+enum class SketchFormat : int32_t { kNone = 0, kInt4 = 4, kInt8 = 8 };
+
+constexpr int64_t kSketchBlockTokens = 128;
+constexpr int64_t kSketchSubBlockTokens = 16;
+
+[[gnu::always_inline]] inline constexpr int64_t sketch_levels(SketchFormat format) {
+    return format == SketchFormat::kInt4 ? 15 : 255;
+}
+
+[[gnu::always_inline]] inline constexpr int64_t sketch_code_bytes(SketchFormat format,
+                                                                  int64_t head_dim) {
+    return format == SketchFormat::kNone
+               ? 0
+               : kSketchBlockTokens * head_dim * static_cast<int64_t>(format) / 8;
+}
+
+[[gnu::always_inline]] inline constexpr int64_t sketch_block_bytes(SketchFormat format,
+                                                                   int64_t head_dim) {
+    return format == SketchFormat::kNone ? 0 : 4 * head_dim + sketch_code_bytes(format, head_dim);
+}
+
+// The sketch of a cache, [batch, num_kv_heads, max_blocks, block_bytes] uint8, last dim contiguous.
+// Blocks follow logical positions (block i = tokens [128 i, 128 i + 128)), whatever pages the keys
+// lie in.
+struct SketchView {
+    uint8_t* data;  // nullptr: no sketch
+    SketchFormat format;
+    int64_t row_stride, head_stride, block_stride;  // bytes
+
+    [[gnu::always_inline]] uint8_t* block(int64_t row, int64_t kv_head, int64_t index) const {
+        return data + row * row_stride + kv_head * head_stride + index * block_stride;
+    }
+};
+
+}  // namespace kvselect
