@@ -42,6 +42,21 @@ const char* dtype_name(ScalarType dtype) {
     }
 }
 
+// That a list holds ascending positions in [0, seqlen): one pass without branches; the entry at fault is looked for
+// only if there is one.
+void require_positions(const int32_t* list, int64_t length, int64_t seqlen, const int64_t (&at)[3]) {
+    if (length == 0) return;
+    int32_t disorder = 0;
+    for (int64_t i = 1; i < length; ++i) disorder |= list[i - 1] >= list[i];
+    if (!disorder && list[0] >= 0 && list[length - 1] < seqlen) return;
+    int64_t before = -1;
+    for (int64_t i = 0; i < length; ++i) {
+        KVS_CHECK(list[i] > before && list[i] < seqlen, "indices: got ", list[i], " at [", at[0], ", ",
+                  at[1], ", ", at[2], ", ", i, "], allowed: ascending positions in 0..", seqlen - 1);
+        before = list[i];
+    }
+}
+
 }  // namespace
 
 TensorArg::TensorArg(const char* name, const Tensor& tensor)
@@ -350,30 +365,23 @@ IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
     const bool shared = read.indices_strides[2] == 0 && read.topk_length_strides[2] == 0;
     const int64_t num_lists = shared ? std::min<int64_t>(num_kv_heads, 1) : num_kv_heads;
     for (int64_t row = 0; row < blocks.batch; ++row) {
-        const int32_t seqlen = blocks.cache_seqlens[row];
         for (int64_t block = 0; block < blocks.num_blocks; ++block) {
+            const int64_t newest = block_range(blocks, row, block).end - 1;
             for (int64_t head = 0; head < num_lists; ++head) {
-                const int64_t length =
-                    read.topk_length[row * read.topk_length_strides[0] +
-                                     block * read.topk_length_strides[1] +
-                                     head * read.topk_length_strides[2]];
+                const int64_t at[3] = {row, block, head};
+                const int32_t* list = read.indices;
+                const int32_t* length_of = read.topk_length;
+                for (int i = 0; i < 3; ++i) {
+                    list += at[i] * read.indices_strides[i];
+                    length_of += at[i] * read.topk_length_strides[i];
+                }
+                const int64_t length = *length_of;
                 KVS_CHECK(length >= 0 && length <= width, "topk_length: got ", length, " at [", row,
                           ", ", block, ", ", head, "], allowed: 0..", width);
-                const int32_t* list = read.indices + row * read.indices_strides[0] +
-                                      block * read.indices_strides[1] +
-                                      head * read.indices_strides[2];
-                // Ascending, first >= 0, last < seqlen: that is all there is to check, in one pass without branches.
-                bool valid = length == 0 || (list[0] >= 0 && list[length - 1] < seqlen);
-                for (int64_t i = 1; i < length; ++i) valid &= list[i - 1] < list[i];
-                read.longest = std::max(read.longest, length);
-                if (valid) continue;
-                int32_t before = -1;
-                for (int64_t i = 0; i < length; ++i) {
-                    KVS_CHECK(list[i] > before && list[i] < seqlen, "indices: got ", list[i], " at [",
-                              row, ", ", block, ", ", head, ", ", i,
-                              "], allowed: ascending positions in 0..", seqlen - 1);
-                    before = list[i];
-                }
+                require_positions(list, length, blocks.cache_seqlens[row], at);
+                // A query has the rank of its own token, or the next one if its token is not listed.
+                const bool behind = length == 0 || list[length - 1] < newest;
+                read.num_ranks = std::max(read.num_ranks, length + behind);
             }
         }
     }

@@ -117,7 +117,7 @@ struct IndexListsArg {
     const int32_t* indices;
     const int32_t* topk_length;
     int64_t indices_strides[3], topk_length_strides[3];  // elements: batch, block, head
-    int64_t longest;  // tokens of the longest list: ranks are below it
+    int64_t num_ranks;  // ranks that listed tokens and queries can have: [0, num_ranks)
 };
 IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
                                const QueryBlocks& blocks, int64_t num_kv_heads);

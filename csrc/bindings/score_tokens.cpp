@@ -48,6 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     const int64_t batch = q_arg.size(0), num_vectors = q_arg.size(2), num_q_heads = q_arg.size(3);
     const CacheArg keys = read_cache(cache_arg, block_table, batch);
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
+    require_count("num_vectors", num_vectors, 1);
+    KVS_CHECK(num_vectors * (num_q_heads / keys.num_kv_heads) <= kMaxScoreColumns,
+              "num_vectors: got ", num_vectors, ", allowed: at most ",
+              kMaxScoreColumns / (num_q_heads / keys.num_kv_heads), " with ", num_q_heads,
+              " query heads over ", keys.num_kv_heads, " KV heads");
 
     ScoreTokensParams p{};
     p.blocks = read_query_blocks(cache_seqlens, starts, q_block_offsets, batch, seqlen_q);

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
         p.topk_length = lists.topk_length;
         std::copy_n(lists.indices_strides, 3, p.indices_strides);
         std::copy_n(lists.topk_length_strides, 3, p.topk_length_strides);
-        require_rope_positions(p.rope, lists.longest);
+        require_rope_positions(p.rope, lists.num_ranks);
     } else {
         for (int64_t row = 0; row < batch; ++row) {
             const BlockRange range = block_range(p.blocks, row, p.blocks.num_blocks - 1);

@@ -5,7 +5,7 @@
 // float32.
 
 inline F32 exp(F32 x) {
-    const F32 clamped = max(min(x, broadcast(88.f)), broadcast(-87.3f));
+    const F32 clamped = max(broadcast(-87.3f), min(broadcast(88.f), x));
     const F32 n = round_even(mul(clamped, broadcast(1.44269504088896341f)));
     F32 r = fma(n, broadcast(-0.693359375f), clamped);
     r = fma(n, broadcast(2.12194440e-4f), r);

@@ -183,7 +183,7 @@ inline bool all_finite(const float* x, int64_t count) {
 }
 
 // Turns a row of logits into exp(logit - max) in place; returns max and the sum. NaN entries are
-// ignored by the maximum; the caller has replaced them by -inf where they can occur.
+// ignored by the maximum but not by the sum: a defect makes the result NaN, never a wrong number.
 inline float exp_in_place(float* logits, int64_t count, float* sum) {
     const int64_t whole = count / kLanes * kLanes;
     F32 top = broadcast(-INFINITY);
@@ -191,9 +191,13 @@ inline float exp_in_place(float* logits, int64_t count, float* sum) {
     float peak = reduce_max(top);
     for (int64_t i = whole; i < count; ++i) peak = logits[i] > peak ? logits[i] : peak;
     if (peak == -INFINITY) {  // nothing visible: weights 0, not exp(-inf - -inf)
-        for (int64_t i = 0; i < count; ++i) logits[i] = 0.f;
-        *sum = 0.f;
-        return peak;
+        bool defect = false;  // every logit is -inf or NaN: what is not a number must show
+        for (int64_t i = 0; i < count; ++i) {
+            defect = defect || logits[i] != -INFINITY;
+            logits[i] = logits[i] == -INFINITY ? 0.f : NAN;
+        }
+        *sum = defect ? NAN : 0.f;
+        return defect ? 0.f : peak;
     }
     F32 total = broadcast(0.f);
     for (int64_t i = 0; i < whole; i += kLanes) {

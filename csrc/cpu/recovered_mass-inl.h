@@ -44,7 +44,7 @@ void recovered_mass_of(const RecoveredMassParams& p, int64_t begin, int64_t end,
             for (int64_t i = 0; i < count && list[i] <= position; ++i)
                 if (list[i] >= range.start) kept += weight[list[i] - range.start];
             const float share = static_cast<float>(kept / total);
-            mass[h] = share < 1.f ? share : 1.f;
+            mass[h] = share > 1.f ? 1.f : share;  // NaN stays
         }
     }
 }

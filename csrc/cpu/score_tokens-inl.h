@@ -160,18 +160,9 @@ void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, flo
         const int64_t num_sinks = sink_end - s.range.start, num_candidates = s.cand_end - sink_end;
         const int64_t picked = p.keep < num_candidates ? p.keep : num_candidates;
         const RopeView* rope = p.rope.cos ? &p.rope : nullptr;
-        if (!p.normalise_candidates_only) {
-            exact_logits<T>(p, s, s.q_local, s.range.start, sink_end, rope, -s.range.start);
-            exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
-                            num_sinks + picked - s.cand_end);
-        } else {  // sinks and recent tokens weigh nothing
-            for (int64_t c = 0; c < s.num_columns; ++c) {
-                float* logits = s.logits + c * s.stride;
-                for (int64_t i = 0; i < num_sinks; ++i) logits[i] = -INFINITY;
-                for (int64_t i = s.cand_end - s.range.start; i < s.visible; ++i)
-                    logits[i] = -INFINITY;
-            }
-        }
+        exact_logits<T>(p, s, s.q_local, s.range.start, sink_end, rope, -s.range.start);
+        exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
+                        num_sinks + picked - s.cand_end);
         if (p.sketch.data == nullptr) {
             exact_logits<T>(p, s, s.q, sink_end, s.cand_end, nullptr, 0);
         } else if (p.sketch.format == SketchFormat::kInt4) {
@@ -180,13 +171,14 @@ void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, flo
             candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s);
         }
 
-        if (p.normalise_candidates_only) {  // the -inf marks outside the candidates are no defects
-            ScoreItem candidates = s;
-            candidates.logits += num_sinks;
-            candidates.visible = num_candidates;
-            nonfinite += drop_nonfinite_tokens(candidates, scores + num_sinks);
-        } else {
-            nonfinite += drop_nonfinite_tokens(s, scores);
+        nonfinite += drop_nonfinite_tokens(s, scores);
+        if (p.normalise_candidates_only) {  // sinks and recent tokens weigh nothing
+            for (int64_t c = 0; c < s.num_columns; ++c) {
+                float* logits = s.logits + c * s.stride;
+                for (int64_t i = 0; i < num_sinks; ++i) logits[i] = -INFINITY;
+                for (int64_t i = s.cand_end - s.range.start; i < s.visible; ++i)
+                    logits[i] = -INFINITY;
+            }
         }
         p.num_nonfinite[(s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head] =
             nonfinite;

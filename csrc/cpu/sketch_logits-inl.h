@@ -43,7 +43,8 @@ inline void quantise_query(const float* q, const uint8_t* record, int64_t head_d
                           broadcast(-kTop));
         sum = add(sum, w);
         if constexpr (kFormat == SketchFormat::kInt8) {
-            const F32 high = round_even(mul(w, broadcast(1.f / 256.f)));
+            // + 0.5: no ties, so that the low byte lies in [-128, 127]
+            const F32 high = round_even(mul(add(w, broadcast(0.5f)), broadcast(1.f / 256.f)));
             store_bytes(reinterpret_cast<uint8_t*>(out->high + d), high);
             store_bytes(reinterpret_cast<uint8_t*>(out->low + d), fma(high, broadcast(-256.f), w));
         } else {

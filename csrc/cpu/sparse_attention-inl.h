@@ -51,8 +51,9 @@ inline void load_query(const SparseAttentionParams& p, const AttentionItem& a, i
     const T* from = static_cast<const T*>(p.q) + a.row * p.q_strides[0] + query * p.q_strides[1] +
                     (a.kv_head * a.group + h) * p.q_strides[2];
     if (p.rope.cos) {
-        const int64_t rank = a.listed_up_to(a.first_position + query - a.first_query) - 1;
-        rotate_row(from, p.rope, rank > 0 ? rank : 0, p.head_dim, out);
+        // Entries before its own token: the token's rank, listed or not.
+        const int64_t rank = a.listed_up_to(a.first_position + query - a.first_query - 1);
+        rotate_row(from, p.rope, rank, p.head_dim, out);
     } else {
         for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, load(from + d));
     }
@@ -250,6 +251,7 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
     const int64_t last_position = a.first_position + (first - a.first_query) + num - 1;
     const int64_t count = a.listed_up_to(last_position);
     const T *key_rows[kTileTokens], *value_rows[kTileTokens];
+    int64_t seen[kGemmRows];
     for (int64_t tile = 0; tile < count; tile += kTileTokens) {
         const int64_t tokens = count - tile < kTileTokens ? count - tile : kTileTokens;
         tile_pointers(p.keys, a, tile, tokens, key_rows);
@@ -271,6 +273,8 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
             for (int64_t d = 0; d < head_dim; d += kLanes)
                 store(values + t * head_dim + d, load(value_rows[t] + d));
         }
+        // 0 * NaN is NaN: a value that is not finite may only meet the queries that see it.
+        const bool finite_values = all_finite(values, kTileTokens * head_dim);
         const int64_t tile_first = a.position_of(tile),
                       tile_last = a.position_of(tile + tokens - 1);
         for (int64_t r0 = 0; r0 < rows; r0 += kGemmRows) {
@@ -284,12 +288,13 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
             const bool whole = tokens == kTileTokens && tile_last <= lowest;
             for (int64_t r = 0; r < some; ++r) {
                 float* weight = weights + r * kTileTokens;
+                seen[r] = kTileTokens;
                 if (!whole) {
                     const int64_t position =
                         a.first_position + (first - a.first_query) + (r0 + r) / group;
-                    int64_t seen = a.listed_up_to(position) - tile;
-                    seen = seen < 0 ? 0 : (seen < tokens ? seen : tokens);
-                    for (int64_t t = seen; t < kTileTokens; ++t) weight[t] = -INFINITY;
+                    const int64_t listed = a.listed_up_to(position) - tile;
+                    seen[r] = listed < 0 ? 0 : (listed < tokens ? listed : tokens);
+                    for (int64_t t = seen[r]; t < kTileTokens; ++t) weight[t] = -INFINITY;
                 }
                 float sum;
                 const float top = exp_in_place(weight, kTileTokens, &sum);
@@ -306,8 +311,14 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
                 total[r0 + r] = total[r0 + r] * old_factor + sum * new_factor;
                 peak[r0 + r] = now;
             }
-            matmul<true>(some, weights, kTileTokens, values, head_dim, kTileTokens,
-                         acc + r0 * head_dim, head_dim);
+            if (finite_values) {
+                matmul<true>(some, weights, kTileTokens, values, head_dim, kTileTokens,
+                             acc + r0 * head_dim, head_dim);
+            } else {
+                for (int64_t r = 0; r < some; ++r)
+                    matmul<true>(1, weights + r * kTileTokens, kTileTokens, values, head_dim,
+                                 seen[r], acc + (r0 + r) * head_dim, head_dim);
+            }
         }
     }
     for (int64_t r = 0; r < rows; ++r)

@@ -67,10 +67,10 @@ inline F32 round_even(F32 a) {
 inline F32 zero_where_below(F32 value, F32 x, float bound) {
     return map_lanes([&](int i) { return x.lane[i] < bound ? 0.f : value.lane[i]; });
 }
-inline F32 times_power_of_two(F32 a, F32 n) {  // n whole, -126 .. 127
+inline F32 times_power_of_two(F32 a, F32 n) {  // n whole, -126 .. 127; NaN only if `a` is NaN too
     return map_lanes([&](int i) {
-        return a.lane[i] * element::float_of(
-                               static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
+        const int32_t exponent = n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) : 0;
+        return a.lane[i] * element::float_of(static_cast<uint32_t>(exponent + 127) << 23);
     });
 }
 inline float reduce_add(F32 a) {

@@ -1,0 +1,110 @@
+# make demo, make test: each does all of its set-up, from a fresh clone, in this folder only.
+#
+# Without torch >= 2.11 in $(PYTHON), a .venv is made here, with TORCH first (a bare "torch>=2.11" would bring a CUDA
+# build of several GB). A Python that has torch already (a GPU image, perhaps without network) is used as it is and
+# nothing is installed into it. `make VENV=.venv ...` asks for the .venv whatever $(PYTHON) has.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; print(int(tuple(map(int, v('torch').split('.')[:2])) >= (2, 11)))" 2>/dev/null)
+VENV ?= $(if $(filter 1,$(HAS_TORCH)),,.venv)
+PY = $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+PIP = $(PY) -m pip --disable-pip-version-check -q
+CMAKE_CONFIGURE = cmake -S . -G "$$(command -v ninja >/dev/null && echo Ninja || echo Unix Makefiles)"
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f -not -name '*.md')
+CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+KIND := $(if $(VENV),venv,host)
+READY := $(addsuffix /.ready,$(VENV))
+ifneq ($(VENV),)
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+endif
+
+.PHONY: demo test bench lint style types format cpp-test cuda-check isa-check wheel clean distclean
+
+demo: build/.built-$(KIND)
+	$(PY) -m kvselect demo
+
+test: build/.built-$(KIND)
+	$(PY) -m pytest -q
+
+# The questions that bench/README.md lists, one script each.
+bench: build/.built-$(KIND)
+	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u); do \
+	    echo "== $$script"; $(PY) $$script; done
+
+lint: style types
+
+style: build/.tools-$(KIND)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	clang-format --dry-run -Werror $(CPP)
+
+types: build/.tools-$(KIND)
+	$(PY) -m mypy
+
+format: build/.tools-$(KIND)
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	clang-format -i $(CPP)
+
+# The torch-free kernels against plain loops, under the address and undefined-behaviour sanitizers.
+cpp-test: $(READY)
+	$(CMAKE_CONFIGURE) -B build/cpp-test -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVSELECT_MODULES=OFF \
+	    -DKVSELECT_CPP_TESTS=ON -DKVSELECT_SANITIZE=ON -DKVSELECT_WERROR=ON
+	cmake --build build/cpp-test --parallel $(JOBS)
+	build/cpp-test/tests/cpp/kvselect_tests
+
+# Compiles and links every .cu for all architectures; needs nvcc, but neither a GPU nor a CUDA build of torch.
+cuda-check: $(READY)
+	$(CMAKE_CONFIGURE) -B build/cuda-check -DPython3_EXECUTABLE="$$(command -v $(PY))" \
+	    -DKVSELECT_CUDA=check -DKVSELECT_WERROR=ON
+	cmake --build build/cuda-check --parallel $(JOBS) --target cuda_check
+
+# A weak symbol in a file of one instruction set could be the copy that the linker keeps for every CPU.
+isa-check: build/.built-$(KIND)
+	@objects=$$(find build/cmake-* -path '*kvselect_cpu.dir*' -name 'isa_*.o'); \
+	test -n "$$objects" || { echo "isa-check: no isa_*.o under build/"; exit 1; }; \
+	if nm -C --defined-only $$objects | grep -E ' [WV] '; then \
+	    echo "isa-check: the weak symbols above must go into unnamed namespaces"; exit 1; \
+	else echo "isa-check: no weak symbol in" $$(echo "$$objects" | wc -l) "files"; fi
+
+# A wheel, installed into a folder of its own and imported from there: package data and modules are inside it.
+wheel: build/.built-$(KIND)
+	rm -rf build/wheel build/wheel-site
+	$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
+	$(PIP) install --no-deps --target build/wheel-site build/wheel/kvselect-*.whl
+	cd build/wheel-site && PYTHONPATH=. $(if $(VENV),$(abspath $(PY)),$(PY)) -c \
+	    "import kvselect, pathlib; assert 'wheel-site' in kvselect.__file__; print(kvselect.build_info())"
+
+ifneq ($(VENV),)
+$(READY):
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) and the build tools into $(VENV)"
+	$(PIP) install $(TORCH)
+	$(PIP) install "setuptools>=77" "cmake>=3.24" ninja
+	@touch $@
+endif
+
+build/.built-venv: $(READY) $(NATIVE) pyproject.toml
+	@echo "Installing what kvselect needs, and building kvselect"
+	$(PIP) install --no-build-isolation -e ".[test]"
+	@mkdir -p build && touch $@
+
+build/.built-host: $(NATIVE)
+	$(PY) setup.py -q build_ext --inplace
+	@mkdir -p build && touch $@
+
+build/.tools-venv: build/.built-venv
+	$(PIP) install --no-build-isolation -e ".[dev]"
+	@touch $@
+
+build/.tools-host:
+	$(PY) -c "import mypy, ruff"
+	@mkdir -p build && touch $@
+
+clean:
+	rm -rf build *.egg-info kvselect/*.abi3.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,234 @@
+"""Exact attention over a Selection (or over everything), the merging of parts, and what a Selection keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
+from kvselect.arguments import (
+    raise_if_not_finite,
+    require_queries,
+    require_rope,
+    require_selection,
+    require_softmax_scale,
+)
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_bool, require_tensor, require_type
+from kvselect.queries import Queries
+from kvselect.rope import Rope
+from kvselect.selection import Selection
+
+__all__ = ["merge_splits", "recovered_mass", "sparse_attention"]
+
+
+def sparse_attention(
+    q: Tensor,
+    cache: KVCache,
+    selection: Selection | None = None,
+    *,
+    softmax_scale: float | None = None,
+    rope: Rope | None = None,
+    check_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of the last ``seqlen_q`` tokens over the tokens that a Selection lists, causal by position.
+
+    ``out = sum_i softmax_i(softmax_scale * q . k_i) v_i`` over the listed tokens at or before the
+    query's position.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, seqlen_q, num_q_heads, head_dim]
+        The cache's dtype and device. Query ``j`` of row ``b`` sits at ``cache_seqlens[b] - seqlen_q
+        + j``: append first. Head ``h`` reads KV head ``h // group_size``.
+    cache : KVCache
+    selection : Selection or None
+        None: every visible token, which is dense attention.
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+    rope : Rope or None
+        Given, the cache holds un-rotated keys ("compact" positions): the key of rank ``r`` in its
+        list is rotated to ``r``, a query to the rank of its own token.
+    check_finite : bool
+        Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
+        device).
+
+    Returns
+    -------
+    out : Tensor, [batch, seqlen_q, num_q_heads, head_dim], dtype of ``q``; 0 where a query sees
+    nothing lse : Tensor, [batch, seqlen_q, num_q_heads], float32, natural log; -inf there
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes or devices do not agree, or ``rope`` has fewer positions than a list has
+        tokens.
+
+    Notes
+    -----
+    Cost: reads ``2 * head_dim`` numbers per listed token and KV head; memory-bound at decode.
+    """
+    require_queries(q, cache)
+    scale = require_softmax_scale(softmax_scale, cache.head_dim)
+    require_rope(rope, cache)
+    if selection is not None:
+        require_selection(selection, cache, q.shape[1])
+    require_bool(check_finite, "check_finite")
+    if check_finite:
+        raise_if_not_finite(q, cache)
+    indices, topk_length, offsets = None, None, None
+    if selection is not None:
+        indices, topk_length = selection.with_blocks()
+        offsets = selection.q_block_offsets
+    return _attend(
+        q, cache, cache.cache_seqlens, cache.max_seqlen, indices, topk_length, offsets, scale, rope
+    )
+
+
+def attend_queries(
+    queries: Queries, cache: KVCache, selection: Selection | None, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    """`sparse_attention` of checked `Queries`, which may end before the cache does."""
+    indices, topk_length = None, None
+    if selection is not None:
+        indices, topk_length = selection.with_blocks()
+    return _attend(
+        queries.q,
+        cache,
+        queries.cache_seqlens,
+        queries.max_seqlen,
+        indices,
+        topk_length,
+        queries.q_block_offsets,
+        queries.softmax_scale,
+        rope,
+    )
+
+
+def _attend(
+    q: Tensor,
+    cache: KVCache,
+    cache_seqlens: Tensor,
+    max_seqlen: int,
+    indices: Tensor | None,
+    topk_length: Tensor | None,
+    q_block_offsets: Tensor | None,
+    softmax_scale: float,
+    rope: Rope | None,
+) -> tuple[Tensor, Tensor]:
+    cos, sin, start, interleaved = None, None, 0, False
+    if rope is not None:
+        cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
+        if indices is None:
+            longest = min(max_seqlen, max(cache.num_real_tokens, default=0))
+            allowed = (
+                f"at most {rope.num_positions} (positions of rope) for dense attention by rank"
+            )
+            require(longest <= rope.num_positions, "seqlen_k", longest, allowed)
+    out, lse = torch.ops.kvselect.sparse_attention.default(
+        q,
+        cache.k_pages,
+        cache.v_pages,
+        cache.block_table,
+        cache_seqlens,
+        cache.starts,
+        indices,
+        topk_length,
+        q_block_offsets,
+        softmax_scale,
+        cos,
+        sin,
+        start,
+        interleaved,
+    )
+    return out, lse
+
+
+def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge attention computed over disjoint parts of the context.
+
+    ``lse = logsumexp_s partial_lse[s]``, ``out = sum_s exp(partial_lse[s] - lse) * partial_out[s]``
+
+    Parameters
+    ----------
+    partial_out : Tensor, [num_splits, ..., head_dim], float32
+    partial_lse : Tensor, [num_splits, ...], float32
+        Natural log; -inf where a split saw no token.
+
+    Returns
+    -------
+    out : Tensor, [..., head_dim], float32; 0 where no split saw a token
+    lse : Tensor, [...], float32; -inf there
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the shapes do not agree or a tensor is not float32.
+
+    Notes
+    -----
+    Source: the online-softmax identity, Milakov & Gimelshein, arXiv:1805.02867.
+    Cost: reads ``num_splits * rows * (head_dim + 1)`` floats; memory-bound.
+    """
+    require_type(partial_out, Tensor, "partial_out", "a torch.Tensor")
+    shape = tuple(partial_out.shape)
+    require(len(shape) >= 2, "partial_out", shape, "[num_splits, ..., head_dim]")
+    require_tensor(partial_out, "partial_out", shape, (torch.float32,), contiguous_last_dim=False)
+    require_tensor(
+        partial_lse,
+        "partial_lse",
+        shape[:-1],
+        (torch.float32,),
+        partial_out.device,
+        contiguous_last_dim=False,
+    )
+    out, lse = torch.ops.kvselect.merge_splits.default(
+        partial_out.contiguous(), partial_lse.contiguous()
+    )
+    return out, lse
+
+
+def recovered_mass(
+    q: Tensor, cache: KVCache, selection: Selection, *, softmax_scale: float | None = None
+) -> Tensor:
+    """Share of each query's dense attention mass that a Selection holds: ``sum over selected i of p[h, i]``.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, seqlen_q, num_q_heads, head_dim]
+        As attention uses it, with keys as they are stored ("original" positions).
+    cache : KVCache
+    selection : Selection
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+
+    Returns
+    -------
+    Tensor, [batch, seqlen_q, num_q_heads], float32, in [0, 1]; 1 where nothing is visible
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes or devices do not agree.
+
+    Notes
+    -----
+    Cost: reads every key of the row; an audit, not part of a step.
+    """
+    require_queries(q, cache)
+    scale = require_softmax_scale(softmax_scale, cache.head_dim)
+    require_selection(selection, cache, q.shape[1])
+    indices, topk_length = selection.with_blocks()
+    mass: Tensor = torch.ops.kvselect.recovered_mass.default(
+        q,
+        cache.k_pages,
+        cache.block_table,
+        cache.cache_seqlens,
+        cache.starts,
+        indices,
+        topk_length,
+        selection.q_block_offsets,
+        scale,
+        cache.max_seqlen,
+    )
+    return mass

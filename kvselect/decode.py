@@ -1,0 +1,127 @@
+"""One decode step, top to bottom, in the order it happens: select, attend."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from kvselect.arguments import (
+    raise_if_not_finite,
+    require_queries,
+    require_rope,
+    require_softmax_scale,
+)
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_tensor, require_type
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.queries import Queries
+from kvselect.rope import Rope
+from kvselect.selection import Selection
+
+__all__ = ["DecodeInfo", "decode_step"]
+
+
+class DecodeInfo(NamedTuple):
+    """What a decode step did.
+
+    ``selection`` is None where the step was dense; with a selection cache its tensors belong to the
+    state and change at the next step.
+    """
+
+    selection: Selection | None
+    lse: Tensor  # [batch, 1, num_q_heads] float32
+
+    @property
+    def hit(self) -> Tensor | None:
+        """Lists that were reused, int32 [batch, num_lists]; None: none could be."""
+        return None if self.selection is None else self.selection.hit
+
+    @property
+    def kept_mass(self) -> Tensor | None:
+        """`Selection.kept_mass`, [batch, num_kv_heads]; None: the step was dense, or it is not known."""
+        return None if self.selection is None else self.selection.kept_mass
+
+
+def decode_step(
+    q: Tensor,
+    cache: KVCache,
+    policy: Policy,
+    state: PolicyState,
+    *,
+    q_unrotated: Tensor | None = None,
+    rope: Rope | None = None,
+    softmax_scale: float | None = None,
+    check_finite: bool = False,
+) -> tuple[Tensor, DecodeInfo]:
+    """Attention of each row's newest token over what a policy selects for it.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, 1, num_q_heads, head_dim]
+        Query of the token appended last: append first. Rotated for ``positions="original"``,
+        un-rotated for "compact".
+    cache : KVCache
+    policy : Policy
+    state : PolicyState
+        ``policy.new_state(cache)``, kept from step to step, one per layer.
+    q_unrotated : Tensor of the shape of ``q``, or None
+        With "original": the query before RoPE, for the similarity of a selection cache.
+    rope : Rope or None
+        The model's rotation; required by "compact".
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+    check_finite : bool
+        Raise if the query, or any token ever appended, holds NaN or inf (reads a flag back from the
+        device).
+
+    Returns
+    -------
+    out : Tensor, [batch, 1, num_q_heads, head_dim], dtype of ``q``; 0 for a row without tokens
+    info : DecodeInfo
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes, devices or settings do not fit.
+
+    Notes
+    -----
+    Three ops at most (scores, lists, attention), each for the whole batch; no host synchronisation.
+    A step whose rows are all short (`TokenSelect.dense_limit`) is dense.
+    """
+    require_step(q, cache, policy, state, q_unrotated, rope)
+    require(q.shape[1] == 1, "seqlen_q", q.shape[1], "1 (prefill takes more)")
+    if check_finite:
+        raise_if_not_finite(q, cache)
+    queries = Queries(
+        q=q,
+        phase="decode",
+        softmax_scale=require_softmax_scale(softmax_scale, cache.head_dim),
+        cache_seqlens=cache.cache_seqlens,
+        max_seqlen=cache.max_seqlen,
+        q_unrotated=q_unrotated,
+        rope=rope,
+    )
+    policy.update(state, cache)
+    selection = policy.select(state, queries, cache)
+    out, lse = policy.attend(queries, cache, selection)
+    return out, DecodeInfo(selection, lse)
+
+
+def require_step(
+    q: object,
+    cache: KVCache,
+    policy: object,
+    state: object,
+    q_unrotated: object,
+    rope: object,
+) -> None:
+    """Checks that decode steps and prefill calls share."""
+    require_type(policy, Policy, "policy", "a kvselect policy, such as TokenSelect()")
+    require_type(state, PolicyState, "state", "policy.new_state(cache)")
+    require_queries(q, cache)
+    assert isinstance(q, Tensor)
+    if q_unrotated is not None:
+        require_tensor(q_unrotated, "q_unrotated", tuple(q.shape), (q.dtype,), q.device)
+    require_rope(rope, cache)

@@ -1,0 +1,110 @@
+"""Recovered mass, measured from outside the policy: what share of the attention mass do the listed tokens hold?
+
+A policy's own figure comes from the scores it made, so from a sketch where it has one, and StreamingLLM makes none. The
+audit asks the exact keys, for every policy in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvselect.cache import KVCache
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.policies.scoring_vectors import compact_decode_vectors
+from kvselect.queries import Queries
+from kvselect.score import score_blocks
+from kvselect.selection import Selection
+
+
+@dataclass(slots=True)
+class Audit:
+    """Collects the recovered mass of decode queries, over all layers.
+
+    Attributes
+    ----------
+    enabled : bool
+        Off while decode steps are timed: an audit reads every key.
+    """
+
+    enabled: bool = True
+    _mass_sum: float = 0.0
+    _num_calls: int = 0
+
+    def add(self, mass: float) -> None:
+        """The mean over the heads and queries of one layer's call."""
+        self._mass_sum += mass
+        self._num_calls += 1
+
+    @property
+    def recovered_mass(self) -> float | None:
+        """Mean over layers, heads and decode queries; None before the first."""
+        return self._mass_sum / self._num_calls if self._num_calls else None
+
+
+def audited(policy: Policy, audit: Audit) -> Policy:
+    """The same policy, whose decode selections `audit` sees. Selections are unchanged."""
+    base: Any = type(policy)
+
+    class Audited(base):  # type: ignore[misc]
+        __slots__ = ()
+
+        def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
+            selection: Selection | None = base.select(self, state, queries, cache)
+            if audit.enabled and queries.phase == "decode":
+                audit.add(1.0 if selection is None else float(_mass(self, queries, cache, selection)))
+            return selection
+
+    settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    made: Policy = Audited(**settings)
+    return made
+
+
+def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -> Tensor:
+    """Mean recovered mass of the queries, each of which is a block of its own.
+
+    With compact positions a candidate that is not listed has no position; as the policies' scores do, the audit meets
+    candidates at the fixed distance ``num_recent_tokens``, and sinks and recent tokens at their ranks (METHODS 1.5).
+    """
+    indices, topk_length = selection.with_blocks()
+    if policy.positions == "original":
+        mass: Tensor = torch.ops.kvselect.recovered_mass.default(
+            queries.q,
+            cache.k_pages,
+            cache.block_table,
+            queries.cache_seqlens,
+            cache.starts,
+            indices,
+            topk_length,
+            selection.q_block_offsets,
+            queries.softmax_scale,
+            queries.max_seqlen,
+        )
+        return mass.mean()
+    assert queries.rope is not None
+    rank = topk_length.amax(dim=2) - 1  # of each query's own token: the last of its list
+    q, q_local = compact_decode_vectors(
+        queries.q.float().unsqueeze(2), queries.rope, policy.num_recent_tokens, rank
+    )
+    scores, _ = score_blocks(
+        q.contiguous(),
+        cache,
+        cache_seqlens=queries.cache_seqlens,
+        max_seqlen=queries.max_seqlen,
+        q_block_offsets=queries.q_block_offsets,
+        seqlen_q=queries.seqlen_q,
+        window_rule="decode",
+        num_sink_tokens=policy.num_sink_tokens,
+        num_recent_tokens=policy.num_recent_tokens,
+        keep=getattr(policy, "keep", 0),
+        scale=queries.softmax_scale,
+        sketch=None,
+        q_local=q_local.contiguous(),
+        rope=queries.rope,
+    )
+    listed = scores.gather(3, indices.clamp(min=0).long()) * (indices >= 0)
+    return listed.sum(3).mean() / (queries.q.shape[2] // cache.num_kv_heads)

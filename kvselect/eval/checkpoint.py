@@ -1,0 +1,120 @@
+"""Load a local checkpoint, or say in one paragraph why it cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kvselect.eval.tasks import dialect
+
+EMBEDDED = "embedded"  # the name of the model inside the package, where a path is asked for
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or incomplete."""
+
+
+def embedded_model_path() -> Path:
+    """The folder of the retrieval model that comes with kvselect; plain `transformers` loads it."""
+    return Path(__file__).resolve().parent / "models" / "retrieval"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded model with its tokenizer.
+
+    Attributes
+    ----------
+    name : str
+        Folder name, for tables.
+    window_tokens : int
+        The context length it was trained for, as its config says.
+    speaks_dialect : bool
+        Its tokenizer is the dialect of `tasks/dialect.py`; otherwise tasks are asked in prose.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    window_tokens: int
+    speaks_dialect: bool
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No log lines or bars from `transformers` while it loads: what matters is raised, once, by us."""
+    verbosity = transformers.logging.get_verbosity()
+    progress = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if progress:
+            transformers.logging.enable_progress_bar()
+
+
+def load_checkpoint(
+    path: str | Path, *, dtype: str = "auto", device: str = "cpu"
+) -> Checkpoint:
+    """Read model and tokenizer from a folder, or the embedded model if `path` is "embedded". Nothing is downloaded.
+
+    Parameters
+    ----------
+    path : str or Path
+    dtype : str
+        "auto" (as stored), "float32", "float16" or "bfloat16".
+    device : str
+        As torch spells it.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder, its config, weights or tokenizer is missing, unreadable or does not fit together.
+    """
+    folder = embedded_model_path() if str(path) == EMBEDDED else Path(path).expanduser()
+    allowed = f"a folder with a checkpoint of a causal language model, or {EMBEDDED!r}"
+    if not (folder / "config.json").is_file():
+        problem = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise CheckpointError(f"model: got {str(path)!r}, which {problem}, allowed: {allowed}")
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                local_files_only=True,
+                output_loading_info=True,
+            )
+            model = model.to(device).eval()
+    except Exception as error:  # transformers, tokenizers and safetensors share no base class for a damaged file
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"model: got {str(path)!r}, which does not load ({type(error).__name__}: {reason[:300]}), "
+            f"allowed: {allowed}"
+        ) from error
+    # transformers only warns about these and goes on with random weights.
+    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if missing:
+        raise CheckpointError(
+            f"model: got {str(path)!r}, whose weights lack or misshape {len(missing)} tensors, first "
+            f"{missing[0]!r}, allowed: {allowed}"
+        )
+    vocabulary = {word: index for index, word in enumerate(dialect.vocabulary())}
+    text_config = model.config.get_text_config()
+    return Checkpoint(
+        name=folder.resolve().name,
+        model=model,
+        tokenizer=tokenizer,
+        window_tokens=int(text_config.max_position_embeddings),
+        speaks_dialect=tokenizer.get_vocab() == vocabulary,
+    )

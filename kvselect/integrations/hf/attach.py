@@ -1,0 +1,273 @@
+"""`attach`: make a transformers model run with a selection policy; `Handle`: look at it, check it, take it off."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from kvselect.checks import UnsupportedModelError, require, require_bool, require_type
+from kvselect.integrations.hf.attention import kvselect_attention
+from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
+from kvselect.integrations.hf.hooks import install_hooks, remove_copied_hooks
+from kvselect.integrations.hf.masks import key_range_mask
+from kvselect.integrations.hf.plan import PLAN_KEY, StackPlan, unrotated_phases
+from kvselect.integrations.hf.report import Report, make_report
+from kvselect.integrations.hf.stack import (
+    attention_modules,
+    find_stack,
+    implementation_keys,
+    plan_layer,
+    trained_length,
+)
+from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
+from kvselect.policies.base import Policy, policy_from_dict
+
+NAME = "kvselect"
+"""Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa", "flex_attention", "/"
+and "|" in them."""
+
+
+class Handle:
+    """A policy on a model, from `attach` until `detach`. Also a context manager that detaches at its end."""
+
+    def __init__(self, model: PreTrainedModel, plan: StackPlan, undo: ExitStack) -> None:
+        self.model = model
+        self._plan = plan
+        self._undo: ExitStack | None = undo
+
+    @property
+    def policy(self) -> Policy:
+        """The attached policy."""
+        return self._plan.policy
+
+    @property
+    def attached(self) -> bool:
+        """False after `detach`."""
+        return self._undo is not None
+
+    def report(self) -> Report:
+        """What every layer did since `attach`; ``str()`` of it is a table, ``.to_dict()`` goes into JSON."""
+        return make_report(self.model, self._plan)
+
+    def verify(
+        self,
+        *,
+        prompt_tokens: int = 192,
+        decode_tokens: int = 4,
+        tolerance: float | None = None,
+        seed: int = 0,
+    ) -> VerifyResult:
+        """Compare the model with and without kvselect where they must agree: with a budget of at least the length.
+
+        Runs a random prompt and a few decode steps on the model as it was, then with the attached policy widened to
+        keep every token: once by its dense path, once through scores, lists and sparse attention.
+
+        Parameters
+        ----------
+        prompt_tokens, decode_tokens : int
+            Length of the two phases [tokens].
+        tolerance : float or None
+            Bound on ``max |difference| / max |stock|`` of the logits and of every layer's attention output; None: by
+            the model's dtype (`verify.TOLERANCE`).
+        seed : int
+            Of the random tokens.
+
+        Raises
+        ------
+        VerificationError
+            Naming the first layer beyond the bound and its error.
+        """
+        require(self.attached, "handle", "a detached model", "an attached one")
+        return verify_attachment(
+            self.model, self._plan, self.stock, prompt_tokens, decode_tokens, tolerance, seed
+        )
+
+    @contextmanager
+    def stock(self) -> Iterator[None]:
+        """Run the model as it was before `attach`, for a while."""
+        require(self.attached, "handle", "a detached model", "an attached one")
+        plan = self._plan
+        plan.mode = "stock"
+        self.model.set_attn_implementation(plan.previous)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(_selecting(plan.previous))
+            plan.mode = "select"
+
+    def detach(self) -> None:
+        """Remove every hook and restore the attention implementations: logits are bit-equal to before. Idempotent."""
+        if self._undo is not None:
+            undo, self._undo = self._undo, None
+            undo.close()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<kvselect.Handle: {self.policy!r} {state}, {type(self.model).__name__}>"
+
+
+def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool = True) -> Handle:
+    """Attach a selection policy to a transformers causal language model, in place and reversibly.
+
+    ``generate``, beams, pipelines and evaluation harnesses work on unchanged.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Its attention must go through transformers' attention interface (Llama, Qwen2, Qwen3, Mistral and others).
+    policy : Policy or None
+        None: the dict at ``model.config.kvselect``, written by ``policy.to_dict()``.
+    strict : bool
+        True: raise if any layer that should select cannot, naming all of them. False: those layers run dense, and the
+        report says why.
+
+    Returns
+    -------
+    Handle
+
+    Raises
+    ------
+    UnsupportedModelError
+        If kvselect cannot run this model, or (strict) some of its layers.
+    ValueError
+        If a policy is attached already, ``output_attentions`` is on, a dense layer does not exist, or the policy's
+        compact positions exceed the length that the model was trained on.
+    TypeError
+        If the model is not a PreTrainedModel or the policy not a Policy.
+
+    Notes
+    -----
+    A failing attach leaves the model as it was. The first call registers the name "kvselect" with transformers;
+    nothing else outside the model changes. Two forward passes of seven tokens calibrate the rotation of each layer.
+    """
+    require_type(model, PreTrainedModel, "model", "a transformers PreTrainedModel")
+    require_bool(strict, "strict")
+    policy = _policy_of(model, policy)
+    copied = remove_copied_hooks(model)
+    if copied is not None:
+        model.set_attn_implementation(copied.previous)
+    stack = find_stack(model)
+    if PLAN_KEY in stack.__dict__:
+        got = f"a model with {stack.__dict__[PLAN_KEY].policy!r} attached"
+        require(False, "model", got, "one without; call handle.detach() first")
+    config: Any = stack.config
+    require(not config.output_attentions, "config.output_attentions", True, "False")
+    modules = attention_modules(stack)
+    layers = len(modules)
+    bad = [index for index in policy.dense_layers if not 0 <= index < config.num_hidden_layers]
+    require(
+        not bad,
+        "dense_layers",
+        bad,
+        f"indices of this model's layers, 0..{config.num_hidden_layers - 1}",
+    )
+    length = trained_length(config)
+    if policy.positions == "compact":
+        allowed = (
+            f"at most {length}, the trained length of {type(model).__name__} (positions='compact')"
+        )
+        require(policy.capacity <= length, "policy.capacity", policy.capacity, allowed)
+
+    plan = StackPlan(weakref.ref(stack), policy, length, implementation_keys(model, config))
+    plan.layers = [plan_layer(module, config, plan) for module in modules]
+    with ExitStack() as undo:
+        _switch_on(model, stack, modules, plan, undo)
+        probes = run_calibration(stack, plan)
+        _decide(model, plan, fit_layers(stack, plan, probes), strict)
+        plan.mode = "select"
+        return Handle(model, plan, undo.pop_all())
+
+
+def _policy_of(model: PreTrainedModel, policy: Policy | None) -> Policy:
+    """The given policy, or the one that rides in the model's configuration."""
+    if policy is None:
+        settings = getattr(model.config, NAME, None)
+        require(
+            isinstance(settings, dict),
+            "policy",
+            None,
+            "a kvselect policy, or model.config.kvselect = policy.to_dict()",
+        )
+        return policy_from_dict(settings)
+    require_type(policy, Policy, "policy", "a kvselect policy, such as TokenSelect")
+    return policy
+
+
+def _selecting(previous: dict[str, Any]) -> dict[str, Any]:
+    """The form of ``set_attn_implementation`` that moves the stack's configuration, and no other, to our name."""
+    return {
+        key: _selecting(value) if isinstance(value, dict) else NAME
+        for key, value in previous.items()
+    }
+
+
+def _switch_on(
+    model: PreTrainedModel,
+    stack: nn.Module,
+    modules: list[nn.Module],
+    plan: StackPlan,
+    undo: ExitStack,
+) -> None:
+    """Register the name, move the model to it, install the hooks; ``undo`` takes it all back."""
+    AttentionInterface.register(NAME, kvselect_attention)
+    AttentionMaskInterface.register(NAME, key_range_mask)
+    undo.callback(model.set_attn_implementation, plan.previous)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a class outside the interface is refused below, in our words
+    try:
+        model.set_attn_implementation(_selecting(plan.previous))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    config: Any = stack.config
+    if config._attn_implementation != NAME:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: got attention outside transformers' attention interface, allowed: models whose "
+            "attention implementation can be set (Llama, Qwen2, Qwen3, Mistral, ...)"
+        )
+    for hook in install_hooks(stack, modules, plan):
+        undo.callback(hook.remove)
+    for module in (stack, *modules):
+        undo.callback(module.__dict__.pop, PLAN_KEY, None)
+
+
+def _decide(
+    model: PreTrainedModel, plan: StackPlan, problems: dict[int, Problem], strict: bool
+) -> None:
+    """Which layers select; raises for what must not run, or (strict) for any layer that should select and cannot."""
+    if plan.policy.positions == "original" and not unrotated_phases(plan.policy):
+        problems = {index: problem for index, problem in problems.items() if not problem.rotation}
+    meant = {layer.index for layer in plan.layers if layer.selects}
+    raised = {
+        index: problem
+        for index, problem in sorted(problems.items())
+        if problem.fatal or (strict and index in meant)
+    }
+    if raised:
+        lines = "".join(f"\n  layer {index}: {problem.text}" for index, problem in raised.items())
+        fatal = any(problem.fatal for problem in raised.values())
+        advice = "" if fatal else "\nstrict=False runs these layers dense."
+        allowed = "plain causal softmax attention with RoPE"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: got layers that cannot select, allowed: {allowed}{lines}{advice}"
+        )
+    last = max((layer.index for layer in plan.layers), default=-1)
+    plan.sketches = [None] * (last + 1)
+    plan.foreign_layers = frozenset(problems)
+    for layer in plan.layers:
+        if layer.selects and layer.index in problems:
+            layer.reason = problems[layer.index].text
+        if layer.selects:
+            plan.sketches[layer.index] = plan.policy.required_sketch
+        layer.use(plan.policy)

@@ -1,0 +1,218 @@
+"""The attention function that is registered with transformers under the name "kvselect"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvselect.cache import KVCache
+from kvselect.checks import require
+from kvselect.decode import decode_step
+from kvselect.integrations.hf.cache_layer import KVSelectLayer
+from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
+from kvselect.integrations.hf.masks import KeyRange
+from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.prefill import prefill
+
+
+def kvselect_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kvselect: LayerContext | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer call, as transformers asks for it.
+
+    Parameters
+    ----------
+    query : Tensor, [batch, num_q_heads, seqlen_q, head_dim]
+        A transposed view; rotated, unless the layer rotates for itself (compact positions).
+    key, value : Tensor, [batch, num_kv_heads, seqlen_k, head_dim]
+        The whole context, as the cache's ``update`` returned it.
+    attention_mask : Tensor
+        From `key_range_mask`, or a 4-D mask of somebody else.
+    kvselect : LayerContext
+        From `attention_pre_hook`; without it nobody attached.
+    scaling : float or None
+        None: ``module.scaling``.
+
+    Returns
+    -------
+    out : Tensor, [batch, seqlen_q, num_q_heads, head_dim], contiguous
+    weights : None
+
+    Raises
+    ------
+    ValueError
+        If the model is not attached or trains, for dropout, and for softmax variants that we do not compute.
+    """
+    if kvselect is None:
+        require(
+            False,
+            "attn_implementation",
+            "kvselect",
+            "a model with a policy: call kvselect.attach(model, policy)",
+        )
+        raise AssertionError  # for the type checker
+    softmax_scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
+    if kvselect.plan.stack.recorder is not None:
+        options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        recorder = kvselect.plan.stack.recorder
+        return recorder(
+            module, query, key, value, attention_mask, kvselect, softmax_scale, options
+        ), None
+    require(dropout == 0.0, "dropout", dropout, "0 (kvselect does not train: model.eval())")
+    require(softcap is None and s_aux is None, "softmax", "softcap or sink logits", "plain softmax")
+    arguments = (module, query, key, value, attention_mask, kvselect, softmax_scale, sliding_window)
+    if not (torch.is_grad_enabled() and query.requires_grad):
+        return _attend(*arguments), None
+    require(
+        not module.training, "model.training", True, "False (kvselect does not train: model.eval())"
+    )
+    with torch.no_grad():
+        out = _attend(*arguments)
+    return _ForwardOnly.apply(out, query), None
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    context: LayerContext,
+    softmax_scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    plan, layer = context.plan, context.layer
+    stack = plan.stack
+    keys = stack.mask(attention_mask)
+    if type(layer) is KVSelectLayer and isinstance(keys, KeyRange):
+        if query.shape[2] > 1:
+            layer.validity = keys.validity
+        elif layer.validity is not None:
+            keys = KeyRange(keys.starts, keys.ends, layer.validity_of(key.shape[2]))
+    elif (
+        isinstance(keys, KeyRange)
+        and keys.validity is not None
+        and layer is not None
+        and not plan.slides
+    ):
+        allowed = "left padding, or a cache of plain dynamic layers"
+        require(
+            False, "attention_mask", f"holes in the padding with a {type(layer).__name__}", allowed
+        )
+    if plan.reason is None:
+        reason = _why_dense(keys, layer)
+        if reason is None:
+            return _select(query, key, value, context, keys, softmax_scale)
+        plan.ran_dense(reason)
+        if plan.rotates_itself:
+            assert isinstance(keys, KeyRange)  # the hook let nothing else through
+            rope = stack.table(plan, key.shape[2], key.device)
+            query = rotate_by_index(query, keys, rope)
+            key = rotate_by_index(key, keys, rope)
+    return dense_attention(module, query, key, value, keys, softmax_scale, sliding_window)
+
+
+def _why_dense(keys: KeyRange | Tensor, layer: Any) -> str | None:
+    """What keeps a selecting layer from selecting in this call."""
+    if isinstance(keys, Tensor):
+        return "a 4-D attention mask"
+    if keys.validity is not None:
+        return "padding with holes (right or middle padding)"
+    if layer is not None and type(layer) is not KVSelectLayer:
+        filled = " filled before attach" if type(layer).__name__ == "DynamicLayer" else ""
+        return f"a cache layer {type(layer).__name__}{filled}"
+    return None
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context: LayerContext,
+    keys: KeyRange | Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """One decode step or prefill call through the attached policy."""
+    plan, layer = context.plan, context.layer
+    stack = plan.stack
+    policy = plan.policy
+    assert policy is not None
+    if layer is not None:
+        cache: KVCache = layer.cache
+        state = layer.state(policy, plan.statistics)
+    else:  # no cache: the state lasts one call
+        assert isinstance(keys, KeyRange)
+        cache = KVCache(
+            key.shape[0],
+            key.shape[1],
+            key.shape[3],
+            dtype=key.dtype,
+            device=key.device,
+            capacity=key.shape[2],
+            sketch=policy.required_sketch,
+        )
+        cache.set_starts(keys.starts)
+        cache.append(key.transpose(1, 2), value.transpose(1, 2))
+        state = policy.new_state(cache)
+        state.prefill, state.decode = plan.statistics
+    q = query.transpose(1, 2)
+    seqlen_q = q.shape[1]
+    rope, q_unrotated = None, None
+    if plan.rotates_itself:
+        rope = stack.table(plan, max(policy.capacity, cache.max_seqlen), q.device)
+    elif seqlen_q == 1:
+        if "decode" in plan.needs_unrotated:
+            assert context.cos is not None and context.sin is not None
+            q_unrotated = plan.layout.unrotate(q, context.cos, context.sin)
+            rope = stack.table(plan, 1, q.device)
+    elif "prefill" in plan.needs_unrotated:
+        # By index, not by position_ids: the policy rotates block means to their index, and these two must cancel
+        # for the means to meet the rotated keys, whatever positions a row starts at.
+        q_unrotated = stack.inverse(plan, q.device).rotate_at(q, -_index(cache, seqlen_q))
+        rope = stack.table(plan, 1, q.device)
+    plan.nonfinite = cache.num_nonfinite
+    filled = cache.max_seqlen > seqlen_q
+    if filled and seqlen_q <= max(policy.tail_q_block_size, 1):
+        plan.num_lists += cache.batch * cache.num_kv_heads * seqlen_q
+    if filled and seqlen_q == 1:
+        out, _ = decode_step(
+            q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
+        )
+    else:
+        out, _ = prefill(
+            q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
+        )
+    return out
+
+
+def _index(cache: KVCache, seqlen_q: int) -> Tensor:
+    """Real tokens before each of the last ``seqlen_q`` ones, [batch or 1, seqlen_q]."""
+    place = torch.arange(cache.max_seqlen - seqlen_q, cache.max_seqlen, device=cache.device)[None]
+    return place if cache.starts is None else place - cache.starts[:, None]
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Passes the result on and refuses to differentiate: our ops have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "backward: got a gradient through kvselect attention, allowed: forward only (call handle.detach() to train)"
+        )

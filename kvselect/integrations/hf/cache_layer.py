@@ -1,0 +1,271 @@
+"""A transformers cache layer over `kvselect.KVCache`: appends in place and shows zero-copy views.
+
+``DynamicLayer.update`` concatenates the whole cache at every step; this layer writes only the new tokens. Everything
+that a selection policy remembers about a layer lives here too, so that it follows the rows of the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvselect.cache import KVCache
+from kvselect.checks import require
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.policies.statistics import PhaseStatistics
+
+RopeState = Literal["rotated", "unrotated"]
+
+
+class KVSelectLayer(DynamicLayer):
+    """Keys and values of one layer in a `KVCache`, shown to transformers as ``[batch, heads, seqlen, head_dim]``.
+
+    Parameters
+    ----------
+    sketch : {"int4", "int8", None}
+        Format of the scoring keys that the cache keeps; None where the layer does not select by sketch.
+
+    Attributes
+    ----------
+    cache : KVCache or None
+        None until the first `update`.
+    rope_state : {"rotated", "unrotated"} or None
+        How the stored keys are; set by the first append.
+    validity : Tensor, [batch, tokens], bool, or None
+        Which keys count, where the padding of the last call with several queries had holes; younger tokens count.
+    version : int
+        Moves with everything except an append: what a policy remembered at another version is stale.
+    """
+
+    def __init__(self, sketch: str | None = None) -> None:
+        super().__init__()
+        self.sketch = sketch
+        self.cache: KVCache | None = None
+        self.rope_state: RopeState | None = None
+        self.validity: Tensor | None = None
+        self._state: PolicyState | None = None
+        self._state_policy: Policy | None = None
+        self._announced: RopeState | None = None
+        self._starts: Tensor | None = None
+        self._past_versions = 0
+
+    def __repr__(self) -> str:
+        return f"KVSelectLayer(sketch={self.sketch!r}, tokens={self.get_seq_length()})"
+
+    @property
+    def version(self) -> int:
+        return self._past_versions + (0 if self.cache is None else self.cache.version)
+
+    def announce(self, rope_state: RopeState, sketch: str | None, starts: Tensor | None) -> None:
+        """Say what the coming `update` brings: called by the attention hook of an attached model.
+
+        Parameters
+        ----------
+        rope_state : {"rotated", "unrotated"}
+        sketch : {"int4", "int8", None}
+            Format that the attached policy wants; the sketch of a filled layer is rebuilt if it has another.
+        starts : Tensor, [batch], int32, or None
+            First real token of each row; None: leave them as they are.
+
+        Raises
+        ------
+        ValueError
+            If the layer holds keys of the other kind.
+        """
+        self._require_rope_state(rope_state)
+        self._announced, self._starts = rope_state, starts
+        if sketch != self.sketch:
+            self._change_sketch(sketch)
+
+    def state(
+        self, policy: Policy, statistics: tuple[PhaseStatistics, PhaseStatistics]
+    ) -> PolicyState:
+        """What ``policy`` remembers about this layer; made anew for another policy, with these counters."""
+        assert self.cache is not None
+        if self._state is None or self._state_policy is not policy:
+            self._state, self._state_policy = policy.new_state(self.cache), policy
+        self._state.prefill, self._state.decode = statistics
+        return self._state
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the shape, dtype and device of the first keys ``[batch, heads, n, head_dim]``."""
+        require(
+            key_states.shape == value_states.shape,
+            "value_states",
+            list(value_states.shape),
+            f"the shape of the keys, {list(key_states.shape)}",
+        )
+        batch, num_kv_heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._replace_cache(self._new_cache(batch, num_kv_heads, head_dim))
+        self.is_initialized = True
+        self._show()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[batch, heads, n, head_dim]`` and return views of all keys and values, in the same layout.
+
+        Raises
+        ------
+        ValueError
+            If the layer holds un-rotated keys and the caller is not an attached model: a model that rotates its
+            queries would meet them without their positions.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        announced, self._announced = self._announced or "rotated", None
+        self._require_rope_state(announced)
+        self.rope_state = announced
+        assert self.cache is not None
+        if (
+            self._starts is not None
+        ):  # before the append, which it must not look like an interruption of
+            self.cache.set_starts(self._starts)
+            self._starts = None
+        self.cache.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        self._show()
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens stored (padding included)."""
+        return 0 if self.cache is None else self.cache.max_seqlen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next `update` will show, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every row.
+
+        Raises
+        ------
+        ValueError
+            For a positive number, which once meant the final length.
+        """
+        require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0 or a negative int")
+        dropped = min(-tokens_to_remove, self.get_seq_length())
+        if dropped == 0 or self.cache is None:
+            return
+        self.cache.crop(dropped)
+        if self.validity is not None:
+            self.validity = self.validity[:, : self.get_seq_length()]
+        self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become ``rows[beam_idx]``."""
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times in a row."""
+        if self.cache is not None:
+            rows = torch.arange(self.cache.batch, device=self.device)
+            self._take_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows: indices, or a boolean mask."""
+        self._take_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def reset(self) -> None:
+        """Forget all tokens and what was remembered about them; the next `update` allocates anew."""
+        self._past_versions = self.version + 1
+        self.cache = self.keys = self.values = None
+        self.rope_state = self.validity = self._state = self._state_policy = None
+        self._announced = self._starts = None
+        self.is_initialized = False
+
+    def offload(self) -> None:
+        """Not supported: the sketch and the selection would have to move with the keys."""
+        raise ValueError("offloading: got True, allowed: False for the cache of an attached model")
+
+    prefetch = offload
+
+    def validity_of(self, seqlen_k: int) -> Tensor | None:
+        """`validity` over ``seqlen_k`` keys: tokens after the last call with holes all count."""
+        if self.validity is None:
+            return None
+        return torch.nn.functional.pad(
+            self.validity, (0, seqlen_k - self.validity.shape[1]), value=True
+        )
+
+    def _take_rows(self, index: Tensor) -> None:
+        if self.cache is None:
+            return
+        index = index.to(self.device)
+        batch = self.cache.batch
+        self.cache.reorder(index)
+        if self.validity is not None:
+            self.validity = self.validity.index_select(0, index)
+        if self.cache.batch != batch:  # the state is allocated per row
+            self._state = None
+        self._show()
+
+    def _require_rope_state(self, rope_state: RopeState) -> None:
+        held = self.rope_state if self.get_seq_length() > 0 else None
+        require(
+            held in (None, rope_state),
+            "cache layer",
+            f"{self.get_seq_length()} {held} keys",
+            f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)",
+        )
+
+    def _change_sketch(self, sketch: str | None) -> None:
+        """Rebuild the cache with another sketch format: another policy was attached since it was filled."""
+        self.sketch = sketch
+        old = self.cache
+        if old is None:
+            return
+        cache = self._new_cache(old.batch, old.num_kv_heads, old.head_dim)
+        cache.append(old.k, old.v)
+        self._replace_cache(cache)
+        self._show()
+
+    def _new_cache(self, batch: int, num_kv_heads: int, head_dim: int) -> KVCache:
+        return KVCache(
+            batch, num_kv_heads, head_dim, dtype=self.dtype, device=self.device, sketch=self.sketch
+        )
+
+    def _replace_cache(self, cache: KVCache) -> None:
+        if self.cache is not None:
+            self._past_versions = self.version + 1
+        self.cache = cache
+        self._state = None
+
+    def _show(self) -> None:
+        """Point ``keys`` and ``values`` at what is stored."""
+        assert self.cache is not None
+        self.keys, self.values = self.cache.k.transpose(1, 2), self.cache.v.transpose(1, 2)
+
+
+def upgrade_cache(
+    cache: Cache, sketches: list[str | None], foreign_layers: frozenset[int] = frozenset()
+) -> None:
+    """Replace the empty plain layers of a cache by `KVSelectLayer`, in place.
+
+    Parameters
+    ----------
+    cache : Cache
+        Its type stays, so that every check in ``generate`` passes. Layers of any other type, and filled ones, stay
+        as they are.
+    sketches : list of str or None
+        Sketch format of each layer of the decoder stack.
+    foreign_layers : frozenset of int
+        Layers that `KVCache` cannot hold; they stay as they are.
+
+    Raises
+    ------
+    ValueError
+        If the cache moves its layers to the CPU by itself.
+    """
+    require(not cache.offloading, "past_key_values.offloading", True, "False")
+    layers = cache.layers
+    if cache.layer_class_to_replicate is DynamicLayer:
+        # Layers of a cache made without a config appear during the forward pass; the hooks need them before.
+        layers.extend(DynamicLayer() for _ in sketches[len(layers) :])
+    for index, sketch in enumerate(sketches[: len(layers)]):
+        layer = layers[index]
+        if type(layer) is DynamicLayer and not layer.is_initialized and index not in foreign_layers:
+            layers[index] = KVSelectLayer(sketch)

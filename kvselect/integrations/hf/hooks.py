@@ -1,0 +1,140 @@
+"""The two hooks of an attached model: one on the decoder stack, one on every attention module.
+
+They are plain functions that find their plan in ``module.__dict__``: a bound method or a closure would carry the
+original's plan into a copy of the model unnoticed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvselect.checks import require
+from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.masks import KeyRange
+from kvselect.integrations.hf.plan import PLAN_KEY, LayerContext, LayerPlan, StackPlan, plan_of
+
+
+def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the decoder stack: make a missing cache, upgrade its empty layers, refuse what we cannot give.
+
+    Raises
+    ------
+    ValueError
+        For ``output_attentions=True`` (the weights are never formed; transformers would return an empty tuple
+        without a word) and for caches that offload their layers.
+    """
+    plan: StackPlan = plan_of(module)
+    if plan.mode != "select":
+        return None
+    require(not kwargs.get("output_attentions"), "output_attentions", True, "False")
+    place = plan.cache_argument
+    positional = len(args) > place
+    cache = args[place] if positional else kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+        return None
+    use_cache = kwargs.get("use_cache")
+    config: Any = module.config
+    if cache is not None or use_cache is False or (use_cache is None and not config.use_cache):
+        return None
+    cache = DynamicCache(config=config)
+    upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+    if positional:
+        return (*args[:place], cache, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "past_key_values": cache}
+
+
+def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before an attention module: hand the layer's cache, cos, sin and plan to the attention function.
+
+    With compact positions a selecting layer gets cos = 1 and sin = 0, so that its keys are cached un-rotated.
+    """
+    plan: LayerPlan = plan_of(module)
+    stack = plan.stack
+    if stack.mode == "stock":
+        return None
+    rotation = kwargs.get("position_embeddings")
+    if not isinstance(rotation, tuple) or len(rotation) != 2:
+        require(
+            stack.mode == "calibrate",
+            "position_embeddings",
+            type(rotation).__name__,
+            "a pair of tensors",
+        )
+        rotation = (None, None)
+    cos, sin = rotation
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    layer = (
+        cache.layers[plan.index] if cache is not None and plan.index < len(cache.layers) else None
+    )
+    if stack.mode == "calibrate":
+        rotates_itself = stack.identity
+    else:
+        rotates_itself = plan.rotates_itself
+        _announce(plan, layer, args, kwargs, rotates_itself)
+    kwargs["kvselect"] = LayerContext(layer, cos, sin, plan)
+    if rotates_itself and cos is not None:
+        kwargs["position_embeddings"] = stack.no_rotation(cos, sin)
+    return args, kwargs
+
+
+def _announce(
+    plan: LayerPlan, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotates_itself: bool
+) -> None:
+    """Tell the cache layer what comes; raise, before anything is stored, for what compact positions cannot do."""
+    plan.cache_class = "none" if layer is None else type(layer).__name__
+    ours = type(layer) is KVSelectLayer
+    if not ours and not rotates_itself:
+        return
+    keys = plan.stack.mask(kwargs.get("attention_mask"))
+    if rotates_itself:
+        allowed = "a 2-D padding mask or None (positions='compact')"
+        require(isinstance(keys, KeyRange), "attention_mask", "a 4-D mask", allowed)
+        allowed = "a cache of plain dynamic layers that is empty or was filled by this model (positions='compact')"
+        require(layer is None or ours, "past_key_values", f"a {plan.cache_class}", allowed)
+    if ours:
+        starts = keys.starts if isinstance(keys, KeyRange) else None
+        if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
+            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if hidden_states.shape[1] == 1:
+                starts = None  # a decode step reads nothing back; a row's padding is known since its first call
+        sketch = plan.stack.sketches[plan.index]
+        layer.announce("unrotated" if rotates_itself else "rotated", sketch, starts)
+
+
+def install_hooks(
+    stack: nn.Module, attention_modules: list[nn.Module], plan: StackPlan
+) -> list[RemovableHandle]:
+    """Put the plans into the modules and register both hooks; the handles undo the latter."""
+    names = list(inspect.signature(stack.forward).parameters)
+    plan.cache_argument = (
+        names.index("past_key_values") if "past_key_values" in names else len(names)
+    )
+    stack.__dict__[PLAN_KEY] = plan
+    handles = [stack.register_forward_pre_hook(stack_pre_hook, with_kwargs=True)]
+    for module, layer_plan in zip(attention_modules, plan.layers):
+        module.__dict__[PLAN_KEY] = layer_plan
+        handles.append(module.register_forward_pre_hook(attention_pre_hook, with_kwargs=True))
+    return handles
+
+
+def remove_copied_hooks(model: nn.Module) -> StackPlan | None:
+    """Clean a copy of an attached model of the hooks and plans that came along; returns the original's stack plan."""
+    found: StackPlan | None = None
+    for module in model.modules():
+        plan = module.__dict__.get(PLAN_KEY)
+        if plan is None or plan.owner() is module:
+            continue
+        if isinstance(plan, StackPlan):
+            found = plan
+        del module.__dict__[PLAN_KEY]
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is stack_pre_hook or hook is attention_pre_hook:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return found

@@ -1,0 +1,249 @@
+"""What an attached model keeps beside its modules: a plan for the decoder stack, and one for each attention layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from kvselect.integrations.hf.masks import KeyRange, read_mask
+from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout
+from kvselect.policies.base import Policy
+from kvselect.policies.statistics import PhaseStatistics
+from kvselect.queries import Phase
+from kvselect.rope import Rope
+
+PLAN_KEY = "_kvselect_plan"
+"""Where a plan sits in ``module.__dict__``."""
+
+MIN_TABLE_ROWS = 1024
+"""First size of a rotation table [positions]."""
+
+Recorder = Callable[..., Tensor]
+
+
+class CopiedModelError(RuntimeError):
+    """The model is a copy of an attached one: its hooks came along, its plan belongs to the original."""
+
+
+@dataclass(slots=True, eq=False)
+class StackPlan:
+    """One attachment: the policy and what all layers of the decoder stack share.
+
+    Attributes
+    ----------
+    mode : {"calibrate", "select", "stock"}
+        "calibrate": layers only show their queries and keys to ``recorder``; "stock": hooks do nothing.
+    trained_length : int
+        Positions that the model was trained on [tokens]; compact positions stay below it.
+    previous : dict
+        Attention implementation of each sub-config before, in the form of ``set_attn_implementation``.
+    """
+
+    owner: weakref.ref[nn.Module]
+    policy: Policy
+    trained_length: int
+    previous: dict[str, Any]
+    layers: list[LayerPlan] = field(default_factory=list)
+    mode: Literal["calibrate", "select", "stock"] = "calibrate"
+    recorder: Recorder | None = None
+    identity: bool = False  # calibration's second run: every layer gets cos = 1, sin = 0
+    sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
+    foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
+    cache_argument: int = (
+        -1
+    )  # place of past_key_values among the positional arguments of the stack's forward
+    _mask: tuple[weakref.ref[Tensor], KeyRange] | None = None
+    _ones: tuple[Tensor, Tensor, Tensor] | None = None
+    _tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:
+        return self  # a copied module finds that it is not the owner
+
+    def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
+        """`read_mask`, once per forward: all layers of a kind get the same mask object."""
+        if self._mask is not None and self._mask[0]() is attention_mask:
+            return self._mask[1]
+        keys = read_mask(attention_mask)
+        if isinstance(keys, KeyRange) and attention_mask is not None:
+            last = self._mask[1].starts if self._mask is not None else None
+            # A step's starts are a new tensor with the old values; the cache reads values only of a tensor it does
+            # not know. Comparing here costs one read per step instead of one per layer, and none off the CPU.
+            if last is not None and last.device.type == "cpu" and torch.equal(last, keys.starts):
+                keys = KeyRange(last, keys.ends, keys.validity)
+            self._mask = (weakref.ref(attention_mask), keys)
+        return keys
+
+    def no_rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Ones and zeros in the form of ``cos`` and ``sin``, made once per shape."""
+        kept = self._ones
+        if (
+            kept is None
+            or kept[0].shape != cos.shape
+            or kept[0].dtype != cos.dtype
+            or kept[0].device != cos.device
+        ):
+            self._ones = kept = (torch.ones_like(cos), torch.zeros_like(sin), cos)
+        return kept[0], kept[1]
+
+    def table(self, layer: LayerPlan, num_positions: int, device: torch.device) -> Rope:
+        """The layer's rotation for ``num_positions`` positions or more, but never beyond the trained length.
+
+        Layers with the same rotation share a table; it grows by doubling.
+        """
+        assert layer.frequencies is not None
+        key = (layer.frequencies, layer.layout, device)
+        rope = self._tables.get(key)
+        held = 0 if rope is None else rope.num_positions
+        if rope is None or held < min(num_positions, self.trained_length):
+            rows = min(max(num_positions, 2 * held, MIN_TABLE_ROWS), self.trained_length)
+            rope = layer.frequencies.rope(layer.layout, rows, device)
+            self._tables[key] = rope
+        return rope
+
+    def inverse(self, layer: LayerPlan, device: torch.device) -> Rope:
+        """`Frequencies.inverse` of the layer's rotation, kept like the tables."""
+        assert layer.frequencies is not None
+        key = (layer.frequencies, layer.layout, device, "inverse")
+        if key not in self._tables:
+            self._tables[key] = layer.frequencies.inverse(layer.layout, device)
+        return self._tables[key]
+
+
+@dataclass(slots=True, eq=False)
+class LayerPlan:
+    """What one attention layer does.
+
+    Attributes
+    ----------
+    index : int
+        ``layer_idx``: the layer's place in the cache.
+    reason : str or None
+        Why the layer runs dense; None: it selects.
+    layer_type : str or None
+        Of ``config.layer_types``.
+    slides : bool
+        Whether its attention slides over a window.
+    layout, fit_error, frequencies
+        The layer's rotation (`rope_fit`).
+    needs_unrotated : frozenset of {"prefill", "decode"}
+        Phases in which the policy asks for the queries before RoPE.
+    policy : Policy or None
+        The stack's policy; with original positions where the layer has no rotation to compact.
+    head_dim, itemsize : int
+        Of its keys [channels, bytes].
+    statistics : pair of PhaseStatistics
+        Of prefill and decode: shared by every cache that the layer meets while attached.
+    num_lists : int
+        Queries of decode steps so far, times rows, times KV heads: what the decode counts are summed over.
+    nonfinite : Tensor, [batch, num_kv_heads], int64, or None
+        Counter of the last cache.
+    cache_class : str
+        Type of the cache layer of the last call.
+    runtime_dense : Counter
+        Calls of a selecting layer that ran dense, by reason.
+    """
+
+    owner: weakref.ref[nn.Module]
+    stack: StackPlan
+    index: int
+    reason: str | None = None
+    layer_type: str | None = None
+    slides: bool = False
+    layout: RopeLayout = NO_ROPE
+    fit_error: float = 0.0
+    frequencies: Frequencies | None = None
+    needs_unrotated: frozenset[Phase] = frozenset()
+    policy: Policy | None = None
+    head_dim: int = 0
+    itemsize: int = 0
+    statistics: tuple[PhaseStatistics, PhaseStatistics] = field(
+        default_factory=lambda: (PhaseStatistics(), PhaseStatistics())
+    )
+    num_lists: int = 0
+    nonfinite: Tensor | None = None
+    cache_class: str = ""
+    runtime_dense: Counter[str] = field(default_factory=Counter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerPlan:
+        return self
+
+    @property
+    def selects(self) -> bool:
+        return self.reason is None
+
+    @property
+    def rotates_itself(self) -> bool:
+        """Whether keys are cached un-rotated and our kernels rotate them."""
+        return (
+            self.reason is None
+            and self.stack.policy.positions == "compact"
+            and self.layout.num_pairs > 0
+        )
+
+    def use(self, policy: Policy) -> None:
+        """Run ``policy`` from the next call on."""
+        if policy.positions == "compact" and self.layout.num_pairs == 0:
+            policy = dataclasses.replace(policy, positions="original")  # type: ignore[call-arg]
+        self.policy = policy
+        self.needs_unrotated = (
+            unrotated_phases(policy) if self.layout.num_pairs > 0 else frozenset()
+        )
+
+    def ran_dense(self, reason: str) -> None:
+        """Count a call that should have selected; say so once per reason."""
+        if reason not in self.runtime_dense:
+            warnings.warn(f"kvselect: layer {self.index} runs dense: {reason}", stacklevel=3)
+        self.runtime_dense[reason] += 1
+
+
+class LayerContext(NamedTuple):
+    """What the attention hook hands to the attention function, as the keyword ``kvselect``."""
+
+    layer: Any  # the cache layer, or None without a cache
+    cos: (
+        Tensor | None
+    )  # None: the model does not pass position_embeddings by keyword (calibration finds out)
+    sin: Tensor | None
+    plan: LayerPlan
+
+
+def unrotated_phases(policy: Policy) -> frozenset[Phase]:
+    """Phases in which a policy with original positions asks for the queries before RoPE.
+
+    Prefill averages them over query blocks; in decode the selection cache compares them.
+    """
+    if policy.positions != "original":
+        return frozenset()
+    phases: set[Phase] = set()
+    if getattr(policy, "average_queries", None) == "before_rope" and not getattr(
+        policy, "dense_prefill", False
+    ):
+        phases.add("prefill")
+    if getattr(policy, "similarity_threshold", None) is not None:
+        if getattr(policy, "similarity_on", None) == "unrotated":
+            phases.add("decode")
+    return frozenset(phases)
+
+
+def plan_of(module: nn.Module) -> Any:
+    """The plan of an attached module.
+
+    Raises
+    ------
+    CopiedModelError
+        If the module is a copy of an attached one.
+    """
+    plan = module.__dict__[PLAN_KEY]
+    if plan.owner() is not module:
+        raise CopiedModelError(
+            f"{type(module).__name__}: this model is a copy of an attached model; call kvselect.attach on the copy "
+            "to re-attach it"
+        )
+    return plan

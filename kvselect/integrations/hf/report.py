@@ -1,0 +1,208 @@
+"""What an attached model did, layer by layer: a table for people, a dict for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from kvselect import ops
+from kvselect.integrations.hf.plan import LayerPlan, StackPlan
+from kvselect.policies.base import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One attention layer.
+
+    Attributes
+    ----------
+    index : int
+        ``layer_idx``.
+    selects : bool
+    reason : str or None
+        Why it runs dense.
+    rope, rope_fit_error : str, float
+        Measured layout and its relative error.
+    cache_layer : str
+        Type of the cache layer of the last call; empty before the first.
+    ran_dense : dict
+        Calls that should have selected but could not, by reason.
+    bytes_read, dense_bytes_read : float
+        Modelled traffic of keys, values and sketch, prefill and decode together, and that of dense attention [bytes].
+    nonfinite_cached : int
+        Tokens of the last cache whose key or value held NaN or inf, summed over KV heads.
+    nonfinite_scored : int
+        Tokens and query vectors met by the scores that held NaN or inf, once per call that met them.
+    tokens_per_step, context_per_step : float or None
+        Mean tokens that a query of a decode step attended to, per row and KV head, and what dense would have.
+    prefill, decode : dict
+        Counts of `PhaseStatistics`.
+    """
+
+    index: int
+    selects: bool
+    reason: str | None
+    rope: str
+    rope_fit_error: float
+    cache_layer: str
+    ran_dense: dict[str, int]
+    bytes_read: float
+    dense_bytes_read: float
+    nonfinite_cached: int
+    nonfinite_scored: int
+    tokens_per_step: float | None
+    context_per_step: float | None
+    prefill: dict[str, int | float | None]
+    decode: dict[str, int | float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an attached model did since `attach`; ``str()`` of it is a table.
+
+    Attributes
+    ----------
+    model : str
+    policy : dict
+        ``policy.to_dict()``.
+    mode : str
+        Which phases select.
+    positions : {"original", "compact"}
+    trained_length : int
+        Of the model [tokens].
+    revocable, query_aware : bool
+        Whether a token that is not kept now may come back, and whether the query decides: which tasks can pass.
+    kernel : str
+        Device, and on the CPU the implementation in use.
+    layers : tuple of LayerReport
+    """
+
+    model: str
+    policy: dict[str, Any]
+    mode: str
+    positions: str
+    trained_length: int
+    revocable: bool
+    query_aware: bool
+    kernel: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def bytes_ratio(self) -> float | None:
+        """Modelled bytes read by all selecting layers, against dense; None before the first call."""
+        dense = sum(layer.dense_bytes_read for layer in self.layers)
+        return sum(layer.bytes_read for layer in self.layers) / dense if dense else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values that JSON takes."""
+        return {
+            **asdict(self),
+            "layers": [asdict(layer) for layer in self.layers],
+            "bytes_ratio": self.bytes_ratio,
+        }
+
+    def __str__(self) -> str:
+        words = [
+            f"{self.model}: {self.policy['policy']}, {self.mode}, {self.positions} positions "
+            f"(trained length {self.trained_length} tokens), kernels {self.kernel}",
+            f"revocable: {_yes(self.revocable)} (may a token come back?), query-aware: {_yes(self.query_aware)}",
+        ]
+        if self.bytes_ratio is not None:
+            words.append(
+                f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
+            )
+        table = Table(box=None, pad_edge=False, header_style="")
+        for name in ("layer", "runs", "RoPE", "fit error", "cache layer"):
+            table.add_column(name, no_wrap=name != "runs", max_width=44 if name == "runs" else None)
+        for name in ("hits", "tokens/step", "bytes", "kept mass", "NaN cache/scores"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for layer in self.layers:
+            table.add_row(*_cells(layer))
+        out = StringIO()
+        Console(file=out, width=160, no_color=True, highlight=False).print(table)
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        return "\n".join(words + lines)
+
+
+def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
+    """The report of an attachment; reads the device's counters."""
+    policy = plan.policy
+    device = next(model.parameters()).device.type
+    return Report(
+        model=type(model).__name__,
+        policy=policy.to_dict(),
+        mode=_mode(policy),
+        positions=policy.positions,
+        trained_length=plan.trained_length,
+        revocable=policy.revocable,
+        query_aware=policy.query_aware,
+        kernel=f"cpu ({ops.cpu_implementation()})" if device == "cpu" else device,
+        layers=tuple(_layer_report(layer, policy) for layer in plan.layers),
+    )
+
+
+def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
+    phases = layer.statistics
+    sizes = (layer.head_dim, layer.itemsize)
+    return LayerReport(
+        index=layer.index,
+        selects=layer.selects,
+        reason=layer.reason,
+        rope=str(layer.layout),
+        rope_fit_error=layer.fit_error,
+        cache_layer=layer.cache_class,
+        ran_dense=dict(layer.runtime_dense),
+        bytes_read=sum(phase.bytes_read(*sizes, policy.required_sketch) for phase in phases),
+        dense_bytes_read=sum(phase.dense_bytes_read(*sizes) for phase in phases),
+        nonfinite_cached=0 if layer.nonfinite is None else int(layer.nonfinite.sum()),
+        nonfinite_scored=sum(phase.num_nonfinite for phase in phases),
+        tokens_per_step=phases[1].tokens_attended / layer.num_lists if layer.num_lists else None,
+        context_per_step=phases[1].tokens_visible / layer.num_lists if layer.num_lists else None,
+        prefill=phases[0].to_dict(),
+        decode=phases[1].to_dict(),
+    )
+
+
+def _mode(policy: Policy) -> str:
+    if getattr(policy, "dense_prefill", False) or "prefill" not in policy.phases:
+        return "dense prefill, decode selects"
+    return (
+        "prefill and decode select"
+        if "decode" in policy.phases
+        else "prefill selects, dense decode"
+    )
+
+
+def _cells(layer: LayerReport) -> list[str]:
+    """One row of the table."""
+    runs = "selects" if layer.selects else f"dense: {layer.reason}"
+    runs += "".join(f"; dense {count}x: {reason}" for reason, count in layer.ran_dense.items())
+    decode = layer.decode
+    steps = "-"
+    if layer.tokens_per_step is not None:
+        steps = f"{layer.tokens_per_step:.0f} of {layer.context_per_step:.0f}"
+    return [
+        str(layer.index),
+        runs,
+        layer.rope,
+        f"{layer.rope_fit_error:.0e}",
+        layer.cache_layer or "-",
+        _share(decode["hit_rate"]),
+        steps,
+        _share(layer.bytes_read / layer.dense_bytes_read if layer.dense_bytes_read else None),
+        _share(decode["kept_mass"]),
+        f"{layer.nonfinite_cached} / {layer.nonfinite_scored}",
+    ]
+
+
+def _share(value: int | float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,127 @@
+"""Reading a transformers model: its decoder stack, its attention modules, which layers are meant to select."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvselect.checks import UnsupportedModelError
+from kvselect.integrations.hf.plan import LayerPlan, StackPlan
+
+
+def find_stack(model: PreTrainedModel) -> nn.Module:
+    """The module that owns the decoder's ``layers`` and runs under the text configuration.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is none (GPT-2 and its like call them ``h``), the model has an encoder, or runs hub kernels.
+    """
+    name, config = type(model).__name__, model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name}: got an encoder-decoder model, allowed: decoder-only models"
+        )
+    if getattr(model, "use_kernels", False):
+        raise UnsupportedModelError(
+            f"{name}.use_kernels: got True, allowed: False (hub kernels may rotate for themselves)"
+        )
+    text_config = config.get_text_config(decoder=True)
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and getattr(module, "config", None) is text_config:
+            return module
+    raise UnsupportedModelError(
+        f"{name}: got no decoder stack, allowed: a module with `layers` and the model's text configuration "
+        "(Llama, Qwen2, Qwen3, Mistral, ...)"
+    )
+
+
+def attention_modules(stack: nn.Module) -> list[nn.Module]:
+    """The self-attention module of every layer that has one, in the order of the layers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no layer has one.
+    """
+    found = []
+    layers: Any = stack.layers
+    for layer in layers:
+        for module in layer.modules():
+            if type(module).__name__.endswith("Attention") and isinstance(
+                getattr(module, "layer_idx", None), int
+            ):
+                found.append(module)
+                break
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(stack).__name__}: got no attention modules, allowed: layers with a module ...Attention that has a "
+            "layer_idx"
+        )
+    return found
+
+
+def plan_layer(module: nn.Module, config: Any, plan: StackPlan) -> LayerPlan:
+    """The plan of an attention module before calibration: by design it slides, is excluded by the policy, or selects.
+
+    A layer of any other type than full and sliding attention is meant to select: calibration finds out that it cannot.
+    """
+    index: Any = module.layer_idx
+    layer = LayerPlan(weakref.ref(module), plan, index)
+    layer_types = getattr(config, "layer_types", None)
+    layer.layer_type = layer_types[index] if layer_types else None
+    window = getattr(config, "sliding_window", None)
+    if layer.layer_type == "sliding_attention" or (layer.layer_type is None and window is not None):
+        layer.slides, layer.reason = True, f"sliding window of {window} tokens"
+    elif index in plan.policy.dense_layers:
+        layer.reason = "in policy.dense_layers"
+    return layer
+
+
+def implementation_keys(model: PreTrainedModel, stack_config: Any) -> dict[str, Any]:
+    """The stack's present attention implementation, in the form of ``set_attn_implementation`` that touches no other.
+
+    The key ``""`` is the top configuration, others name sub-configurations.
+    """
+
+    def search(config: Any) -> Any:
+        if config is stack_config:
+            return stack_config._attn_implementation
+        for key in config.sub_configs:
+            inner = getattr(config, key, None)
+            below = search(inner) if inner is not None else None
+            if below is not None:
+                return {key: below}
+        return None
+
+    keys = search(model.config)
+    if isinstance(keys, dict):
+        return keys
+    return {"": stack_config._attn_implementation}
+
+
+def trained_length(config: Any) -> int:
+    """Positions that the model was trained on as its frozen frequencies are [tokens].
+
+    ``max_position_embeddings``; with longrope the length of its short state, which compact positions stay in.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = (
+        [parameters]
+        if "rope_type" in parameters
+        else [p for p in parameters.values() if isinstance(p, dict)]
+    )
+    for kind in kinds:
+        if kind.get("rope_type") == "longrope":
+            short = kind.get("original_max_position_embeddings")
+            return int(
+                short
+                or getattr(
+                    config, "original_max_position_embeddings", config.max_position_embeddings
+                )
+            )
+    return int(config.max_position_embeddings)

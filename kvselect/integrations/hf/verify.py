@@ -1,0 +1,189 @@
+"""Does the attached model compute what the stock model computes, where the two must agree?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvselect.checks import require, require_int
+from kvselect.integrations.hf.plan import StackPlan
+from kvselect.policies.base import Policy
+from kvselect.policies.statistics import PhaseStatistics
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest ``max |difference| / max |stock|``. Half precision is looser for two reasons: both sides round every layer's
+output to it, differently ordered sums and all; and with compact positions we rotate in float32 where the model rotates
+in its own dtype."""
+
+
+class VerificationError(RuntimeError):
+    """The attached model differs from the stock model where it must not."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """Errors of one verification, relative to the largest stock value.
+
+    Attributes
+    ----------
+    tolerance : float
+    logit_error : dict
+        By run: "dense" (the policy's dense path) and, where the policy can be widened so, "lists".
+    layer_error : dict
+        By run: error of each layer's attention output, by ``layer_idx``.
+    """
+
+    tolerance: float
+    logit_error: dict[str, float]
+    layer_error: dict[str, dict[int, float]]
+
+    @property
+    def max_error(self) -> float:
+        """The worst logit error of all runs."""
+        return max(self.logit_error.values())
+
+
+@dataclass(slots=True)
+class _Trace:
+    """Logits and attention outputs of one run."""
+
+    logits: Tensor
+    layers: dict[int, Tensor]
+
+
+def verify_attachment(
+    model: PreTrainedModel,
+    plan: StackPlan,
+    stock: Callable[[], AbstractContextManager[None]],
+    prompt_tokens: int,
+    decode_tokens: int,
+    tolerance: float | None,
+    seed: int,
+) -> VerifyResult:
+    """See `Handle.verify`. Counters, caches and the random state of the caller stay as they are."""
+    require_int(prompt_tokens, "prompt_tokens", 1)
+    require_int(decode_tokens, "decode_tokens", 0)
+    length = prompt_tokens + decode_tokens
+    allowed = f"at most {plan.trained_length} tokens (the trained length), decode included"
+    require(length <= plan.trained_length, "prompt_tokens", length, allowed)
+    dtype = next(model.parameters()).dtype
+    bound = TOLERANCE[dtype] if tolerance is None else tolerance
+    config: Any = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(model.device)
+
+    with stock():
+        expected = _run(model, plan, tokens, prompt_tokens)
+    logit_error, layer_error = {}, {}
+    for name, policy in widened_policies(plan.policy, length).items():
+        with _using(plan, policy):
+            got = _run(model, plan, tokens, prompt_tokens)
+        logit_error[name] = _error(got.logits, expected.logits)
+        layer_error[name] = {i: _error(got.layers[i], out) for i, out in expected.layers.items()}
+        bad = [i for i, error in sorted(layer_error[name].items()) if not error <= bound]
+        if bad or not logit_error[name] <= bound:
+            where = (
+                f"first at layer {bad[0]} ({layer_error[name][bad[0]]:.2g})"
+                if bad
+                else "after the last layer"
+            )
+            raise VerificationError(
+                f"{type(model).__name__} with {policy!r}: got a relative error of {logit_error[name]:.2g} in the logits, "
+                f"{where}, allowed: {bound:.2g} ({name} run, {dtype}, {prompt_tokens} + {decode_tokens} tokens)"
+            )
+    return VerifyResult(bound, logit_error, layer_error)
+
+
+def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
+    """Forms of a policy that keep every one of ``length`` tokens.
+
+    "dense": by its dense path. "lists": by selection, with an over-selection so large that every candidate is picked,
+    while the rule for short contexts, which goes by ``topk``, still says that there is something to select.
+    """
+    fields = {field.name for field in dataclasses.fields(policy)}
+    forms: dict[str, dict[str, Any]] = {"dense": {}}
+    if "topk" in fields:
+        forms["dense"] = {"topk": length, "overselect": 1.0}
+    elif "num_recent_tokens" in fields:
+        forms["dense"] = {"num_recent_tokens": length}
+    settings: Any = policy
+    if {
+        "topk",
+        "overselect",
+        "num_sink_tokens",
+        "num_recent_tokens",
+        "dense_below_tokens",
+    } <= fields:
+        recent = min(settings.num_recent_tokens, 128 if policy.required_sketch is not None else 32)
+        sinks = min(settings.num_sink_tokens, 4)
+        forms["lists"] = {
+            "topk": 1,
+            "overselect": float(length),
+            "num_recent_tokens": recent,
+            "num_sink_tokens": sinks,
+            "dense_below_tokens": 0,
+        }
+    return {name: dataclasses.replace(policy, **changes) for name, changes in forms.items()}
+
+
+@contextmanager
+def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
+    """Run another policy for a while, with counters of its own."""
+    before = [
+        (layer.policy, layer.statistics, layer.num_lists, layer.nonfinite) for layer in plan.layers
+    ]
+    try:
+        for layer in plan.layers:
+            layer.use(policy)
+            layer.statistics = (PhaseStatistics(), PhaseStatistics())
+        yield
+    finally:
+        for layer, kept in zip(plan.layers, before):
+            layer.policy, layer.statistics, layer.num_lists, layer.nonfinite = kept
+
+
+def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens: int) -> _Trace:
+    """Logits of a prompt and teacher-forced decode steps, and every layer's attention outputs."""
+    outputs: dict[int, list[Tensor]] = {layer.index: [] for layer in plan.layers}
+    handles = []
+    for layer in plan.layers:
+        module = layer.owner()
+        assert module is not None
+
+        def keep(_: Any, args: Any, output: Any, index: int = layer.index) -> None:
+            outputs[index].append(output[0].detach().float())
+
+        handles.append(module.register_forward_hook(keep))
+    training = [module for module in model.modules() if module.training]
+    logits = []
+    try:
+        model.eval()
+        with torch.no_grad():
+            cache = None
+            for chunk in tokens.split(
+                [prompt_tokens] + [1] * (tokens.shape[1] - prompt_tokens), dim=1
+            ):
+                result = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+                cache = result.past_key_values
+                logits.append(result.logits.float())
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return _Trace(
+        torch.cat(logits, dim=1), {i: torch.cat(parts, dim=1) for i, parts in outputs.items()}
+    )
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    """``max |difference| / max |expected|``; infinite where anything is NaN."""
+    error = float((got - expected).abs().max() / expected.abs().max())
+    return error if error == error else float("inf")

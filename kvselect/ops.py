@@ -1,0 +1,214 @@
+"""Loads the compiled extension, gives every op a fake kernel, and says what is built and what runs here.
+
+The ops themselves are ``torch.ops.kvselect.<name>``; their schemas are listed in ``csrc/bindings/ops.cpp``. Fakes tell
+``torch.compile`` and ``torch.export`` the shapes and dtypes of outputs; they compute nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvselect.checks import require, require_type
+
+__all__ = ["build_info", "cpu_implementation", "cpu_implementations", "set_cpu_implementation"]
+
+
+def _load(name: str) -> None:
+    path = Path(__file__).with_name(f"{name}.abi3.so")
+    if not path.is_file():
+        raise ImportError(
+            f"kvselect is not built: {path.name} is missing beside {Path(__file__).name}. "
+            "Build it with torch >= 2.11 already installed: pip install --no-build-isolation -e ."
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(
+            f"{path.name} does not load into torch {torch.__version__} ({error}). "
+            "Build it again for this environment: pip install --no-build-isolation -e ."
+        ) from error
+
+
+_load("_C")
+if torch.version.cuda is not None and Path(__file__).with_name("_C_cuda.abi3.so").is_file():
+    _load("_C_cuda")
+
+
+@torch.library.register_fake("kvselect::kv_append")
+def _kv_append(
+    k: Tensor,
+    v: Tensor,
+    num_valid: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    sketch: Tensor | None,
+    sketch_format: str,
+    num_nonfinite: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("kvselect::score_tokens")
+def _score_tokens(
+    q: Tensor,
+    q_local: Tensor | None,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    sketch: Tensor | None,
+    sketch_format: str,
+    q_block_offsets: Tensor | None,
+    seqlen_q: int,
+    window_rule: str,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+    keep: int,
+    scale: float,
+    normalise_candidates_only: bool,
+    max_vote: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rope_start: int,
+    rope_interleaved: bool,
+    hit: Tensor | None,
+    max_seqlen_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
+    num_kv_heads = k_cache.shape[2]
+    return (
+        q.new_empty((batch, num_blocks, num_kv_heads, max_seqlen_k)),
+        q.new_empty((batch, num_blocks, num_vectors, num_q_heads)),
+        q.new_empty((batch, num_blocks, num_kv_heads), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("kvselect::select_tokens")
+def _select_tokens(
+    scores: Tensor,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    q_block_offsets: Tensor | None,
+    seqlen_q: int,
+    window_rule: str,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+    keep: int,
+    pool_width: int,
+    hit: Tensor | None,
+    indices: Tensor,
+    topk_length: Tensor,
+    kept_score: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("kvselect::sparse_attention")
+def _sparse_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    indices: Tensor | None,
+    topk_length: Tensor | None,
+    q_block_offsets: Tensor | None,
+    softmax_scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rope_start: int,
+    rope_interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("kvselect::merge_splits")
+def _merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
+    return partial_out.new_empty(partial_out.shape[1:]), partial_out.new_empty(
+        partial_out.shape[1:-1]
+    )
+
+
+@torch.library.register_fake("kvselect::recovered_mass")
+def _recovered_mass(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    indices: Tensor,
+    topk_length: Tensor,
+    q_block_offsets: Tensor | None,
+    softmax_scale: float,
+    max_seqlen_k: int,
+) -> Tensor:
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def build_info() -> dict[str, object]:
+    """What this kvselect was built with and what it found here.
+
+    Returns
+    -------
+    dict
+        ``version``, ``compiler``, ``cpp_standard``, ``build_type``, ``target_processor``, ``torch_headers`` (the torch
+        it was compiled against), ``torch_abi_target`` (the oldest torch it runs on): str;
+        ``cuda_archs``: list of str, empty if there is no CUDA module; ``cuda_loaded``: bool;
+        ``torch``, ``cuda_runtime`` (of torch, or None), ``python``: str;
+        ``cpu_implementations``: list of str, slowest first; ``cpu_implementation``: the one in use.
+    """
+    lines = str(torch.ops.kvselect.build_info()).splitlines()
+    info: dict[str, object] = dict(line.split("=", 1) for line in lines)
+    info["cuda_archs"] = [arch for arch in str(info["cuda_archs"]).split(",") if arch]
+    info["cuda_loaded"] = any("_C_cuda" in path for path in torch.ops.loaded_libraries)
+    info["torch"] = torch.__version__
+    info["cuda_runtime"] = torch.version.cuda
+    info["python"] = platform.python_version()
+    info["cpu_implementations"] = cpu_implementations()
+    info["cpu_implementation"] = cpu_implementation()
+    return info
+
+
+def cpu_implementations() -> list[str]:
+    """Names of the CPU implementations that this machine can run, slowest first; "scalar" is always among them."""
+    return str(torch.ops.kvselect.cpu_implementations()).split(",")
+
+
+def cpu_implementation() -> str:
+    """Name of the CPU implementation in use: the fastest that runs here, or what was forced.
+
+    Raises
+    ------
+    ValueError
+        If the environment variable ``KVSELECT_CPU`` names one that does not exist or does not run here.
+    """
+    return str(torch.ops.kvselect.cpu_implementation())
+
+
+def set_cpu_implementation(name: str) -> None:
+    """Use this CPU implementation from now on, in all threads.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`cpu_implementations`, or "auto" for the fastest of them. The environment variable
+        ``KVSELECT_CPU`` does the same for a whole process.
+
+    Raises
+    ------
+    ValueError
+        If the implementation does not exist or does not run here; the one in use stays in use.
+    TypeError
+        If ``name`` is not a string.
+    """
+    require_type(name, str, "name", "a str")
+    allowed = ["auto", *cpu_implementations()]
+    require(name in allowed, "name", name, f"on this CPU {', '.join(allowed)}")
+    torch.ops.kvselect.set_cpu_implementation(name)

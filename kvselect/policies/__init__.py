@@ -1,0 +1,16 @@
+"""Selection methods, one file each; `POLICIES` knows them by name."""
+
+from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
+from kvselect.policies.dense import Dense
+from kvselect.policies.streaming_llm import StreamingLLM
+from kvselect.policies.token_select import TokenSelect
+
+__all__ = [
+    "POLICIES",
+    "Dense",
+    "Policy",
+    "PolicyState",
+    "StreamingLLM",
+    "TokenSelect",
+    "policy_from_dict",
+]

@@ -1,0 +1,203 @@
+"""Policy: one selection method. State: what it remembers of one layer. The registry by which configs name methods."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from kvselect.attention import attend_queries
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_type
+from kvselect.policies.statistics import PhaseStatistics
+from kvselect.queries import Phase, Queries
+from kvselect.rope import Rope
+from kvselect.selection import Lists, Selection
+from kvselect.selection_cache import SelectionCache
+
+__all__ = ["POLICIES", "Policy", "PolicyState", "policy_from_dict", "register_policy"]
+
+
+@dataclass(slots=True, eq=False)
+class PolicyState:
+    """What a policy remembers of one layer; row = request. Never shared between layers.
+
+    Parameters
+    ----------
+    prefill, decode : PhaseStatistics
+        Counts for reports.
+    selection_cache : SelectionCache or None
+        Of policies that reuse lists.
+    """
+
+    prefill: PhaseStatistics = field(default_factory=PhaseStatistics)
+    decode: PhaseStatistics = field(default_factory=PhaseStatistics)
+    selection_cache: SelectionCache | None = None
+
+    def statistics(self, phase: Phase) -> PhaseStatistics:
+        return self.prefill if phase == "prefill" else self.decode
+
+    def invalidate(self) -> None:
+        """Make the next step select anew; counts stay."""
+        if self.selection_cache is not None:
+            self.selection_cache.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """Base of all selection methods: frozen settings, no tensors, no counters.
+
+    A method sets the four class constants, `select`, and whichever of the other members differ for
+    it. The order of a step is `update`, `select`, `attend`; `decode_step` and `prefill` drive it.
+    """
+
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode"})
+    revocable: ClassVar[bool]  # may a token that is not kept now come back later?
+    query_aware: ClassVar[bool]  # does what is kept depend on the query?
+    persistent: ClassVar[bool]  # does the state outlive a step?
+
+    # A method that has one of these settings declares a field of its name.
+    @property
+    def positions(self) -> Literal["original", "compact"]:
+        return "original"
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that `attach` leaves dense."""
+        return ()
+
+    @property
+    def chunk_size(self) -> int:
+        """Prefill: queries that are scored in one call, in tokens; bounds the memory of scores."""
+        return 2048
+
+    @property
+    def q_block_size(self) -> int:
+        """Prefill: queries that share one selection."""
+        return 128
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Prefill: queries at the end of a call that are cut into blocks of ``tail_q_block_size``."""
+        return 0
+
+    @property
+    def tail_q_block_size(self) -> int:
+        """Also: calls of at most so many queries on a filled cache select for each query, as decode steps do."""
+        return 16
+
+    @property
+    def required_sketch(self) -> str | None:
+        """Sketch format that the cache must have; None: any, or none."""
+        return None
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens in one list, hence, with compact positions, the positions that are used; 0: no lists."""
+        return 0
+
+    def new_state(self, cache: KVCache) -> PolicyState:
+        """State for one layer whose keys and values ``cache`` holds."""
+        return PolicyState()
+
+    def update(self, state: PolicyState, cache: KVCache) -> None:
+        """After an append, before `select`: block statistics and the like (the sketch belongs to the cache)."""
+
+    def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
+        """Whether the queries of a block ``[begin, end)`` of the batch's longest row attend to everything.
+
+        Positions count real tokens, padding excluded. Once False, False for all later blocks.
+        """
+        return False
+
+    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
+        """The lists that ``queries`` attend to; None: every visible token."""
+        raise NotImplementedError
+
+    def attend(
+        self, queries: Queries, cache: KVCache, selection: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over what was selected: ``(out, lse)`` as `sparse_attention` gives them."""
+        rope = queries.rope if self.positions == "compact" else None
+        return attend_queries(queries, cache, selection, rope)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON takes them, with the method's name under "policy"; `policy_from_dict` is the way back."""
+        settings: dict[str, Any] = {"policy": type(self).__name__}
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            settings[setting.name] = list(value) if isinstance(value, tuple) else value
+        return settings
+
+
+POLICIES: dict[str, type[Policy]] = {}
+_PolicyType = TypeVar("_PolicyType", bound=type[Policy])
+
+
+def register_policy(policy: _PolicyType) -> _PolicyType:
+    """Class decorator: make a method known by its class name. Goes above ``@dataclass``, which makes the class anew."""
+    POLICIES[policy.__name__] = policy
+    return policy
+
+
+def policy_from_dict(settings: Mapping[str, Any]) -> Policy:
+    """The policy that ``to_dict`` described.
+
+    Parameters
+    ----------
+    settings : mapping
+        "policy": the method's class name; the rest: its settings. What is left out has its default.
+
+    Raises
+    ------
+    ValueError
+        If the method or a setting is unknown, or a value is out of bounds.
+    TypeError
+        If ``settings`` is not a mapping or a value has another type.
+    """
+    require_type(settings, Mapping, "settings", "a dict made by Policy.to_dict()")
+    rest = dict(settings)
+    name = rest.pop("policy", None)
+    allowed = " or ".join(repr(known) for known in sorted(POLICIES))
+    require(isinstance(name, str) and name in POLICIES, "policy", name, allowed)
+    policy = POLICIES[name]
+    known = [setting.name for setting in dataclasses.fields(policy)]
+    unknown = sorted(set(rest) - set(known))
+    require(not unknown, f"settings of {name}", unknown, ", ".join(known))
+    return policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()})
+
+
+def selection_of(
+    lists: Lists,
+    queries: Queries,
+    num_kv_heads: int,
+    total_score: float | Tensor | None = None,
+    hit: Tensor | None = None,
+) -> Selection:
+    """The Selection that ``lists`` are: one list shown to all heads, one block shown without its axis."""
+    indices, topk_length, kept_score = lists
+    if indices.shape[2] != num_kv_heads:
+        indices = indices.expand(-1, -1, num_kv_heads, -1)
+        topk_length = topk_length.expand(-1, -1, num_kv_heads)
+        kept_score = kept_score.expand(-1, -1, num_kv_heads)
+    if queries.q_block_offsets is None:
+        indices, topk_length, kept_score = indices[:, 0], topk_length[:, 0], kept_score[:, 0]
+    return Selection(indices, topk_length, queries.q_block_offsets, kept_score, total_score, hit)
+
+
+def longest_block(queries: Queries, cache: KVCache) -> tuple[int, int]:
+    """The last block ``[begin, end)`` in the longest row, in real tokens: what `Policy.is_dense` asks for."""
+    end = max(cache.num_real_tokens, default=0) - queries.num_later_tokens
+    begin = end - (queries.offsets[-1] - queries.offsets[-2])
+    return max(begin, 0), max(end, 0)
+
+
+def visible_tokens(queries: Queries, cache: KVCache) -> int:
+    """Tokens that dense attention would read for these queries: summed over rows, query blocks and KV heads."""
+    seqlen_q, later = queries.seqlen_q, queries.num_later_tokens
+    ends = [later + seqlen_q - offset for offset in queries.offsets[1:]]
+    total = sum(max(n - end, 0) for n in cache.num_real_tokens for end in ends)
+    return total * cache.num_kv_heads

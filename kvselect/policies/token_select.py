@@ -1,0 +1,482 @@
+"""TokenSelect: single tokens picked by a soft vote of the query heads (arXiv:2411.02886), with what we changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from kvselect.arguments import require_compact_rope
+from kvselect.cache import KVCache
+from kvselect.checks import (
+    require,
+    require_bool,
+    require_choice,
+    require_float,
+    require_int,
+    require_type,
+)
+from kvselect.policies.base import (
+    Policy,
+    PolicyState,
+    longest_block,
+    register_policy,
+    selection_of,
+    visible_tokens,
+)
+from kvselect.policies.scoring_vectors import (
+    BlockVectors,
+    compact_decode_vectors,
+    compact_vectors,
+    original_vectors,
+)
+from kvselect.queries import Phase, Queries
+from kvselect.query_blocks import block_range
+from kvselect.rope import Rope
+from kvselect.score import score_blocks
+from kvselect.selection import (
+    Lists,
+    Selection,
+    list_width,
+    num_kept,
+    require_pool_width,
+    select_blocks,
+)
+from kvselect.selection_cache import SelectionCache
+from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS
+
+__all__ = ["TokenSelect"]
+
+
+@register_policy
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSelect(Policy):
+    """Sinks, the tokens that most attention mass falls on, and recent tokens; anew per query block or decode step.
+
+    Parameters
+    ----------
+    topk, num_sink_tokens, num_recent_tokens : int
+        Tokens kept by score, at the start, at the end. With a sketch, ``num_recent_tokens >= 128``.
+    scope : "kv_head" or "layer"
+        Who shares one list.
+    score_scale : float or None
+        Of the logits of the vote only; None: the attention's own ``softmax_scale``.
+    normalise_over : "visible" or "candidates"
+        "candidates" gives every head a total weight of 1 whatever its mass there (published form).
+    chunk_size : int
+        Prefill: tokens whose blocks are scored in one scan; bounds memory, changes no result.
+    q_block_size : int
+        Prefill: queries that share one selection.
+    num_tail_tokens, tail_q_block_size : int
+        Prefill: the last ``num_tail_tokens`` of every call go into blocks of ``tail_q_block_size``.
+    window_anchor : "block_start" or "block_end"
+        Where a block's recent window is counted from. "block_end" leaves its first query fewer
+        predecessors and needs ``num_recent_tokens >= q_block_size``.
+    query_groups, aggregate : int, "sum_vote", "max_vote" or "mean"
+        A block is split into at most ``query_groups`` runs of neighbouring queries; the mean query
+        of each votes with a softmax of its own, and the votes are added or their maximum is taken.
+        "mean": one mean query.
+    average_queries : "before_rope" or "after_rope"
+        Average un-rotated queries, then rotate the mean once; or the other way round (published
+        form).
+    pool_width : int, odd
+        A candidate ranks by the largest score within ``pool_width // 2`` of it; 1: off.
+    positions : "original" or "compact"
+        "compact": keys are cached un-rotated, and a selected token's position is its rank in the
+        list.
+    sketch : "int4", "int8" or None
+        Format of the scoring keys; None: exact keys.
+    overselect : float >= 1
+        ``ceil(overselect * topk)`` tokens are picked: covers the ranking noise of a sketch.
+    dense_layers : tuple of int
+        Layers that never select; read by `attach`.
+    dense_prefill : bool
+        Select in decode only.
+    dense_below_tokens : int or None
+        Rows of at most so many tokens are dense, and so are all rows of at most ``num_sink_tokens +
+        topk + num_recent_tokens``, which is what None stands for as long as no crossover was
+        measured. Compact positions end the dense path at the trained length.
+    similarity_threshold : float in (0, 1], or None
+        Reuse a list while queries are at least so similar; None: select at every step.
+    max_age : int
+        Most steps in a row that a list is reused.
+    similarity : "min", "q10", "flat" or None
+        How the cosines of the heads that share a list combine; None: "min" for scope "kv_head",
+        "q10" for "layer".
+    similarity_on : "unrotated" or "rotated"
+        Which queries are compared: rotated ones drift by position alone.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a setting is out of bounds; also when used, if the cache has another sketch or rope has
+        too few positions.
+
+    Notes
+    -----
+    Source: Wu et al., arXiv:2411.02886; `paper_compat` gives the published form. Differences and
+    their reasons: docs/decisions.md.
+    """
+
+    revocable: ClassVar[bool] = True
+    query_aware: ClassVar[bool] = True
+    persistent: ClassVar[bool] = True
+
+    topk: int = 2048
+    num_sink_tokens: int = 128
+    num_recent_tokens: int = 512
+    scope: Literal["kv_head", "layer"] = "kv_head"
+    score_scale: float | None = None
+    normalise_over: Literal["visible", "candidates"] = "visible"
+    chunk_size: int = 2048
+    q_block_size: int = 128
+    num_tail_tokens: int = 128
+    tail_q_block_size: int = 16
+    window_anchor: Literal["block_start", "block_end"] = "block_start"
+    query_groups: int = 8
+    aggregate: Literal["mean", "sum_vote", "max_vote"] = "sum_vote"
+    average_queries: Literal["before_rope", "after_rope"] = "before_rope"
+    pool_width: int = 1
+    positions: Literal["original", "compact"] = "original"
+    sketch: Literal["int4", "int8"] | None = "int4"
+    overselect: float = 1.5
+    dense_layers: tuple[int, ...] = ()
+    dense_prefill: bool = False
+    dense_below_tokens: int | None = None
+    similarity_threshold: float | None = None
+    max_age: int = 64
+    similarity: Literal["min", "q10", "flat"] | None = None
+    similarity_on: Literal["unrotated", "rotated"] = "unrotated"
+
+    def __post_init__(self) -> None:
+        for name in ("topk", "num_recent_tokens", "chunk_size", "q_block_size"):
+            require_int(getattr(self, name), name, 1)
+        for name in ("tail_q_block_size", "query_groups", "max_age"):
+            require_int(getattr(self, name), name, 1)
+        for name in ("num_sink_tokens", "num_tail_tokens"):
+            require_int(getattr(self, name), name, 0)
+        require_choice(self.scope, "scope", ("kv_head", "layer"))
+        require_choice(self.normalise_over, "normalise_over", ("visible", "candidates"))
+        require_choice(self.window_anchor, "window_anchor", ("block_start", "block_end"))
+        require_choice(self.aggregate, "aggregate", ("mean", "sum_vote", "max_vote"))
+        require_choice(self.average_queries, "average_queries", ("before_rope", "after_rope"))
+        require_choice(self.positions, "positions", ("original", "compact"))
+        require_choice(self.sketch, "sketch", (*SKETCH_FORMATS, None))
+        require_choice(self.similarity, "similarity", ("min", "q10", "flat", None))
+        require_choice(self.similarity_on, "similarity_on", ("unrotated", "rotated"))
+        require_pool_width(self.pool_width)
+        require_bool(self.dense_prefill, "dense_prefill")
+        overselect = require_float(self.overselect, "overselect", "a float >= 1")
+        require(overselect >= 1.0, "overselect", self.overselect, "a float >= 1")
+        if self.score_scale is not None:
+            scale = require_float(self.score_scale, "score_scale", "None or a float > 0")
+            require(scale > 0.0, "score_scale", self.score_scale, "None or a float > 0")
+        if self.dense_below_tokens is not None:
+            allowed = "None or an int >= 0"
+            require_int(self.dense_below_tokens, "dense_below_tokens", 0, allowed)
+        if self.similarity_threshold is not None:
+            allowed = "None or a float in (0, 1]"
+            threshold = require_float(self.similarity_threshold, "similarity_threshold", allowed)
+            require(0.0 < threshold <= 1.0, "similarity_threshold", threshold, allowed)
+        require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
+        for layer in self.dense_layers:
+            require_int(layer, "dense_layers", 0, "layer indices >= 0")
+
+        if self.sketch is not None:
+            allowed = (
+                f"an int >= {BLOCK_TOKENS} with a sketch (its blocks; sketch=None has no bound)"
+            )
+            enough = self.num_recent_tokens >= BLOCK_TOKENS
+            require(enough, "num_recent_tokens", self.num_recent_tokens, allowed)
+        if self.window_anchor == "block_end":
+            largest = self.q_block_size
+            if self.num_tail_tokens:
+                largest = max(largest, self.tail_q_block_size)
+            allowed = f"an int >= {largest} (q_block_size) with window_anchor='block_end'"
+            enough = self.num_recent_tokens >= largest
+            require(enough, "num_recent_tokens", self.num_recent_tokens, allowed)
+        if self.positions == "compact":
+            allowed = "'unrotated' with positions='compact'"
+            require(self.similarity_on == "unrotated", "similarity_on", self.similarity_on, allowed)
+
+    @classmethod
+    def paper_compat(cls, **settings: Any) -> TokenSelect:
+        """The published form, for comparison only; ``settings`` replace single fields."""
+        published: dict[str, Any] = {
+            "scope": "layer",
+            "score_scale": 1.0,
+            "normalise_over": "candidates",
+            "chunk_size": 512,
+            "q_block_size": 512,
+            "num_tail_tokens": 0,
+            "window_anchor": "block_end",
+            "query_groups": 1,
+            "aggregate": "mean",
+            "average_queries": "after_rope",
+            "positions": "compact",
+            "sketch": None,
+            "overselect": 1.0,
+            "similarity_threshold": 0.9,
+            "similarity": "flat",
+        }
+        return cls(**(published | settings))
+
+    # --- derived numbers
+    # ----------------------------------------------------------------------------------------
+
+    @property
+    def required_sketch(self) -> str | None:
+        return self.sketch
+
+    @property
+    def keep(self) -> int:
+        """Tokens picked by score."""
+        return num_kept(self.topk, self.overselect)
+
+    @property
+    def budget(self) -> int:
+        """Tokens that may be attended to before anything is left out: rows up to here are dense."""
+        return self.num_sink_tokens + self.topk + self.num_recent_tokens
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens in one list: sinks, picked, window, and what a reused list or a query block adds."""
+        window = self.num_recent_tokens + max(self.max_age, self.q_block_size)
+        return self.num_sink_tokens + self.keep + window
+
+    def dense_limit(self, rope: Rope | None) -> int:
+        """Rows of at most so many tokens are dense."""
+        limit = max(self.budget, self.dense_below_tokens or 0)
+        if self.positions == "compact" and rope is not None:
+            limit = min(limit, rope.num_positions)
+        return limit
+
+    def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
+        if phase == "decode":
+            return end <= self.dense_limit(rope)
+        anchor = begin if self.window_anchor == "block_start" else end
+        return self.dense_prefill or anchor <= self.budget or end <= self.dense_limit(rope)
+
+    # --- a step
+    # -------------------------------------------------------------------------------------------------
+
+    def new_state(self, cache: KVCache) -> PolicyState:
+        if self.similarity_threshold is None:
+            return PolicyState()
+        similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
+        reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
+        return PolicyState(selection_cache=reuse)
+
+    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
+        """Lists of every query block; None where everything is attended to.
+
+        With a selection cache the lists of decode steps belong to the state: the next step changes
+        them in place.
+        """
+        visible = visible_tokens(queries, cache)
+        statistics = state.statistics(queries.phase)
+        if self.is_dense(queries.phase, *longest_block(queries, cache), queries.rope):
+            statistics.record_dense(visible)
+            return None
+        if self.positions == "compact":
+            require_compact_rope(queries.rope, self.capacity)
+        if self.sketch is not None:
+            allowed = f"{self.sketch!r} (KVCache(..., sketch=...)), as the policy says"
+            require(cache.sketch_format == self.sketch, "sketch", cache.sketch_format, allowed)
+
+        reuse = state.selection_cache
+        if reuse is None or queries.phase == "prefill" or queries.seqlen_q != 1:
+            state.invalidate()
+            votes, total, num_nonfinite = self._vote(queries, cache)
+            width = list_width(min(self._longest_list(queries, cache), queries.max_seqlen))
+            lists = self._pick(votes, queries, cache, width)
+            selection = selection_of(lists, queries, cache.num_kv_heads, total)
+            statistics.record_selection(selection, visible, True, num_nonfinite)
+            return selection
+
+        anchor = self._similarity_queries(queries, cache)
+        longest = self._longest_list(queries, cache)
+        hit, reused = reuse.lookup(anchor, cache), reuse.lists
+        if reused is None or reused.indices.shape[-1] < min(longest, queries.max_seqlen):
+            hit = reused = None
+        votes, total, num_nonfinite = self._vote(queries, cache, hit)
+        width = list_width(min(longest, 2 * queries.max_seqlen))  # they will grow
+        lists = self._pick(votes, queries, cache, width, hit, reused if hit is not None else None)
+        reuse.store(anchor, hit, cache, lists, self._reusable_rows(queries, cache))
+        selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
+        not_scanned = None
+        if hit is not None:
+            heads_per_list = cache.num_kv_heads // hit.shape[1]
+            not_scanned = (hit * cache.cache_seqlens[:, None]).sum() * heads_per_list
+        statistics.record_selection(selection, visible, True, num_nonfinite, not_scanned)
+        return selection
+
+    def _vote(
+        self, queries: Queries, cache: KVCache, hit: Tensor | None = None
+    ) -> tuple[Tensor, float | Tensor | None, Tensor]:
+        """Scores [batch, num_blocks, num_lists, max_seqlen], what all tokens of a list score together (None: their
+        scores are no shares of mass), and how many tokens and vectors were not finite."""
+        scale = queries.softmax_scale if self.score_scale is None else self.score_scale
+        num_kv_heads, shared = cache.num_kv_heads, self.scope == "layer"
+        if hit is not None and shared:
+            hit = hit.expand(-1, num_kv_heads).contiguous()
+        parts = self._scoring_vectors(queries, cache)
+        scores, counts = [], []
+        for part in parts:
+            offsets = queries.q_block_offsets
+            if offsets is not None and len(parts) > 1:
+                offsets = offsets[part.first : part.last + 1]
+            part_scores, num_nonfinite = score_blocks(
+                part.q,
+                cache,
+                cache_seqlens=queries.cache_seqlens,
+                max_seqlen=queries.max_seqlen,
+                q_block_offsets=offsets,
+                seqlen_q=queries.seqlen_q,
+                window_rule=self._window_rule(queries),
+                num_sink_tokens=self.num_sink_tokens,
+                num_recent_tokens=self.num_recent_tokens,
+                keep=self.keep,
+                scale=scale,
+                sketch=self.sketch,
+                max_vote=self.aggregate == "max_vote",
+                normalise_candidates_only=self.normalise_over == "candidates",
+                q_local=part.q_local,
+                rope=queries.rope if self.positions == "compact" else None,
+                hit=hit,
+            )
+            scores.append(part_scores)
+            counts.append(num_nonfinite)
+
+        total: float | Tensor | None = None
+        if self.score_scale is None and self.normalise_over == "visible":
+            heads = queries.q.shape[2] if shared else queries.q.shape[2] // num_kv_heads
+            if self.aggregate != "max_vote":
+                per_part = [(p.last - p.first, float(heads * p.q.shape[2])) for p in parts]
+                total = per_part[0][1]
+                if len(parts) > 1:
+                    every = [score for blocks, score in per_part for _ in range(blocks)]
+                    total = torch.tensor(every, device=cache.device)[:, None]
+        if len(parts) == 1:
+            votes, num_nonfinite = scores[0], counts[0]
+        else:
+            votes, num_nonfinite = torch.cat(scores, dim=1), torch.cat(counts, dim=1)
+        return votes.sum(2, keepdim=True) if shared else votes, total, num_nonfinite
+
+    def _pick(
+        self,
+        votes: Tensor,
+        queries: Queries,
+        cache: KVCache,
+        width: int,
+        hit: Tensor | None = None,
+        reused: Lists | None = None,
+    ) -> Lists:
+        """Sinks, the best candidates and the window; everything for short rows in a batch with long ones."""
+        lists = select_blocks(
+            votes,
+            cache_seqlens=queries.cache_seqlens,
+            starts=cache.starts,
+            q_block_offsets=queries.q_block_offsets,
+            seqlen_q=queries.seqlen_q,
+            window_rule=self._window_rule(queries),
+            num_sink_tokens=self.num_sink_tokens,
+            num_recent_tokens=self.num_recent_tokens,
+            keep=self.keep,
+            width=width,
+            pool_width=self.pool_width,
+            hit=hit,
+            reused=reused,
+        )
+        if self._has_dense_rows(queries, cache):
+            _list_everything(lists, queries, cache, self.dense_limit(queries.rope))
+        return lists
+
+    def _window_rule(self, queries: Queries) -> str:
+        return "decode" if queries.phase == "decode" else self.window_anchor
+
+    def _has_dense_rows(self, queries: Queries, cache: KVCache) -> bool:
+        """Whether a short row may have to be dense beside longer ones. Rows within the budget need no care: their
+        lists hold every token anyway."""
+        return cache.batch > 1 and self.dense_limit(queries.rope) > self.budget
+
+    def _longest_list(self, queries: Queries, cache: KVCache) -> int:
+        if self._has_dense_rows(queries, cache):
+            return max(self.capacity, self.dense_limit(queries.rope))
+        return self.capacity
+
+    def _reusable_rows(self, queries: Queries, cache: KVCache) -> Tensor | None:
+        """Rows that would select if they were alone, bool [batch]; None: all."""
+        if cache.batch == 1:
+            return None
+        real = (
+            queries.cache_seqlens if cache.starts is None else queries.cache_seqlens - cache.starts
+        )
+        return real > self.dense_limit(queries.rope)
+
+    def _similarity_queries(self, queries: Queries, cache: KVCache) -> Tensor:
+        """What the selection cache compares, [batch, num_lists, heads per list, head_dim] float32."""
+        q = queries.q
+        if self.similarity_on == "unrotated" and self.positions == "original":
+            if queries.q_unrotated is not None:
+                q = queries.q_unrotated
+            else:
+                allowed = "the queries before RoPE (or similarity_on='rotated')"
+                require(queries.rope is None, "q_unrotated", None, allowed)
+        num_lists = 1 if self.scope == "layer" else cache.num_kv_heads
+        return q[:, 0].unflatten(1, (num_lists, -1)).float()
+
+    def _scoring_vectors(self, queries: Queries, cache: KVCache) -> list[BlockVectors]:
+        rope = queries.rope
+        if queries.phase == "decode":
+            q = queries.q.float().unsqueeze(2).contiguous()
+            q_local: Tensor | None = None
+            if self.positions == "compact":
+                assert rope is not None
+                rank = self._decode_rank(queries, cache)
+                q, q_local = compact_decode_vectors(q, rope, self.num_recent_tokens, rank)
+            return [BlockVectors(0, queries.num_blocks, q, q_local)]
+        at = block_range(
+            queries.cache_seqlens,
+            cache.starts,
+            queries.q_block_offsets,
+            queries.seqlen_q,
+            self.window_anchor,
+            self.num_sink_tokens,
+            self.num_recent_tokens,
+        )
+        groups = 1 if self.aggregate == "mean" else self.query_groups
+        first = self.average_queries == "before_rope"
+        if self.positions == "original":
+            return original_vectors(queries, at, groups, first)
+        return compact_vectors(queries, at, self.keep, self.num_recent_tokens, groups, first)
+
+    def _decode_rank(self, queries: Queries, cache: KVCache) -> Tensor | int:
+        """Rank of each query's own token in its list; one number where all lists are full."""
+        full = self.num_sink_tokens + self.keep + self.num_recent_tokens
+        shortest = min(cache.num_real_tokens) - queries.num_later_tokens - queries.seqlen_q + 1
+        if shortest >= full:
+            return full - 1
+        real = (
+            queries.cache_seqlens if cache.starts is None else queries.cache_seqlens - cache.starts
+        )
+        place = torch.arange(1 - queries.seqlen_q, 1, device=real.device)
+        return (real[:, None] + place).clamp(1, full) - 1
+
+
+def _list_everything(lists: Lists, queries: Queries, cache: KVCache, limit: int) -> None:
+    """Make the lists of rows (and blocks) that end at ``limit`` tokens or before hold every visible token."""
+    ends = queries.cache_seqlens[:, None]
+    if queries.q_block_offsets is not None:
+        ends = ends - queries.seqlen_q + queries.q_block_offsets[1:]
+    starts = 0 if cache.starts is None else cache.starts[:, None]
+    count = (ends - starts).clamp(min=0)[:, :, None]
+    dense = count <= limit
+    place = torch.arange(lists.indices.shape[-1], dtype=torch.int32, device=cache.device)
+    first = 0 if cache.starts is None else cache.starts[:, None, None, None]
+    everything = torch.where(place < count[..., None], place + first, -1)
+    lists.indices.copy_(torch.where(dense[..., None], everything, lists.indices))
+    lists.topk_length.copy_(torch.where(dense, count, lists.topk_length))
+    lists.kept_score.masked_fill_(dense, torch.nan)  # of the shorter list

@@ -1,0 +1,148 @@
+"""Prefill: the queries of a call in blocks, run by run: select for every block of a run, attend, next run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kvselect.arguments import raise_if_not_finite, require_softmax_scale
+from kvselect.cache import KVCache
+from kvselect.checks import require_int
+from kvselect.decode import require_step
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.queries import Phase, Queries
+from kvselect.query_blocks import cut_queries
+from kvselect.rope import Rope
+
+__all__ = ["prefill", "query_blocks"]
+
+
+def query_blocks(seqlen_q: int, policy: Policy) -> tuple[int, ...]:
+    """First query of each block of a call, and ``seqlen_q``: cut from the end of the call, as the policy says."""
+    require_int(seqlen_q, "seqlen_q", 0)
+    return cut_queries(
+        seqlen_q, policy.q_block_size, policy.num_tail_tokens, policy.tail_q_block_size
+    )
+
+
+def prefill(
+    q: Tensor,
+    cache: KVCache,
+    policy: Policy,
+    state: PolicyState,
+    *,
+    q_unrotated: Tensor | None = None,
+    rope: Rope | None = None,
+    softmax_scale: float | None = None,
+    check_finite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last ``seqlen_q`` tokens of each row over what a policy selects for their blocks.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, seqlen_q, num_q_heads, head_dim]
+        Queries of the tokens that end each row: append first. Rotated for ``positions="original"``,
+        un-rotated for "compact". A row shorter than ``seqlen_q`` is aligned at the end; what stands
+        before it gives 0.
+    cache : KVCache
+    policy : Policy
+    state : PolicyState
+        ``policy.new_state(cache)``, one per layer. Its selection cache, if any, is void afterwards.
+    q_unrotated : Tensor of the shape of ``q``, or None
+        With "original": the queries before RoPE, which are what a block's vectors average. With
+        neither this nor ``rope`` the queries count as un-rotated.
+    rope : Rope or None
+        The model's rotation; required by "compact", and by ``q_unrotated``.
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+    check_finite : bool
+        Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
+        device).
+
+    Returns
+    -------
+    out : Tensor, [batch, seqlen_q, num_q_heads, head_dim], dtype of ``q``; 0 where a query sees
+    nothing lse : Tensor, [batch, seqlen_q, num_q_heads], float32; -inf there
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes, devices or settings do not fit.
+
+    Notes
+    -----
+    A call of at most ``tail_q_block_size`` queries on a filled cache (a draft to verify, a short
+    turn) selects for each query by the decode rule, so that it gives what as many decode steps
+    would. Otherwise one scan scores the blocks of a run of about ``chunk_size`` queries; the first
+    blocks, which select everything, are attended densely.
+    """
+    require_step(q, cache, policy, state, q_unrotated, rope)
+    scale = require_softmax_scale(softmax_scale, cache.head_dim)
+    if check_finite:
+        raise_if_not_finite(q, cache)
+    policy.update(state, cache)
+    state.invalidate()
+
+    seqlen_q = q.shape[1]
+    longest = max(cache.num_real_tokens, default=0)
+    phase: Phase = "prefill"
+    offsets = query_blocks(seqlen_q, policy)
+    if seqlen_q <= policy.tail_q_block_size and longest > seqlen_q:
+        phase, offsets = "decode", tuple(range(seqlen_q + 1))
+
+    outs, lses = [], []
+    for first, last in _runs(offsets, longest - seqlen_q, policy, phase, rope):
+        begin, end = offsets[first], offsets[last]
+        run_offsets = tuple(offset - begin for offset in offsets[first : last + 1])
+        later = seqlen_q - end
+        queries = Queries(
+            q=q[:, begin:end],
+            phase=phase,
+            softmax_scale=scale,
+            # Rows may be shorter than what comes later: nothing of them is visible yet.
+            cache_seqlens=(cache.cache_seqlens - later).clamp_(min=0)
+            if later
+            else cache.cache_seqlens,
+            max_seqlen=max(cache.max_seqlen - later, 0),
+            q_unrotated=None if q_unrotated is None else q_unrotated[:, begin:end],
+            rope=rope,
+            offsets=run_offsets,
+            q_block_offsets=torch.tensor(run_offsets, dtype=torch.int32, device=q.device),
+            num_later_tokens=later,
+        )
+        selection = policy.select(state, queries, cache)
+        out, lse = policy.attend(queries, cache, selection)
+        outs.append(out)
+        lses.append(lse)
+    state.invalidate()
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    if not outs:
+        return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+
+
+def _runs(
+    offsets: tuple[int, ...], num_cached: int, policy: Policy, phase: Phase, rope: Rope | None
+) -> Iterator[tuple[int, int]]:
+    """Runs of blocks ``[first, last)``: the dense ones at once, then about ``chunk_size`` queries at a time.
+
+    ``num_cached``: real tokens before the call in the longest row; which blocks are dense depends
+    on nothing else.
+    """
+    num_blocks = len(offsets) - 1
+    dense = [
+        policy.is_dense(phase, max(num_cached + begin, 0), max(num_cached + end, 0), rope)
+        for begin, end in zip(offsets, offsets[1:])
+    ]
+    first = 0
+    while first < num_blocks:
+        last = first + 1
+        while last < num_blocks and dense[last] == dense[first]:
+            if not dense[first] and offsets[last + 1] - offsets[first] > policy.chunk_size:
+                break
+            last += 1
+        yield first, last
+        first = last

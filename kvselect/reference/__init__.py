@@ -1,0 +1,50 @@
+"""Every op of kvselect in plain float64 torch: the specification. Tests compare the kernels with it.
+
+Loops are welcome here, tricks are not. Functions under the names of the public ones take the same
+arguments; the ones with ``query_blocks`` in their names also know what only the ops know: blocks of
+queries, window rules, several scoring vectors, compact positions, reused lists. All of them
+take any cache that has the attributes of `CacheLike`: a KVCache, or a PlainCache of two tensors.
+"""
+
+from kvselect.reference.attention import merge_splits, recovered_mass, sparse_attention
+from kvselect.reference.cache import (
+    BLOCK_TOKENS,
+    CacheLike,
+    PlainCache,
+    decode_block,
+    encode_block,
+    kv_append,
+    sketched_keys,
+)
+from kvselect.reference.decode import DecodeState, StepInfo, decode_step
+from kvselect.reference.query_blocks import WINDOW_RULES, BlockRange, QueryBlocks
+from kvselect.reference.rotation import RopeTable, rotate
+from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
+from kvselect.reference.selection import BlockLists, select_query_blocks, select_tokens
+
+__all__ = [
+    "BLOCK_TOKENS",
+    "WINDOW_RULES",
+    "BlockLists",
+    "BlockRange",
+    "BlockScores",
+    "CacheLike",
+    "DecodeState",
+    "PlainCache",
+    "QueryBlocks",
+    "RopeTable",
+    "StepInfo",
+    "decode_block",
+    "decode_step",
+    "encode_block",
+    "kv_append",
+    "merge_splits",
+    "recovered_mass",
+    "rotate",
+    "score_query_blocks",
+    "score_tokens",
+    "select_query_blocks",
+    "select_tokens",
+    "sketched_keys",
+    "sparse_attention",
+]

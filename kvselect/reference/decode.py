@@ -1,0 +1,270 @@
+"""One decode step, list by list: reuse what is similar enough, else score, pick and list; then attend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvselect.reference.attention import sparse_attention
+from kvselect.reference.cache import CacheLike
+from kvselect.reference.query_blocks import QueryBlocks
+from kvselect.reference.rotation import RopeTable, rotate
+from kvselect.reference.score import score_query_blocks
+from kvselect.reference.selection import num_kept, pick, without_nonfinite
+from kvselect.selection import Selection
+
+if TYPE_CHECKING:
+    from kvselect.policies import Policy
+
+
+@dataclass(slots=True)
+class Remembered:
+    """One reusable list: the query that made it, its tokens, and how often it was reused."""
+
+    anchor: Tensor  # [heads per list, head_dim], float64
+    listed: list[int]
+    seqlen: int  # tokens of the row when it was last used
+    age: int = 0  # steps since it was made
+
+
+@dataclass(slots=True)
+class DecodeState:
+    """What a policy with a selection cache remembers of one layer, by (row, list)."""
+
+    lists: dict[tuple[int, int], Remembered] = field(default_factory=dict)
+    version: int | None = None  # of the cache; another one voids all lists
+
+
+class StepInfo(NamedTuple):
+    """What a decode step did."""
+
+    selection: Selection | None  # None: every row was dense
+    lse: Tensor  # [batch, 1, num_q_heads] float64
+
+    @property
+    def hit(self) -> Tensor | None:
+        return None if self.selection is None else self.selection.hit
+
+    @property
+    def kept_mass(self) -> Tensor | None:
+        return None if self.selection is None else self.selection.kept_mass
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors; 0 where one is zero, NaN where one is not finite."""
+    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300))
+
+
+def similarity(q: Tensor, anchor: Tensor, how: str) -> float:
+    """Of the cosines per head [heads, head_dim]: the smallest, the lower 10 % quantile, or the cosine of all."""
+    if how == "flat":
+        return cosine(q.flatten(), anchor.flatten())
+    cosines = sorted(cosine(a, b) for a, b in zip(q, anchor, strict=True))
+    return cosines[0 if how == "min" else (len(cosines) - 1) // 10]
+
+
+def decode_step(
+    q: Tensor,
+    cache: CacheLike,
+    policy: Policy,
+    state: Any,
+    *,
+    q_unrotated: Tensor | None = None,
+    rope: RopeTable | None = None,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, StepInfo]:
+    """Attention of each row's newest token over what TokenSelect, StreamingLLM or Dense selects.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, 1, num_q_heads, head_dim]
+        Query of the token appended last. Rotated for ``positions="original"``, un-rotated for
+        "compact".
+    cache : CacheLike
+    policy : TokenSelect, StreamingLLM or Dense
+    state : DecodeState
+        Kept from step to step; changed. Matters to a policy with a selection cache only.
+    q_unrotated : Tensor of the shape of q, or None
+        What the selection cache compares with "original" positions; None: q.
+    rope : RopeTable or None
+        Needed by "compact".
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+
+    Returns
+    -------
+    out : Tensor, [batch, 1, num_q_heads, head_dim], float64; 0 for a row without tokens
+    info : StepInfo
+
+    Raises
+    ------
+    ValueError
+        If the policy is another one.
+    TypeError
+        If the policy reuses lists and the state is no DecodeState.
+
+    Notes
+    -----
+    Source: TokenSelect, arXiv:2411.02886. A row is dense while it holds at most ``num_sink_tokens +
+    topk + num_recent_tokens`` real tokens (or ``dense_below_tokens``): its list holds every token.
+    """
+    name = type(policy).__name__
+    if name not in ("TokenSelect", "StreamingLLM", "Dense"):
+        raise ValueError(f"policy: got {policy!r}, allowed: TokenSelect, StreamingLLM, Dense")
+    settings: Any = policy  # fields differ between the three
+    table = rope if settings.positions == "compact" else None
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    blocks = QueryBlocks(cache_seqlens=cache.cache_seqlens, seqlen_q=1, starts=cache.starts)
+    batch, num_kv_heads = len(cache.cache_seqlens), cache.k.shape[2]
+    dense = [True] * batch
+    if name != "Dense":
+        blocks = QueryBlocks(
+            cache_seqlens=cache.cache_seqlens,
+            seqlen_q=1,
+            starts=cache.starts,
+            num_sink_tokens=settings.num_sink_tokens,
+            num_recent_tokens=settings.num_recent_tokens,
+        )
+        limit = dense_limit(settings, table)
+        dense = [blocks.seqlen(row) - blocks.start(row) <= limit for row in range(batch)]
+    if all(dense):
+        out, lse = sparse_attention(q, cache, softmax_scale=scale, rope=table)
+        return out, StepInfo(None, lse)
+
+    num_lists = 1 if getattr(settings, "scope", "layer") == "layer" else num_kv_heads
+    votes: Tensor | None = None
+    if name == "TokenSelect":
+        votes = decode_votes(q, cache, blocks, settings, table, scale)
+        if num_lists == 1:
+            votes = votes.sum(1, keepdim=True)
+    threshold = getattr(settings, "similarity_threshold", None)
+    compared = (q if q_unrotated is None or table is not None else q_unrotated)[:, 0].double()
+    compared = compared.unflatten(1, (num_lists, -1))
+    if threshold is not None:
+        if not isinstance(state, DecodeState):
+            raise TypeError(f"state: got {type(state).__name__}, allowed: DecodeState()")
+        version = getattr(cache, "version", None)
+        if state.version != version:
+            state.lists, state.version = {}, version
+
+    lists: list[list[int]] = []
+    kept: list[float] = []
+    hits: list[int] = []
+    for row in range(batch):
+        at, seqlen = blocks.range(row, 0), blocks.seqlen(row)
+        for n in range(num_lists):
+            known = state.lists.pop((row, n), None) if threshold is not None else None
+            if dense[row]:
+                listed, score, hit = list(range(at.start, at.end)), float("nan"), False
+            else:
+                hit = (
+                    known is not None
+                    and known.seqlen == seqlen - 1
+                    and known.age < settings.max_age
+                    and similarity(compared[row, n], known.anchor, how_similar(settings))
+                    >= threshold
+                )
+                if hit:
+                    assert known is not None
+                    listed, score = [*known.listed, seqlen - 1], float("nan")
+                elif votes is None:
+                    listed = [*range(at.start, at.sink_end), *range(at.window_start, at.end)]
+                    score = 0.0
+                else:
+                    own = votes[row, n].tolist()
+                    keep = num_kept(settings.topk, settings.overselect)
+                    listed = [
+                        *range(at.start, at.sink_end),
+                        *pick(own, at.sink_end, at.window_start, keep, settings.pool_width),
+                        *range(at.window_start, at.end),
+                    ]
+                    listed = without_nonfinite(listed, own)
+                    score = sum(own[i] for i in listed)
+                if threshold is not None:
+                    remembered = Remembered(compared[row, n], listed, seqlen)
+                    if hit:
+                        assert known is not None
+                        remembered.anchor, remembered.age = known.anchor, known.age + 1
+                    state.lists[row, n] = remembered
+            lists.append(listed)
+            kept.append(score)
+            hits.append(int(hit))
+
+    width = max(map(len, lists))
+    indices = torch.full((len(lists), width), -1, dtype=torch.int32)
+    for number, listed in enumerate(lists):
+        indices[number, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
+    shape = (batch, num_lists)
+    lengths = torch.tensor([len(x) for x in lists], dtype=torch.int32)
+    selection = Selection(
+        indices.view(*shape, width).expand(-1, num_kv_heads, -1),
+        lengths.view(shape).expand(-1, num_kv_heads),
+        kept_score=torch.tensor(kept, dtype=torch.float64).view(shape).expand(-1, num_kv_heads),
+        total_score=total_score(settings, q.shape[2] // num_lists),
+        hit=torch.tensor(hits, dtype=torch.int32).view(shape) if threshold is not None else None,
+    )
+    out, lse = sparse_attention(q, cache, selection, softmax_scale=scale, rope=table)
+    return out, StepInfo(selection, lse)
+
+
+def dense_limit(settings: Any, table: RopeTable | None) -> int:
+    """Rows of at most so many real tokens are dense."""
+    limit: int = settings.num_sink_tokens + settings.num_recent_tokens
+    if hasattr(settings, "topk"):
+        limit = max(limit + settings.topk, settings.dense_below_tokens or 0)
+        if table is not None:
+            limit = min(limit, table.cos.shape[0])
+    return limit
+
+
+def how_similar(settings: Any) -> str:
+    default = "min" if settings.scope == "kv_head" else "q10"
+    return settings.similarity or default
+
+
+def total_score(settings: Any, heads_per_list: int) -> float | None:
+    """What all visible tokens of a list score together, where scores are shares of attention mass."""
+    if getattr(settings, "score_scale", 1.0) is not None:
+        return None
+    if settings.normalise_over != "visible" or settings.aggregate == "max_vote":
+        return None
+    return float(heads_per_list)
+
+
+def decode_votes(
+    q: Tensor,
+    cache: CacheLike,
+    blocks: QueryBlocks,
+    settings: Any,
+    table: RopeTable | None,
+    softmax_scale: float,
+) -> Tensor:
+    """Scores of a TokenSelect decode step, [batch, num_kv_heads, max_seqlen].
+
+    With "compact" positions candidates meet the query at the fixed distance ``num_recent_tokens``,
+    sinks and recent tokens at the rank of its own token.
+    """
+    keep = num_kept(settings.topk, settings.overselect)
+    vectors, local = q.double(), None
+    if table is not None:
+        ranks = []
+        for row in range(blocks.batch):
+            at = blocks.range(row, 0)
+            listed = at.sink_end - at.start + min(keep, at.num_candidates) + at.end - at.window_start
+            ranks.append(max(listed - 1, 0))
+        local = rotate(vectors, torch.tensor(ranks)[:, None, None], table)[:, None]
+        vectors = rotate(vectors, torch.tensor(settings.num_recent_tokens), table)
+    return score_query_blocks(
+        vectors[:, None],
+        cache,
+        blocks,
+        softmax_scale=softmax_scale if settings.score_scale is None else settings.score_scale,
+        q_local=local,
+        source="keys" if settings.sketch is None else "sketch",
+        keep=keep,
+        normalise_candidates_only=settings.normalise_over == "candidates",
+        rope=table,
+    ).scores[:, 0]

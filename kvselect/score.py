@@ -1,0 +1,178 @@
+"""Scores: how much each cached token matters to a query, as soft votes per KV head or per layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
+from kvselect.arguments import raise_if_not_finite, require_queries, require_softmax_scale
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_bool, require_choice, require_int
+from kvselect.rope import Rope
+from kvselect.sketch import op_format
+
+__all__ = ["score_tokens"]
+
+SCOPES = ("kv_head", "layer")
+VOTES = ("sum_vote", "max_vote")
+
+
+def score_tokens(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    scope: str = "kv_head",
+    source: str | None = None,
+    softmax_scale: float | None = None,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
+    aggregate: str = "sum_vote",
+    check_finite: bool = False,
+) -> Tensor:
+    """Attention mass that the query heads of each KV head put on each cached token.
+
+    ``scores[g, i] = sum over queries and h of group g of exp(s[h, i] - logsumexp_j s[h, j])`` with
+    ``s[h, i] = softmax_scale * q[h] . k[g, i]``, over all stored tokens of the row.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, seqlen_q, num_q_heads, head_dim]
+        The cache's dtype and device. All queries see the whole row, whatever their number.
+    cache : KVCache
+    scope : "kv_head" or "layer"
+        "layer": every head gets the sum over all heads (head stride 0).
+    source : "sketch", "keys" or None
+        What candidates are scored from. None: the sketch where the cache has one, its keys
+        otherwise. Tokens of blocks that are not whole yet are scored from the keys in any case.
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+    num_sink_tokens, num_recent_tokens : int
+        Tokens at either end that are scored from exact keys.
+    aggregate : "sum_vote" or "max_vote"
+        How the votes of several queries combine.
+    check_finite : bool
+        Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
+        device).
+
+    Returns
+    -------
+    Tensor, [batch, num_kv_heads, max_seqlen], float32
+        0 where a row has no token; NaN for a token whose logit is not finite (`select_tokens` never
+        lists it).
+
+    Raises
+    ------
+    ValueError, TypeError
+        If shapes, dtypes, devices or settings do not fit, or the sketch is asked for and there is
+        none.
+
+    Notes
+    -----
+    Source: the soft vote of TokenSelect, arXiv:2411.02886, with scaled logits, all visible tokens
+    in the normaliser and the head map of the weights (docs/design.md). Cost: reads the sketch (68
+    bytes per token and KV head for int4 at head_dim 128) or the keys; memory-bound.
+    """
+    require_queries(q, cache)
+    require(q.shape[1] >= 1, "seqlen_q", q.shape[1], "an int >= 1")
+    require_choice(scope, "scope", SCOPES)
+    require_choice(source, "source", ("sketch", "keys", None))
+    scale = require_softmax_scale(softmax_scale, cache.head_dim)
+    require_int(num_sink_tokens, "num_sink_tokens", 0)
+    require_int(num_recent_tokens, "num_recent_tokens", 0)
+    require_choice(aggregate, "aggregate", VOTES)
+    require_bool(check_finite, "check_finite")
+    if source == "sketch":
+        allowed = "'keys' or None: the cache was made with sketch=None"
+        require(cache.sketch_format is not None, "source", source, allowed)
+    if check_finite:
+        raise_if_not_finite(q, cache)
+    scores, _ = score_blocks(
+        q.float().contiguous().unsqueeze(1),
+        cache,
+        cache_seqlens=cache.cache_seqlens,
+        max_seqlen=cache.max_seqlen,
+        q_block_offsets=None,
+        seqlen_q=1,
+        window_rule="decode",
+        num_sink_tokens=num_sink_tokens,
+        num_recent_tokens=num_recent_tokens,
+        keep=0,
+        scale=scale,
+        sketch=None if source == "keys" else cache.sketch_format,
+        max_vote=aggregate == "max_vote",
+    )
+    if scope == "layer":
+        return scores.sum(2).expand(-1, cache.num_kv_heads, -1)
+    return scores[:, 0]
+
+
+def score_blocks(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    cache_seqlens: Tensor,
+    max_seqlen: int,
+    q_block_offsets: Tensor | None,
+    seqlen_q: int,
+    window_rule: str,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+    keep: int,
+    scale: float,
+    sketch: str | None,
+    max_vote: bool = False,
+    normalise_candidates_only: bool = False,
+    q_local: Tensor | None = None,
+    rope: Rope | None = None,
+    hit: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores of all query blocks of a call in one scan; the op itself, with checked arguments.
+
+    Parameters
+    ----------
+    q, q_local : Tensor, [batch, num_blocks, num_vectors, num_q_heads, head_dim], float32,
+    contiguous
+        Scoring vectors for the candidates; for sinks and recent tokens (None: the same).
+    sketch : str or None
+        Format to scan; None: the keys.
+    rope : Rope or None
+        Given: "compact" positions, see csrc/include/kvselect/score_tokens.h.
+    hit : Tensor, [batch, num_kv_heads], int32, or None
+        Non-zero: this list is reused, its scores are left as they are.
+
+    Returns
+    -------
+    scores : Tensor, [batch, num_blocks, num_kv_heads, max_seqlen], float32
+    num_nonfinite : Tensor, [batch, num_blocks, num_kv_heads], int64
+        Tokens and query vectors that were not finite.
+    """
+    cos, sin, start, interleaved = None, None, 0, False
+    if rope is not None:
+        cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
+    scores, _, num_nonfinite = torch.ops.kvselect.score_tokens.default(
+        q,
+        q_local,
+        cache.k_pages,
+        cache.block_table,
+        cache_seqlens,
+        cache.starts,
+        None if sketch is None else cache.sketch_data,
+        op_format(sketch),
+        q_block_offsets,
+        seqlen_q,
+        window_rule,
+        num_sink_tokens,
+        num_recent_tokens,
+        keep,
+        scale,
+        normalise_candidates_only,
+        max_vote,
+        cos,
+        sin,
+        start,
+        interleaved,
+        hit,
+        max_seqlen,
+    )
+    return scores, num_nonfinite

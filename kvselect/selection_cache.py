@@ -1,0 +1,130 @@
+"""SelectionCache: the last selection, reused while queries stay similar. All of it on the device, never blind.
+
+A list may be reused when its anchor query (of the last refresh, not of the last step) is similar
+enough, it is younger than ``max_age`` steps, and exactly one token was appended since. On reuse the
+newest token joins the list, whose window keeps starting where it started: nothing that leaves the
+window is lost.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvselect.cache import KVCache
+from kvselect.selection import Lists
+
+__all__ = ["SelectionCache", "Similarity"]
+
+Similarity = Literal["min", "q10", "flat"]
+
+
+class SelectionCache:
+    """Selection and anchor of each list of one layer; row = request.
+
+    Parameters
+    ----------
+    similarity_threshold : float in (0, 1]
+        Least similarity of a hit.
+    max_age : int
+        Most steps in a row that a list is reused. [steps]
+    similarity : "min", "q10" or "flat"
+        Of the cosines of the query heads that share a list: the smallest, the 10 % quantile (lower
+        value), or the cosine of all heads laid end to end (the published form, which one loud head
+        can dominate).
+
+    Notes
+    -----
+    `lookup` decides for every list by itself; a vector of zeros and one that is not finite miss.
+    The host only knows of changes that it made itself: another cache version or batch, or more than
+    one token at once, make every list miss. Source: TokenSelect, arXiv:2411.02886, section on the
+    selection cache; window and forced misses are ours.
+    """
+
+    def __init__(self, similarity_threshold: float, max_age: int, similarity: Similarity) -> None:
+        self.similarity_threshold = similarity_threshold
+        self.max_age = max_age
+        self.similarity: Similarity = similarity
+        self.anchor_query: Tensor | None = (
+            None  # [batch, num_lists, heads per list, head_dim] float32
+        )
+        self.age: Tensor | None = None  # [batch, num_lists] int32, steps since the refresh
+        self.expected_seqlens: Tensor | None = None  # [batch] int32; -1: the row's lists are void
+        self.lists: Lists | None = None  # one block; extended in place by hits
+        self._version: int | None = None
+
+    def lookup(self, q: Tensor, cache: KVCache) -> Tensor | None:
+        """Which lists the next step may reuse.
+
+        Parameters
+        ----------
+        q : Tensor, [batch, num_lists, heads per list, head_dim], float32
+            Query of the step, one token, after its append.
+        cache : KVCache
+
+        Returns
+        -------
+        Tensor, [batch, num_lists], int32, 1 = hit; or None: nothing is stored that could hit
+        """
+        if (
+            self.anchor_query is None
+            or self.expected_seqlens is None
+            or self.age is None
+            or self._version != cache.version
+            or cache.num_appended != 1
+            or self.anchor_query.shape != q.shape
+        ):
+            return None
+        hit = self._similarity(q, self.anchor_query) >= self.similarity_threshold
+        hit &= self.age < self.max_age
+        hit &= (self.expected_seqlens == cache.cache_seqlens)[:, None]
+        return hit.int()
+
+    def store(
+        self,
+        q: Tensor,
+        hit: Tensor | None,
+        cache: KVCache,
+        lists: Lists,
+        reusable: Tensor | None = None,
+    ) -> None:
+        """Take the lists of a step: reused ones grow older, fresh ones get ``q`` as their anchor.
+
+        Parameters
+        ----------
+        q, hit :
+            As in `lookup`.
+        lists : Lists
+            Kept; the next hit extends them in place.
+        reusable : Tensor, [batch], bool, or None
+            False: this row must miss at the next step.
+        """
+        if hit is None or self.anchor_query is None or self.age is None:
+            self.anchor_query = q.clone()
+            self.age = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+        else:
+            torch.where(hit[..., None, None] != 0, self.anchor_query, q, out=self.anchor_query)
+            self.age.add_(1).mul_(hit)
+        expected = cache.cache_seqlens + 1
+        if reusable is not None:
+            expected = torch.where(reusable, expected, -1)
+        self.expected_seqlens = expected
+        self.lists = lists
+        self._version = cache.version
+
+    def clear(self) -> None:
+        """Forget everything: the next step misses."""
+        self.anchor_query = self.age = self.expected_seqlens = self.lists = self._version = None
+
+    def _similarity(self, q: Tensor, anchor: Tensor) -> Tensor:
+        """[batch, num_lists]; NaN, which compares as a miss, where a vector is not finite."""
+        if self.similarity == "flat":
+            return F.cosine_similarity(q.flatten(-2), anchor.flatten(-2), dim=-1)
+        cosines = F.cosine_similarity(q, anchor, dim=-1)
+        if self.similarity == "min":
+            return cosines.amin(-1)
+        lowest = (cosines.shape[-1] - 1) // 10  # 10 % quantile, lower value
+        return cosines.nan_to_num(nan=-1.0).kthvalue(lowest + 1, dim=-1).values

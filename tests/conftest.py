@@ -1,0 +1,28 @@
+"""One thread for all tests, and every op test once per CPU implementation that the machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvselect import ops
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Small inputs gain nothing from more; test_determinism.py asks for two itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ops.cpu_implementations())
+def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of the implementation that is forced while the test runs."""
+    before = ops.cpu_implementation()
+    ops.set_cpu_implementation(request.param)
+    yield request.param
+    ops.set_cpu_implementation(before)

@@ -1,0 +1,208 @@
+#include "kvselect/sparse_attention.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "inputs.h"
+
+using namespace kvselect;
+using namespace kvselect::test;
+
+namespace {
+
+struct Case {
+    DType dtype = DType::kFloat32;
+    Layout layout = Layout::kHeadMajor;
+    std::vector<int32_t> seqlens{100}, starts{};
+    int64_t num_kv_heads = 2, group = 2, head_dim = 64, seqlen_q = 1;
+    std::vector<int32_t> offsets{};
+    int64_t listed = 0;        // tokens per list; 0: no lists
+    bool shared_list = false;  // head stride 0
+    const RopeTable* rope = nullptr;
+};
+
+// Runs the op on a cache whose unlisted tokens are NaN, and compares with softmax in double.
+void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line) {
+    const int64_t batch = c.seqlens.size(), num_q_heads = c.num_kv_heads * c.group;
+    const int64_t num_blocks = c.offsets.empty() ? 1 : static_cast<int64_t>(c.offsets.size()) - 1;
+    Random random(static_cast<uint64_t>(line) * 31 + static_cast<uint64_t>(c.head_dim));
+    Cache cache(c.dtype, c.layout, c.seqlens, c.num_kv_heads, c.head_dim);
+    cache.fill(random);
+
+    const int64_t list_heads = c.shared_list ? 1 : c.num_kv_heads, width = c.listed + 1;
+    std::vector<int32_t> indices(batch * num_blocks * list_heads * width, -1), lengths(batch * num_blocks * list_heads);
+    for (int64_t row = 0; c.listed && row < batch; ++row) {
+        const int64_t seqlen = c.seqlens[row];
+        std::vector<bool> used(seqlen, false);
+        for (int64_t list = 0; list < num_blocks * list_heads; ++list) {
+            int32_t* out = indices.data() + (row * num_blocks * list_heads + list) * width;
+            int32_t& length = lengths[row * num_blocks * list_heads + list];
+            for (int64_t t = 0; t < seqlen; ++t)  // about `listed` of them, the newest always
+                if (length < c.listed && (t == seqlen - 1 || random.below(seqlen) < c.listed)) {
+                    out[length++] = static_cast<int32_t>(t);
+                    used[t] = true;
+                }
+        }
+        for (int64_t t = 0; t < seqlen; ++t)
+            if (!used[t]) cache.poison(row, t);
+    }
+    for (int64_t row = 0; !c.starts.empty() && !c.listed && row < batch; ++row)
+        for (int64_t t = 0; t < std::min(c.starts[row], c.seqlens[row]); ++t) cache.poison(row, t);
+
+    const int64_t q_stride = num_q_heads * c.head_dim + 4;
+    Elements q(c.dtype, std::max<int64_t>(1, batch * c.seqlen_q * q_stride));
+    for (int64_t i = 0; i < batch * c.seqlen_q; ++i)
+        for (int64_t j = 0; j < num_q_heads * c.head_dim; ++j) q.set(i * q_stride + j, 2.0 * random.normal());
+    Elements out(c.dtype, batch * c.seqlen_q * num_q_heads * c.head_dim);
+    std::vector<float> lse(batch * c.seqlen_q * num_q_heads, NAN);
+
+    SparseAttentionParams p{};
+    p.dtype = c.dtype;
+    p.num_q_heads = num_q_heads;
+    p.num_kv_heads = c.num_kv_heads;
+    p.head_dim = c.head_dim;
+    p.blocks = QueryBlocks{batch,
+                           num_blocks,
+                           c.seqlen_q,
+                           c.offsets.empty() ? nullptr : c.offsets.data(),
+                           c.seqlens.data(),
+                           c.starts.empty() ? nullptr : c.starts.data(),
+                           WindowRule::kDecode,
+                           0,
+                           0};
+    p.q = q.data();
+    p.q_strides[0] = c.seqlen_q * q_stride;
+    p.q_strides[1] = q_stride;
+    p.q_strides[2] = c.head_dim;
+    p.keys = cache.keys();
+    p.values = cache.values();
+    if (c.listed) {
+        p.indices = indices.data();
+        p.topk_length = lengths.data();
+        const int64_t strides[] = {num_blocks * list_heads, list_heads, c.shared_list ? 0 : 1};
+        for (int i = 0; i < 3; ++i) {
+            p.indices_strides[i] = strides[i] * width;
+            p.topk_length_strides[i] = strides[i];
+        }
+    }
+    p.softmax_scale = 0.125f;
+    if (c.rope) p.rope = c.rope->view();
+    p.out = out.data();
+    p.lse = lse.data();
+    const int64_t items = batch * num_blocks * c.num_kv_heads;
+    std::vector<float> scratch(sparse_attention_scratch_floats(p), NAN);
+    ops.sparse_attention(p, 0, items / 2, scratch.data());
+    ops.sparse_attention(p, items / 2, items, scratch.data());
+
+    RelativeError error;
+    double worst_lse = 0.0;
+    for (int64_t row = 0; row < batch; ++row)
+        for (int64_t j = 0; j < c.seqlen_q; ++j) {
+            int64_t block = 0;
+            while (block + 1 < num_blocks && c.offsets[block + 1] <= j) ++block;
+            const int64_t position = c.seqlens[row] - c.seqlen_q + j;
+            for (int64_t head = 0; head < num_q_heads; ++head) {
+                const int64_t kv_head = head / c.group;
+                std::vector<int64_t> seen;
+                if (c.listed) {
+                    const int64_t list = (row * num_blocks + block) * list_heads + (c.shared_list ? 0 : kv_head);
+                    for (int64_t i = 0; i < lengths[list]; ++i)
+                        if (indices[list * width + i] <= position) seen.push_back(indices[list * width + i]);
+                } else {
+                    const int64_t start = c.starts.empty() ? 0 : std::min(c.starts[row], c.seqlens[row]);
+                    for (int64_t t = start; t <= position; ++t) seen.push_back(t);
+                }
+                std::vector<double> query(c.head_dim), logits, want(c.head_dim, 0.0);
+                for (int64_t d = 0; d < c.head_dim; ++d)
+                    query[d] = q.get((row * c.seqlen_q + j) * q_stride + head * c.head_dim + d);
+                if (c.rope) {  // to the rank of its own token: the entries before it, whether it is listed or not
+                    const bool listed = !seen.empty() && seen.back() == position;
+                    query = c.rope->rotate(query, static_cast<int64_t>(seen.size()) - listed);
+                }
+                double peak = -kInf, total = 0.0;
+                for (size_t rank = 0; rank < seen.size(); ++rank) {
+                    std::vector<double> key(c.head_dim);
+                    for (int64_t d = 0; d < c.head_dim; ++d) key[d] = cache.key(row, seen[rank], kv_head, d);
+                    if (c.rope) key = c.rope->rotate(key, static_cast<int64_t>(rank));
+                    logits.push_back(0.125 * dot(query, key));
+                    peak = std::max(peak, logits.back());
+                }
+                for (double& x : logits) total += x = std::exp(x - peak);
+                for (size_t i = 0; i < seen.size(); ++i)
+                    for (int64_t d = 0; d < c.head_dim; ++d)
+                        want[d] += logits[i] / total * cache.value(row, seen[i], kv_head, d);
+                const int64_t at = (row * c.seqlen_q + j) * num_q_heads + head;
+                for (int64_t d = 0; d < c.head_dim; ++d) error.add(out.get(at * c.head_dim + d), want[d]);
+                if (seen.empty()) {
+                    EXPECT(lse[at] == -INFINITY, "from line ", line, ": a query that sees nothing");
+                } else {
+                    worst_lse = std::max(worst_lse, std::abs(lse[at] - (peak + std::log(total))));
+                }
+            }
+        }
+    EXPECT(error.value() <= tolerance(c.dtype), "from line ", line, ": error ", error.value(), ", head_dim ",
+           c.head_dim);
+    EXPECT(worst_lse <= (c.dtype == DType::kFloat32 ? 2e-5 : 2e-2), "from line ", line, ": lse off by ", worst_lse);
+}
+
+}  // namespace
+
+TEST(sparse_attention_decode_without_a_list) {
+    for (DType dtype : kDTypes)
+        for (Layout layout : kLayouts)
+            for (int64_t head_dim : kHeadDims)
+                attend_and_compare(ops,
+                                   {.dtype = dtype, .layout = layout, .seqlens = {1, 63, 64, 65, 130}, .head_dim = head_dim},
+                                   __LINE__);
+    for (int64_t group : {1, 3, 4, 8})
+        attend_and_compare(ops, {.seqlens = {70}, .group = group}, __LINE__);
+}
+
+TEST(sparse_attention_decode_reads_listed_tokens_only) {
+    for (DType dtype : kDTypes)
+        for (Layout layout : kLayouts)
+            for (bool shared : {false, true})
+                attend_and_compare(ops,
+                                   {.dtype = dtype,
+                                    .layout = layout,
+                                    .seqlens = {300, 5, 129},
+                                    .group = 4,
+                                    .head_dim = 96,
+                                    .listed = 70,
+                                    .shared_list = shared},
+                                   __LINE__);
+}
+
+TEST(sparse_attention_blocks_of_queries_are_causal) {
+    for (DType dtype : kDTypes)
+        for (int64_t head_dim : kHeadDims)
+            attend_and_compare(ops,
+                               {.dtype = dtype,
+                                .layout = Layout::kPaged,
+                                .seqlens = {90, 40},
+                                .starts = {0, 7},
+                                .head_dim = head_dim,
+                                .seqlen_q = 33,
+                                .offsets = {0, 1, 17, 33}},
+                               __LINE__);
+    for (int64_t group : {1, 3, 5, 8})
+        attend_and_compare(ops, {.seqlens = {150}, .group = group, .seqlen_q = 150, .offsets = {0, 128, 150}}, __LINE__);
+    attend_and_compare(ops, {.seqlens = {200, 77}, .seqlen_q = 20, .offsets = {0, 4, 20}, .listed = 50}, __LINE__);
+}
+
+TEST(sparse_attention_rotates_to_ranks) {
+    for (bool interleaved : {false, true}) {
+        const RopeTable half(160, 16, 0, interleaved), part(160, 12, 8, interleaved);
+        attend_and_compare(ops, {.seqlens = {150, 3}, .head_dim = 32, .listed = 40, .rope = &half}, __LINE__);
+        attend_and_compare(
+            ops, {.seqlens = {150}, .head_dim = 80, .seqlen_q = 9, .offsets = {0, 4, 9}, .listed = 40, .rope = &part},
+            __LINE__);
+        attend_and_compare(ops, {.seqlens = {150}, .starts = {11}, .head_dim = 32, .rope = &half}, __LINE__);
+    }
+}
+
+TEST(sparse_attention_of_nothing_is_zero) {
+    // Row 0 is empty, row 1 has fewer tokens than queries, row 2 is all padding.
+    attend_and_compare(ops, {.seqlens = {0, 2, 6}, .starts = {0, 0, 6}, .seqlen_q = 4}, __LINE__);
+    attend_and_compare(ops, {.seqlens = {0, 6}, .starts = {0, 6}}, __LINE__);
+}
