@@ -1,6 +1,7 @@
-"""How every bench here measures: contenders interleaved in one process, outputs compared first, medians, JSON.
+"""How every bench here measures: contenders interleaved in one process, medians, JSON.
 
-CPU time of the process on a fixed number of threads: the machines are shared, so ratios count, not seconds.
+CPU time of the process on a fixed number of threads: the machines are shared, so ratios count, not
+seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 def interleaved_ms(
     contenders: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
-    """CPU milliseconds of every call: `rounds` rounds over all contenders, after one round to warm up."""
+    """CPU milliseconds of every call: rounds over all contenders, after one to warm up."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(rounds + 1):
         for name, call in contenders.items():
@@ -45,7 +46,7 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def read_gb_per_s(num_bytes: int = 1 << 29) -> float:
-    """Best of five streaming reads on the threads torch has now: what a byte floor is computed with."""
+    """Best of five streaming reads on torch's threads: what a byte floor is computed with."""
     words = torch.ones(num_bytes // 8, dtype=torch.int64)
     best = float("inf")
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""kvselect: find the few thousand cached tokens that matter to a query, attend exactly to them, skip the rest."""
+"""kvselect: find the few cached tokens that matter, attend exactly to them, skip the rest."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""Checks of what every function of a layer is given: queries, scale, rotation and lists that fit the cache."""
+"""Checks of what every function of a layer is given: queries, scale, rotation and lists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def require_queries(q: object, cache: object) -> None:
-    """``q`` is [batch, seqlen_q, num_q_heads, head_dim] of this cache, ``num_q_heads`` a multiple of its heads."""
+    """``q`` is [batch, seqlen_q, num_q_heads, head_dim] of this cache, whole groups of heads."""
     require_type(cache, KVCache, "cache", "a kvselect.KVCache")
     assert isinstance(cache, KVCache)
     require_tensor(q, "q", (cache.batch, None, None, cache.head_dim), (cache.dtype,), cache.device)
@@ -53,11 +53,11 @@ def require_rope(rope: object, cache: KVCache) -> None:
 
 
 def require_compact_rope(rope: Rope | None, capacity: int) -> None:
-    """Compact positions need the model's rotation, with a position for every rank that a list can have."""
+    """Compact positions need the model's rotation, with a position for every rank of a list."""
     if rope is None:
         raise ValueError(
-            "rope: got None, allowed: a kvselect.Rope (positions='compact' rotates by rank; a model without RoPE "
-            "has positions='original')"
+            "rope: got None, allowed: a kvselect.Rope (positions='compact' rotates keys by rank; a "
+            "layer without RoPE wants positions='original')"
         )
     allowed = f"at most {rope.num_positions} (positions of rope) with positions='compact'"
     require(capacity <= rope.num_positions, "capacity", capacity, allowed)
@@ -88,7 +88,7 @@ def require_selection(selection: object, cache: KVCache, seqlen_q: int) -> None:
 
 
 def raise_if_not_finite(q: Tensor, cache: KVCache) -> None:
-    """ValueError naming how many queries or cached tokens hold NaN or inf, and in which row and head.
+    """ValueError naming how many queries or cached tokens hold NaN or inf, and where.
 
     The one place where the functional API reads these flags back from the device.
     """

@@ -1,4 +1,4 @@
-"""Exact attention over a Selection (or over everything), the merging of parts, and what a Selection keeps."""
+"""Exact attention over a Selection or everything, the merging of parts, what a Selection keeps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sparse_attention(
     rope: Rope | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of the last ``seqlen_q`` tokens over the tokens that a Selection lists, causal by position.
+    """Exact attention of the last ``seqlen_q`` tokens over those that a Selection lists, causal.
 
     ``out = sum_i softmax_i(softmax_scale * q . k_i) v_i`` over the listed tokens at or before the
     query's position.
@@ -191,7 +191,9 @@ def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tens
 def recovered_mass(
     q: Tensor, cache: KVCache, selection: Selection, *, softmax_scale: float | None = None
 ) -> Tensor:
-    """Share of each query's dense attention mass that a Selection holds: ``sum over selected i of p[h, i]``.
+    """Share of each query's dense attention mass that a Selection holds.
+
+    ``mass[h] = sum over listed i of exp(s[h, i] - lse[h])``, ``lse`` over every visible token.
 
     Parameters
     ----------

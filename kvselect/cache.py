@@ -163,7 +163,7 @@ class KVCache:
         if sketch is not None and cache._sketch_data is not None:
             for row, length in enumerate(lengths):
                 whole = length // BLOCK_TOKENS
-                blocks = k[row, : whole * BLOCK_TOKENS].unflatten(0, (whole, BLOCK_TOKENS))
+                blocks = k[row, : whole * BLOCK_TOKENS].view(whole, BLOCK_TOKENS, *k.shape[2:])
                 cache._sketch_data[row, :, :whole] = encode(blocks.permute(2, 0, 1, 3), sketch)
         return cache
 

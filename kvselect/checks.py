@@ -1,4 +1,4 @@
-"""The one way in which kvselect's Python reports bad input: messages that carry what was got and what is allowed."""
+"""The one way in which kvselect's Python reports bad input: what was got, and what is allowed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def require_tensor(
     device: torch.device | None = None,
     contiguous_last_dim: bool = True,
 ) -> None:
-    """Check a tensor argument: type, shape (None = any size), dtype, device, stride of the last dim.
+    """Check a tensor: type, shape (None = any size), dtype, device, stride of the last dim.
 
     Raises
     ------

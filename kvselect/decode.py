@@ -39,7 +39,7 @@ class DecodeInfo(NamedTuple):
 
     @property
     def kept_mass(self) -> Tensor | None:
-        """`Selection.kept_mass`, [batch, num_kv_heads]; None: the step was dense, or it is not known."""
+        """`Selection.kept_mass`, [batch, num_kv_heads]; None: a dense step, or not known."""
         return None if self.selection is None else self.selection.kept_mass
 
 

@@ -1,8 +1,9 @@
-"""Prefill: the queries of a call in blocks, run by run: select for every block of a run, attend, next run."""
+"""Prefill: the queries of a call in blocks, run by run: select for each block, attend, next run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ __all__ = ["prefill", "query_blocks"]
 
 
 def query_blocks(seqlen_q: int, policy: Policy) -> tuple[int, ...]:
-    """First query of each block of a call, and ``seqlen_q``: cut from the end of the call, as the policy says."""
+    """First query of each block of a call, and ``seqlen_q``; cut from the end of the call."""
     require_int(seqlen_q, "seqlen_q", 0)
     return cut_queries(
         seqlen_q, policy.q_block_size, policy.num_tail_tokens, policy.tail_q_block_size
@@ -38,7 +39,7 @@ def prefill(
     softmax_scale: float | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last ``seqlen_q`` tokens of each row over what a policy selects for their blocks.
+    """Causal attention of the last ``seqlen_q`` tokens over what a policy selects for their blocks.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ def prefill(
 def _runs(
     offsets: tuple[int, ...], num_cached: int, policy: Policy, phase: Phase, rope: Rope | None
 ) -> Iterator[tuple[int, int]]:
-    """Runs of blocks ``[first, last)``: the dense ones at once, then about ``chunk_size`` queries at a time.
+    """Runs of blocks ``[first, last)``: all dense ones, then about ``chunk_size`` queries each.
 
     ``num_cached``: real tokens before the call in the longest row; which blocks are dense depends
     on nothing else.
@@ -135,7 +136,7 @@ def _runs(
     num_blocks = len(offsets) - 1
     dense = [
         policy.is_dense(phase, max(num_cached + begin, 0), max(num_cached + end, 0), rope)
-        for begin, end in zip(offsets, offsets[1:])
+        for begin, end in pairwise(offsets)
     ]
     first = 0
     while first < num_blocks:

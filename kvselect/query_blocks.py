@@ -1,4 +1,4 @@
-"""How the queries of a call are cut into blocks, and which tokens a block sees, competes over and always keeps.
+"""How queries are cut into blocks, and which tokens a block sees, competes over, always keeps.
 
 The Python face of ``csrc/include/kvselect/query_blocks.h``, for whole batches on the device.
 """
@@ -15,7 +15,7 @@ WINDOW_RULES = ("decode", "block_start", "block_end")
 
 
 class BlockRange(NamedTuple):
-    """Token positions of each (row, block): ``start <= sink_end <= window_start <= end``, all clipped.
+    """Positions of each (row, block): ``start <= sink_end <= window_start <= end``, all clipped.
 
     Each is int32 [batch, num_blocks] (``start``: [batch, 1]).
     """

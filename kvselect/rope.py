@@ -1,4 +1,7 @@
-"""Rotary position embedding as a table in float32, taken from the model: scaled, partial and YaRN variants come for free."""
+"""Rotary position embedding as a float32 table, taken from the model.
+
+Scaled, partial and YaRN variants come for free: they are nothing but other tables.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from kvselect.checks import require, require_bool, require_float, require_int, require_tensor
 
@@ -70,7 +73,7 @@ class Rope:
         interleaved: bool = False,
         device: torch.device | str | None = None,
     ) -> Rope:
-        """Table of ``scaling * cos(position * inv_freq)`` and the same for sin, computed in float32.
+        """Table of ``scaling * cos(position * inv_freq)``, and the same for sin, in float32.
 
         Parameters
         ----------
@@ -134,9 +137,10 @@ class Rope:
         return self.turn(x, *(factor.unsqueeze(-2) for factor in factors))
 
     def rotate_at(self, x: Tensor, positions: Tensor | int) -> Tensor:
-        """As `rotate`, for positions that may lie beyond the table: cos and sin come from ``inv_freq``.
+        """As `rotate`, for positions that may lie beyond the table.
 
-        Without ``inv_freq`` the table is used. For queries only: kernels read the table.
+        cos and sin come from ``inv_freq``; without it, from the table. For queries only: kernels
+        read the table.
         """
         if self.inv_freq is None:
             return self.rotate(x, positions)
@@ -158,11 +162,14 @@ class Rope:
         return self.turn(x, *(factor.unsqueeze(-2) for factor in factors))
 
     def factors(self, positions: Tensor | int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """What `turn` multiplies by, each [*positions.shape, head_dim]; made once, they rotate many vectors."""
+        """What `turn` multiplies by, each [*positions.shape, head_dim]."""
         return self._spread(self.cos[positions], self.sin[positions], head_dim)
 
     def fixed_factors(self, positions: tuple[int, ...], head_dim: int) -> tuple[Tensor, Tensor]:
-        """`factors` of positions that the host knows, kept from call to call; [len(positions), 1, 1, 1, 1, head_dim]."""
+        """`factors` of positions that the host knows, kept from call to call.
+
+        Each [len(positions), 1, 1, 1, 1, head_dim].
+        """
         key = (*positions, head_dim)
         if key not in self._fixed:
             own, other = self.factors(torch.tensor(positions, device=self.cos.device), head_dim)
@@ -171,7 +178,7 @@ class Rope:
         return self._fixed[key]
 
     def turn(self, x: Tensor, own: Tensor, other: Tensor) -> Tensor:
-        """``x * own + partner(x) * other`` in float32, where each channel's partner is the other one of its pair.
+        """``x * own + partner(x) * other`` in float32; partner: the other channel of a pair.
 
         ``own`` and ``other`` come from `factors`, shaped to broadcast against ``x`` [...,
         head_dim].
@@ -193,13 +200,16 @@ class Rope:
             own, other = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if stop - self.start < head_dim:
             edges = (self.start, head_dim - stop)
-            own, other = F.pad(own, edges, value=1.0), F.pad(other, edges, value=0.0)
+            own, other = (
+                functional.pad(own, edges, value=1.0),
+                functional.pad(other, edges, value=0.0),
+            )
         return own, other
 
 
 @lru_cache(maxsize=64)
 def _partners(start: int, num_pairs: int, interleaved: bool, head_dim: int, device: str) -> Tensor:
-    """For every channel the other one of its pair; channels that do not rotate are their own."""
+    """For every channel the other of its pair; channels that do not rotate are their own."""
     channels = torch.arange(head_dim)
     span = channels[start : start + 2 * num_pairs].clone()
     pairs = span.view(num_pairs, 2) if interleaved else span.view(2, num_pairs).T

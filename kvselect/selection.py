@@ -1,4 +1,4 @@
-"""Selection: the tokens that attention reads, as ascending lists per row and KV head; and how scores become one."""
+"""Selection: the tokens that attention reads, as ascending lists; and how scores become one."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Selection:
 
     @property
     def kept_mass(self) -> Tensor | None:
-        """Mean over a list's query heads of the attention mass it holds, in [0, 1]; NaN where a list was reused.
+        """Mean over a list's query heads of the attention mass that it holds, in [0, 1].
 
-        float32, shape of ``topk_length``; None where the scores do not say. Measured with the
-        scoring queries and, with a sketch, with its approximate logits: `recovered_mass` gives the
-        exact figure.
+        float32, shape of ``topk_length``; NaN where a list was reused, None where scores do not
+        say. Measured with the scoring queries and, with a sketch, with its approximate logits:
+        `recovered_mass` gives the exact figure.
         """
         if self.kept_score is None or self.total_score is None:
             return None
@@ -147,7 +147,7 @@ def select_tokens(
     pool_width: int = 1,
     starts: Tensor | None = None,
 ) -> Selection:
-    """Sinks, the best-scored candidates and the recent tokens of each row, as one ascending list per score row.
+    """Sinks, the best-scored candidates and recent tokens, one ascending list per row of scores.
 
     Candidates are ``[start + num_sink_tokens, cache_seqlens - num_recent_tokens)``; the
     ``ceil(overselect * topk)`` best are picked, ordered by (score descending, position ascending);
@@ -186,7 +186,7 @@ def select_tokens(
     run.
     """
     require_tensor(scores, "scores", (None, None, None), (torch.float32,))
-    batch, num_lists, seqlen_k = scores.shape
+    batch, _, seqlen_k = scores.shape
     require_tensor(cache_seqlens, "cache_seqlens", (batch,), (torch.int32,), scores.device)
     if starts is not None:
         require_tensor(starts, "starts", (batch,), (torch.int32,), scores.device)

@@ -1,4 +1,4 @@
-"""SelectionCache: the last selection, reused while queries stay similar. All of it on the device, never blind.
+"""SelectionCache: the last selection, reused while queries stay similar. Never blind.
 
 A list may be reused when its anchor query (of the last refresh, not of the last step) is similar
 enough, it is younger than ``max_age`` steps, and exactly one token was appended since. On reuse the
@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from kvselect.cache import KVCache
 from kvselect.selection import Lists
@@ -122,8 +122,8 @@ class SelectionCache:
     def _similarity(self, q: Tensor, anchor: Tensor) -> Tensor:
         """[batch, num_lists]; NaN, which compares as a miss, where a vector is not finite."""
         if self.similarity == "flat":
-            return F.cosine_similarity(q.flatten(-2), anchor.flatten(-2), dim=-1)
-        cosines = F.cosine_similarity(q, anchor, dim=-1)
+            return functional.cosine_similarity(q.flatten(-2), anchor.flatten(-2), dim=-1)
+        cosines = functional.cosine_similarity(q, anchor, dim=-1)
         if self.similarity == "min":
             return cosines.amin(-1)
         lowest = (cosines.shape[-1] - 1) // 10  # 10 % quantile, lower value

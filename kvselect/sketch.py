@@ -1,4 +1,4 @@
-"""The sketch: a low-bit copy of the keys that is scanned instead of them. Formats, sizes, and the codec in plain torch.
+"""The sketch: a low-bit copy of the keys that is scanned instead of them. Formats, sizes, codec.
 
 `encode` and `decode` define the codec: the kernels give the same bits. The layout of one block of
 128 tokens is drawn in ``csrc/include/kvselect/sketch.h``.
@@ -44,13 +44,13 @@ def op_format(sketch: str | None) -> str:
 
 
 def block_bytes(sketch: str | None, head_dim: int) -> int:
-    """Bytes of one block's record: steps and lows in float16, then the codes; 0 without a sketch."""
+    """Bytes of one block's record: steps and lows in float16, then codes; 0 without a sketch."""
     require_choice(sketch, "sketch", (*SKETCH_FORMATS, None))
     return 0 if sketch is None else 4 * head_dim + BLOCK_TOKENS * head_dim * _BITS[sketch] // 8
 
 
 def bytes_per_token(sketch: str | None, head_dim: int) -> float:
-    """Bytes that a scan reads per token and KV head, the block's steps and lows shared out; 68 for int4 at 128."""
+    """Bytes that a scan reads per token and KV head, steps and lows shared out; int4 at 128: 68."""
     return block_bytes(sketch, head_dim) / BLOCK_TOKENS
 
 
@@ -129,13 +129,15 @@ def decode(records: Tensor, sketch: str, head_dim: int) -> Tensor:
 
 
 def _pack(codes: Tensor, sketch: str) -> Tensor:
-    """Codes [..., 128, head_dim] in the order of the record: 64-byte lines of 16 tokens x 4 bytes."""
+    """Codes [..., 128, head_dim] as the record has them: 64-byte lines of 16 tokens x 4 bytes."""
     leading, head_dim = codes.shape[:-2], codes.shape[-1]
-    codes = codes.unflatten(-2, (-1, _SUB_BLOCK_TOKENS))
+    codes = torch.unflatten(codes, -2, (-1, _SUB_BLOCK_TOKENS))
     if sketch == "int4":
-        nibbles = codes.unflatten(-1, (head_dim // 8, 2, 4))
+        nibbles = torch.unflatten(codes, -1, (head_dim // 8, 2, 4))
         codes = (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2)
-    lines = codes.unflatten(-1, (-1, 4)).transpose(-3, -2)  # [..., sub-block, line, token, byte]
+    lines = torch.unflatten(codes, -1, (-1, 4)).transpose(
+        -3, -2
+    )  # [..., sub-block, line, token, byte]
     return lines.reshape(*leading, -1)
 
 

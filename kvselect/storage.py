@@ -35,7 +35,7 @@ class Storage(Protocol):
     def block_table(self) -> Tensor | None: ...
 
     def make_room(self, lengths: list[int]) -> None:
-        """Room for ``lengths`` tokens in each row; ValueError, and nothing changed, if there is none."""
+        """Room for ``lengths`` tokens in each row; ValueError if there is none."""
         ...
 
     def release(self, lengths: list[int]) -> None:
@@ -175,7 +175,7 @@ class ForeignPages:
 
 
 class OwnPages(ForeignPages):
-    """A pool of pages of our own: grows geometrically, and pages that rows give up are used again."""
+    """A pool of pages of our own: grows geometrically; what rows give up is used again."""
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ def make_qkv(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian q [batch, seqlen_q, num_q_heads, head_dim] and k, v [batch, seqlen_k, num_kv_heads, head_dim].
+    """Gaussian q, k and v, each [batch, seqlen, heads, head_dim].
 
     Queries are scaled so that logits have a standard deviation of 2 under the default
     softmax_scale: attention that is neither flat nor a single spike.

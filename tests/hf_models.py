@@ -67,6 +67,7 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
         "phi3_longrope": (
             "Phi3Config",
             {
+                "hidden_size": 128,
                 "original_max_position_embeddings": 512,
                 "rope_parameters": {
                     "rope_type": "longrope",

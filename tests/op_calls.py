@@ -1,4 +1,4 @@
-"""The ops by keyword, on a cache in any layout, beside what the reference needs to answer the same question."""
+"""The ops by keyword, on a cache in any layout, beside what the reference needs for the same."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_case(
     layout: str = "head_major",
     sketch: str | None = None,
 ) -> Case:
-    """A cache that holds the first `seqlens` tokens of k, v [batch, seqlen, num_kv_heads, head_dim]."""
+    """A cache of the first `seqlens` tokens of k, v [batch, seqlen, num_kv_heads, head_dim]."""
     empty = PlainCache(
         k=k[:, :0], v=v[:, :0], cache_seqlens=torch.zeros_like(seqlens), sketch_format=sketch
     )

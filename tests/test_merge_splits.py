@@ -1,6 +1,8 @@
-"""merge_splits against the float64 reference, and attention over parts against attention over the whole."""
+"""merge_splits against the float64 reference, and attention over parts against the whole."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def partials(num_splits: int, *shape: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 17])
-@pytest.mark.parametrize("shape", [(1, 1, 32), (3, 7, 64), (2, 5, 80), (2, 3, 4, 96), (5, 1), (33,)])
+@pytest.mark.parametrize("shape", [(1, 1, 32), (3, 7, 64), (2, 80), (2, 3, 4, 96), (5, 1), (33,)])
 def test_equals_reference(num_splits: int, shape: tuple[int, ...]) -> None:
     out, lse = partials(num_splits, *shape)
     got, expected = merge(out, lse), reference.merge_splits(out, lse)
@@ -70,7 +72,7 @@ def test_parts_of_a_context_make_the_whole(cuts: tuple[int, ...]) -> None:
     q, k, v = make_qkv(1, 1, 90, 8, 2, 64)
     case = make_case(k, v, seqlens)
     parts = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts):
         indices = torch.arange(first, last, dtype=torch.int32).expand(1, 1, 2, last - first)
         lengths = torch.full((1, 1, 2), last - first, dtype=torch.int32)
         parts.append(attend(case, q, indices, lengths))
@@ -84,12 +86,12 @@ def test_parts_of_a_context_make_the_whole(cuts: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "out, lse, message",
     [
-        (torch.zeros(2, 3, 4).double(), torch.zeros(2, 3), "partial_out: got float64, allowed: flo"),
-        (torch.zeros(2, 3, 4), torch.zeros(2, 3).half(), "partial_lse: got float16, allowed: float"),
+        (torch.zeros(2, 3, 4).double(), torch.zeros(2, 3), "partial_out: got float64"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3).half(), "partial_lse: got float16"),
         (torch.zeros(4), torch.zeros(()), r"partial_out: got 1 dimensions, allowed: \[num_splits"),
         (torch.zeros(0, 3, 4), torch.zeros(0, 3), "partial_out: got num_splits 0, allowed: an int"),
         (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), "partial_lse: got 3 dimensions, allowed: 2"),
-        (torch.zeros(2, 3, 4), torch.zeros(2, 4), "partial_lse: got size 4 in dimension 1, allowed"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4), "partial_lse: got size 4 in dimension 1"),
     ],
 )
 def test_error_messages(out: Tensor, lse: Tensor, message: str) -> None:

@@ -1,6 +1,8 @@
-"""Properties that hold for every input, sought by hypothesis; each example runs on one of the implementations."""
+"""Properties that hold for every input, sought by hypothesis on all implementations."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_splitting_then_merging_changes_nothing(
     with Forced(name):
         case = make_case(k, v, int32(seqlen))
         parts = []
-        for first, last in zip(borders[:-1], borders[1:], strict=True):
+        for first, last in pairwise(borders):
             indices = torch.full((1, 1, 2, seqlen), -1, dtype=torch.int32)
             indices[..., : last - first] = torch.arange(first, last)
             lengths = torch.full((1, 1, 2), last - first, dtype=torch.int32)
@@ -211,9 +213,7 @@ def test_topk_of_everything_is_dense_attention(
 
 @quick
 @given(implementations, st.integers(1, 150), st.integers(0, 150), st.integers(0, 150), seeds)
-def test_mass_grows_with_the_list(
-    name: str, seqlen: int, fewer: int, more: int, seed: int
-) -> None:
+def test_mass_grows_with_the_list(name: str, seqlen: int, fewer: int, more: int, seed: int) -> None:
     """In [0, 1], and never smaller for a list that holds another; lse says the same."""
     fewer, more = sorted((min(fewer, seqlen), min(more, seqlen)))
     q, k, v = make_qkv(1, 1, seqlen, 2, 1, 32, seed=seed)

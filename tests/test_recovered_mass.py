@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import Case, ONE_IMPLEMENTATION, int32, make_case, mass, select
+from op_calls import ONE_IMPLEMENTATION, Case, int32, make_case, mass, select
 from torch import Tensor
 
 from kvselect import reference
@@ -100,8 +100,8 @@ def bad_call(**change: Any) -> None:
     q, k, v = make_qkv(2, 4, 40, 4, 2, 64)
     case = make_case(k, v, int32(40, 20))
     indices, lengths = random_lists(case, 4, None)
-    arguments = {"indices": indices, "topk_length": lengths} | change
-    mass(case, arguments.pop("q", q), arguments.pop("indices"), arguments.pop("topk_length"), **arguments)
+    arguments: dict[str, Any] = {"q": q, "indices": indices, "topk_length": lengths} | change
+    mass(case, **arguments)
 
 
 LISTS = torch.zeros(2, 1, 2, 4, dtype=torch.int32)
@@ -121,7 +121,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"topk_length": LENGTHS[:1]}, r"topk_length: got shape \[1, 1, 2\]"),
     ({"topk_length": 99 * LENGTHS}, r"topk_length: got 99 at \[0, 0, 0\], allowed: 0\.\.40"),
     ({"topk_length": -LENGTHS}, r"topk_length: got -1 at \[0, 0, 0\], allowed: 0\.\.40"),
-    ({"indices": LISTS + 40, "topk_length": LENGTHS}, r"indices: got 40 at \[0, 0, 0, 0\], allowed"),
+    ({"indices": LISTS + 40, "topk_length": LENGTHS}, r"indices: got 40 at \[0, 0, 0, 0\]"),
     ({"indices": LISTS - 1, "topk_length": LENGTHS}, r"indices: got -1 at \[0, 0, 0, 0\], allowed"),
     ({"indices": LISTS, "topk_length": 2 * LENGTHS}, r"indices: got 0 at \[0, 0, 0, 1\], allowed"),
 ]

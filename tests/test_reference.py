@@ -1,4 +1,4 @@
-"""The reference itself, against identities that need no kernel: dense softmax, torch's own attention, algebra."""
+"""The reference itself, against dense softmax, torch's own attention and algebra."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ EXACT = 1e-13  # float64 against float64
 def cache_of(k: Tensor, v: Tensor, *seqlens: int, starts: Tensor | None = None) -> PlainCache:
     lengths = int32(*seqlens)
     return PlainCache(
-        k=poison(k, lengths, starts), v=poison(v, lengths, starts), cache_seqlens=lengths, starts=starts
+        k=poison(k, lengths, starts),
+        v=poison(v, lengths, starts),
+        cache_seqlens=lengths,
+        starts=starts,
     )
 
 
@@ -156,9 +159,7 @@ def test_both_ends_of_a_range_are_levels(name: str, levels: int) -> None:
 
 def test_append_is_ragged_and_leaves_its_argument() -> None:
     _, k, v = make_qkv(2, 1, 200, 2, 2, 32)
-    first = PlainCache(
-        k=k[:, :0], v=v[:, :0], cache_seqlens=int32(0, 0), sketch_format="int4"
-    )
+    first = PlainCache(k=k[:, :0], v=v[:, :0], cache_seqlens=int32(0, 0), sketch_format="int4")
     second = kv_append(first, k[:, :130], v[:, :130], int32(130, 7))
     third = kv_append(second, k[:, 130:], v[:, 130:], int32(0, 70))
     assert first.cache_seqlens.tolist() == [0, 0]
@@ -243,7 +244,7 @@ def test_scores_of_candidates_only() -> None:
     scores, lse, _ = score_query_blocks(
         q[:, None], cache_of(k, v, 20), blocks, softmax_scale=1.0, normalise_candidates_only=True
     )
-    logits = (k[0, 3:15, 0].double() @ q[0, 0, 0].double())
+    logits = k[0, 3:15, 0].double() @ q[0, 0, 0].double()
     assert rel_err(scores[0, 0, 0, 3:15], logits.softmax(0)) <= EXACT
     assert rel_err(lse.flatten(), logits.logsumexp(0)[None]) <= EXACT
     assert (scores[..., :3] == 0).all() and (scores[..., 15:] == 0).all()
@@ -281,7 +282,7 @@ def test_prefill_scores_only_what_every_query_of_the_block_sees() -> None:
 
 
 def test_compact_scores_are_attention_logits_at_compact_places() -> None:
-    """With everything kept and q rotated for its own rank, sinks and recent tokens score as attention weighs them."""
+    """Sinks and recent tokens that are all there is score as attention weighs them."""
     q, k, v = make_qkv(1, 1, 30, 1, 1, 32)
     rope = rope_of(30, 16)
     cache = cache_of(k, v, 30)
@@ -343,16 +344,15 @@ def test_full_lists_are_dense_attention_with_and_without_compact_positions() -> 
     q, k, v = make_qkv(1, 5, 25, 4, 2, 32)
     cache, rope = cache_of(k, v, 25), rope_of(25, 16)
     everything = Selection(
-        torch.arange(25, dtype=torch.int32).expand(1, 2, 25), torch.full((1, 2), 25, dtype=torch.int32)
+        torch.arange(25, dtype=torch.int32).expand(1, 2, 25),
+        torch.full((1, 2), 25, dtype=torch.int32),
     )
     for positions in (None, rope):
         listed = reference.sparse_attention(q, cache, everything, rope=positions)
         dense = reference.sparse_attention(q, cache, rope=positions)
         assert rel_err(listed[0], dense[0]) <= EXACT and rel_err(listed[1], dense[1]) <= EXACT
     places = torch.arange(25)
-    rotated = PlainCache(
-        k=rotate(k, places[:, None], rope), v=v, cache_seqlens=int32(25)
-    )
+    rotated = PlainCache(k=rotate(k, places[:, None], rope), v=v, cache_seqlens=int32(25))
     original = reference.sparse_attention(rotate(q, places[20:, None], rope), rotated)
     assert rel_err(original[0], reference.sparse_attention(q, cache, rope=rope)[0]) <= EXACT
 

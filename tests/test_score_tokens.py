@@ -1,4 +1,4 @@
-"""score_tokens against the float64 reference: every shape, option, layout and defect of its inputs."""
+"""score_tokens against the float64 reference: every shape, option, layout and defect."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from op_calls import Case, ONE_IMPLEMENTATION, int32, make_case, score
+from op_calls import ONE_IMPLEMENTATION, Case, int32, make_case, score
 from torch import Tensor
 
 from kvselect.reference import BLOCK_TOKENS, QueryBlocks, score_query_blocks, sketched_keys
 from kvselect.testing import LAYOUTS, make_qkv, rel_err, rope_tables
 
-# Scores are float32 whatever the keys are. exp turns the rounding of a logit (2^-24 of about 10, and
-# of the products it sums) into a relative error of the score, hence twice the bound of STYLE.md.
+# Scores are float32 whatever the keys are. exp turns the rounding of a logit (2^-24 of about 10,
+# and of the products it sums) into a relative error of the score, hence twice STYLE.md's bound.
 TOLERANCE = 4e-6
 
 pytestmark = pytest.mark.usefixtures("cpu_implementation")
 
 
-def queries(batch: int, num_blocks: int, num_vectors: int, heads: int, dim: int, seed: int) -> Tensor:
+def queries(
+    batch: int, num_blocks: int, num_vectors: int, heads: int, dim: int, seed: int
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 2.0 * torch.randn(batch, num_blocks, num_vectors, heads, dim, generator=generator)
 
@@ -59,9 +61,7 @@ def assert_equals_reference(
 def test_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> None:
     seqlens = int32(97, 0, 1, 70)
     case = case_of(seqlens, head_dim=head_dim, dtype=dtype)
-    blocks = QueryBlocks(
-        cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=3, num_recent_tokens=17
-    )
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=3, num_recent_tokens=17)
     assert_equals_reference(case, queries(4, 1, 1, 6, head_dim, seed=1), blocks)
 
 
@@ -123,7 +123,7 @@ def test_every_layout_gives_the_same_bits(sketch: str | None, dtype: torch.dtype
 
 
 def test_head_major_strides_of_a_larger_buffer() -> None:
-    """A view into a wider cache: neither the row, the head nor the token stride is the packed one."""
+    """A view into a wider cache: no stride but that of the last dim is the packed one."""
     seqlens = int32(50, 33)
     case = case_of(seqlens)
     wide = torch.full((5, 7, 90, 3, 64 + 8), float("nan"))
@@ -221,9 +221,7 @@ def test_compact_positions_in_a_prefill_block() -> None:
 
 def test_local_queries_without_rotation() -> None:
     seqlens = int32(50)
-    blocks = QueryBlocks(
-        cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=5, num_recent_tokens=10
-    )
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=5, num_recent_tokens=10)
     assert_equals_reference(
         case_of(seqlens),
         queries(1, 1, 2, 4, 64, seed=11),
@@ -251,7 +249,8 @@ def logit_bound(case: Case, q: Tensor, row: int, kv_head: int) -> Tensor:
         step = data[: 2 * head_dim].view(torch.half).double()
         lo = data[2 * head_dim : 4 * head_dim].view(torch.half).double()
         tokens = slice(block * BLOCK_TOKENS, (block + 1) * BLOCK_TOKENS)
-        codes = ((sketched_keys(case.plain, row, kv_head)[tokens] - lo) / step.clamp_min(1e-30)).round()
+        decoded = sketched_keys(case.plain, row, kv_head)[tokens]
+        codes = ((decoded - lo) / step.clamp_min(1e-30)).round()
         unit = (q.double() * step).abs().max() / top
         bound[tokens] = 0.5 * unit * (codes - levels / 2).abs().sum(-1)
     return bound * head_dim**-0.5
@@ -266,9 +265,7 @@ def test_sketch_logits_stay_inside_the_analytic_bound(
     """One head and one vector: a logit is log(score) + lse."""
     seqlens = int32(420, 128)
     case = case_of(seqlens, head_dim=head_dim, dtype=dtype, sketch=sketch)
-    blocks = QueryBlocks(
-        cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=7, num_recent_tokens=50
-    )
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=7, num_recent_tokens=50)
     q = queries(2, 1, 1, 2, head_dim, seed=13)
     scores, lse, _ = score(case, q, blocks, sketch=True)
     far_from_the_keys = 0.0
@@ -303,9 +300,7 @@ def test_sketch_scores_of_groups(sketch: str, num_vectors: int, group_size: int)
     )
     q = queries(4, 1, num_vectors, 2 * group_size, 64, seed=14)
     scores, lse, _ = score(case, q, blocks, sketch=True)
-    expected = score_query_blocks(
-        q, case.plain, blocks, softmax_scale=0.125, source="sketch"
-    )
+    expected = score_query_blocks(q, case.plain, blocks, softmax_scale=0.125, source="sketch")
     # int4 rounds products of the query to 8 bits: about 1 part in 127 per channel, averaging out
     assert rel_err(scores, expected.scores) <= (3e-2 if sketch == "int4" else 2e-4)
     assert rel_err(lse, expected.lse) <= (1e-2 if sketch == "int4" else 1e-4)
@@ -313,7 +308,7 @@ def test_sketch_scores_of_groups(sketch: str, num_vectors: int, group_size: int)
 
 @pytest.mark.parametrize("sketch", ["int4", "int8"])
 def test_columns_do_not_see_each_other(sketch: str) -> None:
-    """A head's weights are the same bits alone and among others, in whole and in straddled blocks."""
+    """A head's weights are the same bits alone and among others, straddled blocks included."""
     seqlens = int32(330)
     case = case_of(seqlens, num_kv_heads=1, sketch=sketch)
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=9, num_recent_tokens=60)
@@ -325,7 +320,7 @@ def test_columns_do_not_see_each_other(sketch: str) -> None:
 
 
 def test_sketch_in_prefill_blocks() -> None:
-    """Blocks that end inside the new tokens are masked by position; unfinished ones use the keys."""
+    """Blocks that end inside the new tokens are masked by position; unfinished ones use keys."""
     seqlens = int32(300, 210)
     case = case_of(seqlens, sketch="int8")
     blocks = QueryBlocks(
@@ -367,7 +362,7 @@ def test_block_without_codes_is_scored_from_its_keys(bad: float) -> None:
     q = queries(1, 1, 1, 1, 64, seed=18)
     q[..., 5] = 1e-5
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_recent_tokens=10)
-    scores, lse, num_nonfinite = score(case, q, blocks, sketch=True)
+    scores, _, num_nonfinite = score(case, q, blocks, sketch=True)
     expected = score_query_blocks(q, case.plain, blocks, softmax_scale=0.125, source="sketch")
     assert torch.equal(scores.isnan(), expected.scores.isnan())
     assert torch.equal(num_nonfinite, expected.num_nonfinite)
@@ -434,7 +429,8 @@ def test_empty_rows() -> None:
     starts = int32(0, 5)  # row 1 holds padding alone
     case = case_of(seqlens, starts=starts)
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, starts=starts)
-    scores, lse, num_nonfinite = score(case, queries(2, 1, 1, 4, 64, seed=23), blocks, max_seqlen_k=9)
+    q = queries(2, 1, 1, 4, 64, seed=23)
+    scores, lse, num_nonfinite = score(case, q, blocks, max_seqlen_k=9)
     assert scores.shape == (2, 1, 2, 9)
     assert (scores == 0).all()
     assert (lse == -torch.inf).all()
@@ -456,7 +452,8 @@ def test_first_prefill_block_sees_nothing() -> None:
 def test_scores_beyond_the_length_are_zero() -> None:
     seqlens = int32(7)
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1)
-    scores, _, _ = score(case_of(seqlens), queries(1, 1, 1, 2, 64, seed=25), blocks, max_seqlen_k=70)
+    q = queries(1, 1, 1, 2, 64, seed=25)
+    scores, _, _ = score(case_of(seqlens), q, blocks, max_seqlen_k=70)
     assert (scores[..., 7:] == 0).all()
     assert (scores[..., :7] > 0).all()
 
@@ -531,6 +528,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.zeros(2, 3, 1, 4, 64)}, r"q: got shape \[2, 3, 1, 4, 64\], .*num_blocks=2"),
     ({"q": torch.zeros(2, 2, 1, 4, 32)}, r"q: got shape .*head_dim=64"),
     ({"q": torch.zeros(2, 2, 1, 3, 64)}, "num_q_heads: got 3, allowed: a multiple of num_kv_head"),
+    ({"q": torch.zeros(2, 2, 2049, 4, 64)}, "num_vectors: got 2049, allowed: at most 2048 with 4"),
     ({"q": torch.zeros(2, 2, 1, 4, 65)[..., :64]}, r"q: got strides .*a contiguous tensor"),
     ({"q_local": torch.zeros(2, 2, 2, 4, 64)}, r"q_local: got shape \[2, 2, 2, 4, 64\]"),
     ({"q_local": torch.zeros(2, 2, 1, 4, 64).half()}, "q_local: got float16, allowed: float32"),
@@ -548,7 +546,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"starts": int32(0, 0, 0)}, r"starts: got shape \[3\], allowed: \[batch=2\]"),
     ({"block_table": int32(0, 1)}, r"block_table: got shape \[2\], allowed: \[batch=2, max_num_"),
     ({"block_table": int32(0, 1).view(2, 1).long()}, "block_table: got int64, allowed: int32"),
-    ({"block_table": int32(0, 2).view(2, 1)}, r"block_table: got page 2 at \[1, 0\], allowed: 0\.\.1"),
+    ({"block_table": int32(0, 2).view(2, 1)}, r"block_table: got page 2 at \[1, 0\], allow"),
     ({"block_table": int32(-1, 1).view(2, 1)}, r"block_table: got page -1 at \[0, 0\]"),
     ({"q_block_offsets": int32(0, 5, 4)}, "q_block_offsets: got 4 at 2, allowed: ascending from"),
     ({"q_block_offsets": int32(0, 5, 9)}, "q_block_offsets: got 9 at 2, allowed: ascending from"),

@@ -1,4 +1,4 @@
-"""select_tokens on the same score bits as the reference: the same lists, exactly, in every distribution."""
+"""select_tokens on the same score bits as the reference: the same lists, exactly, always."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_pooled_distributions(name: str, pool_width: int) -> None:
 
 @pytest.mark.parametrize("num_ties", [16_383, 16_384, 16_385, 40_000])
 def test_many_ties_lose_nothing(num_ties: int) -> None:
-    """Buffers for boundary candidates end at 16,384 entries elsewhere; here there is none to fill."""
+    """Buffers for boundary candidates end at 16,384 entries elsewhere; here there is none."""
     size = num_ties + 5000
     scores = torch.full((size,), 1e-9)
     above = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:1000]
@@ -208,9 +208,7 @@ def test_pooled_plateau_breaks_by_own_score_then_position() -> None:
 
 def test_pooling_does_not_look_outside_the_candidates() -> None:
     scores = torch.tensor([9.0, 0.1, 0.2, 0.3, 0.1, 9.0]).view(1, 1, 1, -1)
-    blocks = QueryBlocks(
-        cache_seqlens=int32(6), seqlen_q=1, num_sink_tokens=1, num_recent_tokens=1
-    )
+    blocks = QueryBlocks(cache_seqlens=int32(6), seqlen_q=1, num_sink_tokens=1, num_recent_tokens=1)
     indices, _, _ = select(scores, blocks, keep=1, pool_width=3, width=3)
     assert indices.flatten().tolist() == [0, 3, 5]
 
@@ -330,7 +328,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"indices": LISTS.long()}, "indices: got int64, allowed: int32"),
     ({"indices": LISTS[:, :, :2]}, r"indices: got shape .*num_lists=3"),
     ({"indices": LISTS[..., ::2]}, "indices: got strides .*a contiguous tensor"),
-    ({"indices": LISTS[..., :15].contiguous()}, "indices: got width 15, allowed: at least 16 for"),
+    ({"indices": LISTS[..., :15].contiguous()}, "indices: got width 15, allowed: at least 16"),
     ({"topk_length": torch.zeros(2, 2, 3)}, "topk_length: got float32, allowed: int32"),
     ({"topk_length": LISTS[:, :1, :, 0]}, r"topk_length: got shape \[2, 1, 3\]"),
     ({"kept_score": torch.zeros(2, 2)}, r"kept_score: got shape \[2, 2\]"),
@@ -353,20 +351,28 @@ def test_error_messages(change: dict[str, Any], message: str) -> None:
 def test_errors_of_hit() -> None:
     blocks = QueryBlocks(cache_seqlens=int32(50), seqlen_q=1, num_recent_tokens=6)
     scores = random_scores(1, 1, 2, 50)
-    lengths = int32(30, -1).view(1, 1, 2)
 
-    def call(hit: Tensor, width: int = 40) -> None:
-        select(scores, blocks, keep=3, hit=hit, topk_length=lengths.clone(), width=width)
+    def call(hit: Tensor, length: int = 30, last: int = 48) -> None:
+        indices = torch.zeros(1, 1, 2, 40, dtype=torch.int32)
+        indices[..., 29] = last
+        lengths = torch.full((1, 1, 2), length, dtype=torch.int32)
+        select(scores, blocks, keep=3, hit=hit, indices=indices, topk_length=lengths)
 
-    call(int32(1, 0).view(1, 2))
+    second = int32(0, 1).view(1, 2)
+    call(second)
+    call(second, length=0)
     with pytest.raises(ValueError, match=r"hit: got shape \[1, 1\], allowed: \[batch=1, num_lis"):
         call(int32(1).view(1, 1))
     with pytest.raises(ValueError, match="hit: got int64, allowed: int32"):
-        call(torch.ones(1, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"topk_length: got -1 at \[0, 0, 1\], allowed: an int >="):
-        call(int32(0, 1).view(1, 2))
-    with pytest.raises(ValueError, match="indices: got width 30, allowed: at least 31 for the li"):
-        call(int32(1, 0).view(1, 2), width=30)
+        call(second.long())
+    for length in (-1, 40):
+        message = rf"topk_length: got {length} at \[0, 1\] where hit is set, allowed: 0\.\.39"
+        with pytest.raises(ValueError, match=message):
+            call(second, length=length)
+    for last in (49, 12345):
+        message = rf"indices: got {last} as the last entry at \[0, 1\] where hit is set"
+        with pytest.raises(ValueError, match=message):
+            call(second, last=last)
 
 
 @ONE_IMPLEMENTATION
@@ -374,7 +380,7 @@ def test_nothing_is_written_when_a_check_fails() -> None:
     blocks = QueryBlocks(cache_seqlens=int32(50, 50), seqlen_q=1)
     indices = torch.full((2, 1, 1, 20), 5, dtype=torch.int32)
     lengths = torch.full((2, 1, 1), 20, dtype=torch.int32)
-    with pytest.raises(ValueError, match="indices: got width 20"):
+    with pytest.raises(ValueError, match="topk_length: got 20"):
         select(
             random_scores(2, 1, 1, 50),
             blocks,

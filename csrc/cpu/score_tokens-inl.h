@@ -21,6 +21,8 @@ struct ScoreItem {
     const float* q_local;
     float* logits;  // [num_columns, stride]
     int64_t stride;
+    float* peak;   // [num_columns] maximum logit
+    float* total;  // [num_columns] sum of exp(logit - peak), then its inverse
 };
 
 template <typename T>
@@ -70,14 +72,30 @@ inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const Score
     }
 }
 
+// All logits of the item: sinks and recent tokens at their compact ranks if there is a rope table,
+// candidates as they are.
+template <typename T>
+inline void fill_logits(const ScoreTokensParams& p, const ScoreItem& s) {
+    const int64_t visible_end = s.range.start + s.visible;
+    const int64_t num_sinks = s.range.sink_end - s.range.start;
+    const int64_t num_candidates = s.cand_end - s.range.sink_end;
+    const int64_t picked = p.keep < num_candidates ? p.keep : num_candidates;
+    const RopeView* rope = p.rope.cos ? &p.rope : nullptr;
+    exact_logits<T>(p, s, s.q_local, s.range.start, s.range.sink_end, rope, -s.range.start);
+    exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
+                    num_sinks + picked - s.cand_end);
+    if (p.sketch.data == nullptr)
+        exact_logits<T>(p, s, s.q, s.range.sink_end, s.cand_end, nullptr, 0);
+    else if (p.sketch.format == SketchFormat::kInt4)
+        candidate_logits_from_sketch<T, SketchFormat::kInt4>(p, s);
+    else
+        candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s);
+}
+
 // Scores NaN where a finite query met a non-finite logit; such a token weighs nothing in any
 // column.
 inline int64_t drop_nonfinite_tokens(const ScoreItem& s, float* scores) {
     int64_t dropped = 0;
-    bool all = true;
-    for (int64_t c = 0; c < s.num_columns && all; ++c)
-        all = all_finite(s.logits + c * s.stride, s.visible);
-    if (all) return 0;
     for (int64_t i = 0; i < s.visible; ++i) {
         bool finite = true;
         for (int64_t c = 0; c < s.num_columns; ++c)
@@ -90,12 +108,39 @@ inline int64_t drop_nonfinite_tokens(const ScoreItem& s, float* scores) {
     return dropped;
 }
 
-// total[i] += weight * part[i]; a NaN mark stays NaN.
-inline void add_scaled(float* total, const float* part, float weight, int64_t count) {
+// Logits to exp(logit - maximum) in place, column by column. False if one held something that was
+// not finite.
+inline bool weigh(const ScoreItem& s) {
+    bool finite = true;
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        s.peak[c] = exp_in_place(s.logits + c * s.stride, s.visible, s.total + c);
+        finite = finite && element::is_finite(s.total[c]);
+    }
+    return finite;
+}
+
+// out[i] += sum over kCols columns of weight[c][i] * inverse[c]; a NaN mark stays NaN.
+template <int kCols>
+inline void add_columns(const float* weights, int64_t stride, const float* inverse, int64_t count,
+                        float* out) {
     const int64_t whole = count / kLanes * kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes)
-        store(total + i, fma(load(part + i), broadcast(weight), load(total + i)));
-    for (int64_t i = whole; i < count; ++i) total[i] += weight * part[i];
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        F32 sum = load(out + i);
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c)
+            sum = fma(load(weights + c * stride + i), broadcast(inverse[c]), sum);
+        store(out + i, sum);
+    }
+    for (int64_t i = whole; i < count; ++i)
+        for (int c = 0; c < kCols; ++c) out[i] += weights[c * stride + i] * inverse[c];
+}
+
+inline void add_all_columns(const ScoreItem& s, int64_t first, int64_t last, const float* inverse,
+                            float* out) {
+    for (; first + 4 <= last; first += 4)
+        add_columns<4>(s.logits + first * s.stride, s.stride, inverse + first, s.visible, out);
+    for (; first < last; ++first)
+        add_columns<1>(s.logits + first * s.stride, s.stride, inverse + first, s.visible, out);
 }
 
 template <typename T>
@@ -108,109 +153,91 @@ void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, flo
         s.block = item / p.num_kv_heads % p.blocks.num_blocks;
         s.row = item / p.num_kv_heads / p.blocks.num_blocks;
         if (p.hit && p.hit[s.row * p.num_kv_heads + s.kv_head]) continue;
+        const int64_t block_index = s.row * p.blocks.num_blocks + s.block;
         s.range = block_range(p.blocks, s.row, s.block);
+        const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
         const int64_t visible_end =
             s.range.visible_end > s.range.start ? s.range.visible_end : s.range.start;
         s.visible = visible_end - s.range.start;
-        const int64_t sink_end = s.range.sink_end < visible_end ? s.range.sink_end : visible_end;
-        s.cand_end = s.range.window_start < visible_end ? s.range.window_start : visible_end;
-        s.range.sink_end = sink_end;
+        s.range.sink_end = at_most(s.range.sink_end, visible_end);
+        s.cand_end = at_most(s.range.window_start, visible_end);
 
         float* q = scratch;
         float* q_local = q + all_columns * p.head_dim;
+        s.peak = q_local + all_columns * p.head_dim;
+        s.total = s.peak + all_columns;
+        s.logits = s.total + all_columns;
         s.stride = (s.visible + kLanes - 1) / kLanes * kLanes;
-        s.logits = q_local + all_columns * p.head_dim;
         s.q = q, s.q_local = p.q_local ? q_local : q;
 
         // Gather the finite queries; a query vector with NaN or inf has no vote.
-        float* lse =
-            p.lse + (s.row * p.blocks.num_blocks + s.block) * p.num_vectors * p.num_q_heads;
+        float* lse = p.lse + block_index * p.num_vectors * p.num_q_heads;
         int64_t nonfinite = 0;
         int64_t source_column[kMaxScoreColumns];
         s.num_columns = 0;
-        for (int64_t r = 0; r < p.num_vectors; ++r) {
-            for (int64_t h = 0; h < group; ++h) {
-                const int64_t head = s.kv_head * group + h;
-                const int64_t from =
-                    (((s.row * p.blocks.num_blocks + s.block) * p.num_vectors + r) * p.num_q_heads +
-                     head) *
-                    p.head_dim;
-                lse[r * p.num_q_heads + head] = -INFINITY;
-                if (!all_finite(p.q + from, p.head_dim) ||
-                    (p.q_local && !all_finite(p.q_local + from, p.head_dim))) {
-                    ++nonfinite;
-                    continue;
-                }
-                const size_t bytes = sizeof(float) * static_cast<size_t>(p.head_dim);
-                std::memcpy(q + s.num_columns * p.head_dim, p.q + from, bytes);
-                if (p.q_local)
-                    std::memcpy(q_local + s.num_columns * p.head_dim, p.q_local + from, bytes);
-                source_column[s.num_columns++] = r * group + h;
+        for (int64_t column = 0; column < all_columns; ++column) {
+            const int64_t vector = column / group, head = s.kv_head * group + column % group;
+            const int64_t from =
+                ((block_index * p.num_vectors + vector) * p.num_q_heads + head) * p.head_dim;
+            lse[vector * p.num_q_heads + head] = -INFINITY;
+            if (!all_finite(p.q + from, p.head_dim) ||
+                (p.q_local && !all_finite(p.q_local + from, p.head_dim))) {
+                ++nonfinite;
+                continue;
             }
+            const size_t bytes = sizeof(float) * static_cast<size_t>(p.head_dim);
+            std::memcpy(q + s.num_columns * p.head_dim, p.q + from, bytes);
+            if (p.q_local)
+                std::memcpy(q_local + s.num_columns * p.head_dim, p.q_local + from, bytes);
+            source_column[s.num_columns++] = column;
         }
 
-        float* row_scores =
-            p.scores +
-            ((s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
+        float* row_scores = p.scores + (block_index * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
         std::memset(row_scores, 0, sizeof(float) * static_cast<size_t>(p.max_seqlen_k));
         float* scores = row_scores + s.range.start;
 
-        // Sinks at their rank, recent tokens behind the picked ones (compact positions), or as they
-        // are.
-        const int64_t num_sinks = sink_end - s.range.start, num_candidates = s.cand_end - sink_end;
-        const int64_t picked = p.keep < num_candidates ? p.keep : num_candidates;
-        const RopeView* rope = p.rope.cos ? &p.rope : nullptr;
-        exact_logits<T>(p, s, s.q_local, s.range.start, sink_end, rope, -s.range.start);
-        exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
-                        num_sinks + picked - s.cand_end);
-        if (p.sketch.data == nullptr) {
-            exact_logits<T>(p, s, s.q, sink_end, s.cand_end, nullptr, 0);
-        } else if (p.sketch.format == SketchFormat::kInt4) {
-            candidate_logits_from_sketch<T, SketchFormat::kInt4>(p, s);
-        } else {
-            candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s);
-        }
-
-        nonfinite += drop_nonfinite_tokens(s, scores);
-        if (p.normalise_candidates_only) {  // sinks and recent tokens weigh nothing
-            for (int64_t c = 0; c < s.num_columns; ++c) {
+        // A defect shows in the sums, which are needed anyway; only then are the logits made again
+        // and looked at.
+        fill_logits<T>(p, s);
+        if (p.normalise_candidates_only) {
+            nonfinite += drop_nonfinite_tokens(s, scores);
+            for (int64_t c = 0; c < s.num_columns; ++c) {  // sinks and recent tokens weigh nothing
                 float* logits = s.logits + c * s.stride;
-                for (int64_t i = 0; i < num_sinks; ++i) logits[i] = -INFINITY;
+                for (int64_t i = 0; i < s.range.sink_end - s.range.start; ++i)
+                    logits[i] = -INFINITY;
                 for (int64_t i = s.cand_end - s.range.start; i < s.visible; ++i)
                     logits[i] = -INFINITY;
             }
+            weigh(s);
+        } else if (!weigh(s)) {
+            fill_logits<T>(p, s);
+            nonfinite += drop_nonfinite_tokens(s, scores);
+            weigh(s);
         }
-        p.num_nonfinite[(s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head] =
-            nonfinite;
+        p.num_nonfinite[block_index * p.num_kv_heads + s.kv_head] = nonfinite;
 
-        // Softmax and vote. For the maximum over vectors, each vector's group sum is built in its
-        // first column.
-        int64_t previous_vector = -1;
-        float* vector_sum = nullptr;
         for (int64_t c = 0; c < s.num_columns; ++c) {
-            float* weights = s.logits + c * s.stride;
-            float total;
-            const float peak = exp_in_place(weights, s.visible, &total);
             const int64_t vector = source_column[c] / group,
                           head = s.kv_head * group + source_column[c] % group;
-            if (total > 0.f) lse[vector * p.num_q_heads + head] = peak + std::log(total);
-            const float inverse = total > 0.f ? 1.f / total : 0.f;
-            if (!p.max_vote) {
-                add_scaled(scores, weights, inverse, s.visible);
-            } else if (vector != previous_vector) {
-                vector_sum = weights;
-                for (int64_t i = 0; i < s.visible; ++i) weights[i] *= inverse;
-            } else {
-                add_scaled(vector_sum, weights, inverse, s.visible);
-            }
-            const bool last_of_vector =
-                c + 1 == s.num_columns || source_column[c + 1] / group != vector;
-            if (p.max_vote && last_of_vector) {
-                for (int64_t i = 0; i < s.visible; ++i)
-                    if (vector_sum[i] > scores[i])
-                        scores[i] = vector_sum[i];  // false for a NaN mark: it stays
-            }
-            previous_vector = vector;
+            if (s.total[c] > 0.f)
+                lse[vector * p.num_q_heads + head] = s.peak[c] + std::log(s.total[c]);
+            s.total[c] = s.total[c] > 0.f ? 1.f / s.total[c] : 0.f;
+        }
+        if (!p.max_vote) {
+            add_all_columns(s, 0, s.num_columns, s.total, scores);
+            continue;
+        }
+        // Each vector's heads are added up in its first column; the largest of these sums is the
+        // score.
+        for (int64_t first = 0, last; first < s.num_columns; first = last) {
+            const int64_t vector = source_column[first] / group;
+            for (last = first + 1; last < s.num_columns && source_column[last] / group == vector;)
+                ++last;
+            float* sum = s.logits + first * s.stride;
+            for (int64_t i = 0; i < s.visible; ++i) sum[i] *= s.total[first];
+            add_all_columns(s, first + 1, last, s.total, sum);
+            for (int64_t i = 0; i < s.visible; ++i)
+                if (sum[i] > scores[i]) scores[i] = sum[i];  // false for a NaN mark: it stays
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Policy: one selection method. State: what it remembers of one layer. The registry by which configs name methods."""
+"""Policy: one selection method. PolicyState: what it remembers of one layer. POLICIES: by name."""
 
 from __future__ import annotations
 
@@ -81,12 +81,13 @@ class Policy:
 
     @property
     def num_tail_tokens(self) -> int:
-        """Prefill: queries at the end of a call that are cut into blocks of ``tail_q_block_size``."""
+        """Prefill: queries at the end of a call that go into blocks of ``tail_q_block_size``."""
         return 0
 
     @property
     def tail_q_block_size(self) -> int:
-        """Also: calls of at most so many queries on a filled cache select for each query, as decode steps do."""
+        """Prefill: see `num_tail_tokens`. Calls of at most so many queries on a filled cache select
+        for each query by itself, as decode steps do."""
         return 16
 
     @property
@@ -96,7 +97,7 @@ class Policy:
 
     @property
     def capacity(self) -> int:
-        """Most tokens in one list, hence, with compact positions, the positions that are used; 0: no lists."""
+        """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
 
     def new_state(self, cache: KVCache) -> PolicyState:
@@ -104,10 +105,10 @@ class Policy:
         return PolicyState()
 
     def update(self, state: PolicyState, cache: KVCache) -> None:
-        """After an append, before `select`: block statistics and the like (the sketch belongs to the cache)."""
+        """After an append, before `select`: block statistics and the like, not the sketch."""
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
-        """Whether the queries of a block ``[begin, end)`` of the batch's longest row attend to everything.
+        """Whether queries ``[begin, end)`` of the batch's longest row attend to everything.
 
         Positions count real tokens, padding excluded. Once False, False for all later blocks.
         """
@@ -125,7 +126,7 @@ class Policy:
         return attend_queries(queries, cache, selection, rope)
 
     def to_dict(self) -> dict[str, Any]:
-        """Settings as JSON takes them, with the method's name under "policy"; `policy_from_dict` is the way back."""
+        """Settings as JSON takes them, the method's name under "policy"; see `policy_from_dict`."""
         settings: dict[str, Any] = {"policy": type(self).__name__}
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
@@ -138,7 +139,7 @@ _PolicyType = TypeVar("_PolicyType", bound=type[Policy])
 
 
 def register_policy(policy: _PolicyType) -> _PolicyType:
-    """Class decorator: make a method known by its class name. Goes above ``@dataclass``, which makes the class anew."""
+    """Class decorator: make a method known by name. Above ``@dataclass``, which makes it anew."""
     POLICIES[policy.__name__] = policy
     return policy
 
@@ -177,7 +178,7 @@ def selection_of(
     total_score: float | Tensor | None = None,
     hit: Tensor | None = None,
 ) -> Selection:
-    """The Selection that ``lists`` are: one list shown to all heads, one block shown without its axis."""
+    """The Selection that ``lists`` are: one list shown to all heads, one block without its axis."""
     indices, topk_length, kept_score = lists
     if indices.shape[2] != num_kv_heads:
         indices = indices.expand(-1, -1, num_kv_heads, -1)
@@ -189,14 +190,14 @@ def selection_of(
 
 
 def longest_block(queries: Queries, cache: KVCache) -> tuple[int, int]:
-    """The last block ``[begin, end)`` in the longest row, in real tokens: what `Policy.is_dense` asks for."""
+    """The last block in the longest row, in real tokens: what `Policy.is_dense` asks for."""
     end = max(cache.num_real_tokens, default=0) - queries.num_later_tokens
     begin = end - (queries.offsets[-1] - queries.offsets[-2])
     return max(begin, 0), max(end, 0)
 
 
 def visible_tokens(queries: Queries, cache: KVCache) -> int:
-    """Tokens that dense attention would read for these queries: summed over rows, query blocks and KV heads."""
+    """Tokens that dense attention would read, summed over rows, query blocks and KV heads."""
     seqlen_q, later = queries.seqlen_q, queries.num_later_tokens
     ends = [later + seqlen_q - offset for offset in queries.offsets[1:]]
     total = sum(max(n - end, 0) for n in cache.num_real_tokens for end in ends)

@@ -16,7 +16,7 @@ __all__ = ["Dense"]
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense(Policy):
-    """No selection: our own exact attention over the whole cache, with the model's own positions."""
+    """No selection: our own exact attention over the whole cache, at the model's positions."""
 
     revocable: ClassVar[bool] = True
     query_aware: ClassVar[bool] = (

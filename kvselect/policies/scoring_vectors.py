@@ -1,4 +1,4 @@
-"""Which vectors score on behalf of a query block: means of runs of neighbouring queries, placed by the position mode.
+"""Which vectors score on behalf of a query block: means of runs of neighbouring queries.
 
 One mean over a whole block can be worse than not selecting at all (METHODS: 1.105 bits per byte
 against 1.097 for the window alone, on a small trained model); a vote per run of queries, added up,
@@ -7,7 +7,7 @@ gains (1.079) and rides free on the scan.
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,14 +26,15 @@ class BlockVectors(NamedTuple):
 
     first: int
     last: int
-    q: Tensor  # [batch, last - first, num_vectors, num_q_heads, head_dim] float32, contiguous: meets candidates
+    # [batch, last - first, num_vectors, num_q_heads, head_dim] float32, contiguous
+    q: Tensor  # meets candidates
     q_local: Tensor | None  # meets sinks and recent tokens; None: q
 
 
 def original_vectors(
     queries: Queries, at: BlockRange, query_groups: int, average_first: bool
 ) -> list[BlockVectors]:
-    """Vectors that meet rotated keys: means of un-rotated queries, rotated once to the middle of their block.
+    """Vectors that meet rotated keys: means of un-rotated queries, rotated to their block's middle.
 
     Averaging rotated queries over many positions would cancel the fast rotations. With neither
     ``rope`` nor ``q_unrotated`` the queries carry no rotation and are averaged as they are.
@@ -74,8 +75,10 @@ def compact_vectors(
     query_groups: int,
     average_first: bool,
 ) -> list[BlockVectors]:
-    """Vectors that meet un-rotated keys: at the fixed distance ``num_recent_tokens`` for candidates, at the rank that
-    the block's middle token would have for sinks and recent tokens.
+    """Vectors that meet un-rotated keys.
+
+    For candidates at the fixed distance ``num_recent_tokens``; for sinks and recent tokens at the
+    rank that the block's middle token would have.
 
     Parameters
     ----------
@@ -126,30 +129,33 @@ def compact_decode_vectors(
 
 
 def _equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
-    """Runs of blocks of equal length: (first, last, [batch, last - first, length, num_q_heads, head_dim] float32)."""
-    lengths = [end - begin for begin, end in zip(offsets, offsets[1:])]
+    """Runs of blocks of equal length: first, last, their queries in float32.
+
+    Queries are [batch, last - first, length, num_q_heads, head_dim].
+    """
+    lengths = [end - begin for begin, end in pairwise(offsets)]
     runs, first = [], 0
     for length, same in groupby(lengths):
         last = first + len(list(same))
         span = q[:, offsets[first] : offsets[last]].float()
-        runs.append((first, last, span.unflatten(1, (last - first, length))))
+        runs.append((first, last, torch.unflatten(span, 1, (last - first, length))))
         first = last
     return runs
 
 
 def _group_means(blocks: Tensor, query_groups: int) -> Tensor:
-    """Mean of each of at most ``query_groups`` runs of neighbouring queries (dim 2); the runs differ by one at most."""
+    """Means of at most ``query_groups`` runs of neighbouring queries (dim 2), as even as can be."""
     length = blocks.shape[2]
     groups = min(query_groups, length)
     if length % groups == 0:
-        return blocks.unflatten(2, (groups, length // groups)).mean(3)
+        return torch.unflatten(blocks, 2, (groups, length // groups)).mean(3)
     bounds = [length * group // groups for group in range(groups + 1)]
-    means = [blocks[:, :, begin:end].mean(2) for begin, end in zip(bounds, bounds[1:])]
+    means = [blocks[:, :, begin:end].mean(2) for begin, end in pairwise(bounds)]
     return torch.stack(means, dim=2)
 
 
 def _joined(parts: list[BlockVectors]) -> list[BlockVectors]:
-    """Neighbouring runs with the same number of vectors as one, since one op call scores one number of vectors.
+    """Neighbouring runs with the same number of vectors as one: an op call takes one number.
 
     In practice one call is left: only a first block shorter than ``query_groups`` differs.
     """

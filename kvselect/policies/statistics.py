@@ -1,4 +1,4 @@
-"""What a policy did in one layer, for reports: counted on the device, read by the host only when somebody asks."""
+"""What a policy did in one layer: counted on the device, read by the host when somebody asks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _ATTENDED, _MASS_SUM, _MASS_COUNT, _NONFINITE, _HITS, _LISTS_LOOKED_UP, _NOT_SCA
 
 @dataclass(slots=True, eq=False)
 class PhaseStatistics:
-    """Counts of one phase. "Tokens" are summed over rows, query blocks and KV heads: each is one key and one value.
+    """Counts of one phase.
+
+    Tokens are summed over rows, query blocks and KV heads: each is one key and one value.
 
     Reading a property of the device's counts waits for the device.
 
@@ -110,7 +112,7 @@ class PhaseStatistics:
 
     @property
     def num_misses(self) -> int:
-        """Lists that the selection cache looked at and made anew; forced misses are not looked at."""
+        """Lists that the selection cache looked at and made anew; forced misses do not count."""
         return int(self._total(_LISTS_LOOKED_UP)) - self.num_hits
 
     @property
@@ -121,18 +123,20 @@ class PhaseStatistics:
 
     @property
     def kept_mass(self) -> float | None:
-        """Mean attention mass that the lists held by the scoring queries, in [0, 1]; None: not measured."""
+        """Mean attention mass that lists held, by the scoring queries; None: not measured."""
         count = self._total(_MASS_COUNT)
         return self._total(_MASS_SUM) / count if count else None
 
     @property
     def num_nonfinite(self) -> int:
-        """Tokens and query vectors met by the scores that were not finite, once per call that met them."""
+        """Tokens and vectors met by the scores that were not finite, once per call."""
         return int(self._total(_NONFINITE))
 
     def bytes_read(self, head_dim: int, itemsize: int, sketch: str | None) -> float:
-        """Bytes that attention and scoring read, by the byte model: sketch (or keys) per token scanned, keys and
-        values per token attended. Modelled, not measured."""
+        """Bytes that scoring and attention read: modelled, not measured.
+
+        Sketch, or keys, per token scanned; keys and values per token attended.
+        """
         scan = 0.0 + head_dim * itemsize if sketch is None else bytes_per_token(sketch, head_dim)
         return self.tokens_scanned * scan + self.tokens_attended * 2.0 * head_dim * itemsize
 

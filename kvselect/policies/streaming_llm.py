@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-
 from torch import Tensor
 
 from kvselect.arguments import require_compact_rope
@@ -120,7 +119,7 @@ class StreamingLLM(Policy):
 
     @staticmethod
     def _equal_scores(state: PolicyState, queries: Queries, cache: KVCache) -> Tensor:
-        """Zeros [batch, num_blocks, 1, seqlen_k] over one row of memory: nothing is picked by them."""
+        """Zeros [batch, num_blocks, 1, seqlen_k], one row in memory: nothing is picked by them."""
         assert isinstance(state, StreamingState)
         if state.zeros is None or state.zeros.shape[0] < queries.max_seqlen:
             state.zeros = torch.zeros(2 * queries.max_seqlen, device=cache.device)

@@ -1,4 +1,4 @@
-"""TokenSelect: single tokens picked by a soft vote of the query heads (arXiv:2411.02886), with what we changed."""
+"""TokenSelect: tokens picked one by one by a soft vote of the query heads (arXiv:2411.02886)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = ["TokenSelect"]
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSelect(Policy):
-    """Sinks, the tokens that most attention mass falls on, and recent tokens; anew per query block or decode step.
+    """Sinks, the tokens that most attention mass falls on, and recent tokens; anew for each query.
 
     Parameters
     ----------
@@ -223,9 +223,6 @@ class TokenSelect(Policy):
         }
         return cls(**(published | settings))
 
-    # --- derived numbers
-    # ----------------------------------------------------------------------------------------
-
     @property
     def required_sketch(self) -> str | None:
         return self.sketch
@@ -242,7 +239,7 @@ class TokenSelect(Policy):
 
     @property
     def capacity(self) -> int:
-        """Most tokens in one list: sinks, picked, window, and what a reused list or a query block adds."""
+        """Most tokens in one list: sinks, picked, window, what reuse or a query block adds."""
         window = self.num_recent_tokens + max(self.max_age, self.q_block_size)
         return self.num_sink_tokens + self.keep + window
 
@@ -258,9 +255,6 @@ class TokenSelect(Policy):
             return end <= self.dense_limit(rope)
         anchor = begin if self.window_anchor == "block_start" else end
         return self.dense_prefill or anchor <= self.budget or end <= self.dense_limit(rope)
-
-    # --- a step
-    # -------------------------------------------------------------------------------------------------
 
     def new_state(self, cache: KVCache) -> PolicyState:
         if self.similarity_threshold is None:
@@ -316,8 +310,11 @@ class TokenSelect(Policy):
     def _vote(
         self, queries: Queries, cache: KVCache, hit: Tensor | None = None
     ) -> tuple[Tensor, float | Tensor | None, Tensor]:
-        """Scores [batch, num_blocks, num_lists, max_seqlen], what all tokens of a list score together (None: their
-        scores are no shares of mass), and how many tokens and vectors were not finite."""
+        """Scores, what all tokens of a list score together, and counts of what was not finite.
+
+        Scores are [batch, num_blocks, num_lists, max_seqlen]; the total is None where they are no
+        shares of attention mass.
+        """
         scale = queries.softmax_scale if self.score_scale is None else self.score_scale
         num_kv_heads, shared = cache.num_kv_heads, self.scope == "layer"
         if hit is not None and shared:
@@ -374,7 +371,7 @@ class TokenSelect(Policy):
         hit: Tensor | None = None,
         reused: Lists | None = None,
     ) -> Lists:
-        """Sinks, the best candidates and the window; everything for short rows in a batch with long ones."""
+        """Sinks, the best candidates and the window; everything, where a row is dense."""
         lists = select_blocks(
             votes,
             cache_seqlens=queries.cache_seqlens,
@@ -398,8 +395,10 @@ class TokenSelect(Policy):
         return "decode" if queries.phase == "decode" else self.window_anchor
 
     def _has_dense_rows(self, queries: Queries, cache: KVCache) -> bool:
-        """Whether a short row may have to be dense beside longer ones. Rows within the budget need no care: their
-        lists hold every token anyway."""
+        """Whether a short row may have to be dense beside longer ones.
+
+        Rows within the budget need no care: their lists hold every token anyway.
+        """
         return cache.batch > 1 and self.dense_limit(queries.rope) > self.budget
 
     def _longest_list(self, queries: Queries, cache: KVCache) -> int:
@@ -417,7 +416,7 @@ class TokenSelect(Policy):
         return real > self.dense_limit(queries.rope)
 
     def _similarity_queries(self, queries: Queries, cache: KVCache) -> Tensor:
-        """What the selection cache compares, [batch, num_lists, heads per list, head_dim] float32."""
+        """What is compared: [batch, num_lists, heads per list, head_dim] float32."""
         q = queries.q
         if self.similarity_on == "unrotated" and self.positions == "original":
             if queries.q_unrotated is not None:
@@ -426,7 +425,7 @@ class TokenSelect(Policy):
                 allowed = "the queries before RoPE (or similarity_on='rotated')"
                 require(queries.rope is None, "q_unrotated", None, allowed)
         num_lists = 1 if self.scope == "layer" else cache.num_kv_heads
-        return q[:, 0].unflatten(1, (num_lists, -1)).float()
+        return torch.unflatten(q[:, 0], 1, (num_lists, -1)).float()
 
     def _scoring_vectors(self, queries: Queries, cache: KVCache) -> list[BlockVectors]:
         rope = queries.rope
@@ -467,7 +466,7 @@ class TokenSelect(Policy):
 
 
 def _list_everything(lists: Lists, queries: Queries, cache: KVCache, limit: int) -> None:
-    """Make the lists of rows (and blocks) that end at ``limit`` tokens or before hold every visible token."""
+    """Make lists of (row, block)s of at most ``limit`` visible tokens hold all of them."""
     ends = queries.cache_seqlens[:, None]
     if queries.q_block_offsets is not None:
         ends = ends - queries.seqlen_q + queries.q_block_offsets[1:]

@@ -1,4 +1,4 @@
-"""Every op of kvselect in plain float64 torch: the specification. Tests compare the kernels with it.
+"""Every op of kvselect in plain float64 torch: the specification that the kernels are held to.
 
 Loops are welcome here, tricks are not. Functions under the names of the public ones take the same
 arguments; the ones with ``query_blocks`` in their names also know what only the ops know: blocks of

@@ -59,9 +59,10 @@ def encode_block(keys: Tensor, sketch_format: str) -> Tensor:
     """Bytes of the sketch of 128 consecutive keys of one KV head.
 
     ``step = fp16((max - min) / levels)``, ``lo = fp16(min)`` per channel, and
-    ``code = clamp(rint((k - lo) / step), 0, levels)``, all in float32: the codec is the one op whose
-    arithmetic is part of its definition, because backends must agree on the bits. A block that
-    holds a non-finite key, or whose lo or step leaves float16, gets step[0] = NaN and no codes.
+    ``code = clamp(rint((k - lo) / step), 0, levels)``, all in float32: the codec is the one op
+    whose arithmetic is part of its definition, because backends must agree on the bits. A block
+    that holds a non-finite key, or whose lo or step leaves float16, gets step[0] = NaN and no
+    codes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One decode step, list by list: reuse what is similar enough, else score, pick and list; then attend."""
+"""One decode step, list by list: reuse what is similar enough, else score and pick; then attend."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvselect.reference.attention import sparse_attention
 from kvselect.reference.cache import CacheLike
-from kvselect.reference.query_blocks import QueryBlocks
+from kvselect.reference.query_blocks import BlockRange, QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import score_query_blocks
 from kvselect.reference.selection import num_kept, pick, without_nonfinite
@@ -59,7 +59,10 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def similarity(q: Tensor, anchor: Tensor, how: str) -> float:
-    """Of the cosines per head [heads, head_dim]: the smallest, the lower 10 % quantile, or the cosine of all."""
+    """Of the cosines of [heads, head_dim]: the smallest ("min"), the lower 10 % quantile ("q10").
+
+    "flat": the cosine of all heads laid end to end.
+    """
     if how == "flat":
         return cosine(q.flatten(), anchor.flatten())
     cosines = sorted(cosine(a, b) for a, b in zip(q, anchor, strict=True))
@@ -109,7 +112,8 @@ def decode_step(
     Notes
     -----
     Source: TokenSelect, arXiv:2411.02886. A row is dense while it holds at most ``num_sink_tokens +
-    topk + num_recent_tokens`` real tokens (or ``dense_below_tokens``): its list holds every token.
+    topk + num_recent_tokens`` real tokens (or ``dense_below_tokens``): its list holds every token,
+    and the next step does not reuse it.
     """
     name = type(policy).__name__
     if name not in ("TokenSelect", "StreamingLLM", "Dense"):
@@ -119,7 +123,7 @@ def decode_step(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     blocks = QueryBlocks(cache_seqlens=cache.cache_seqlens, seqlen_q=1, starts=cache.starts)
     batch, num_kv_heads = len(cache.cache_seqlens), cache.k.shape[2]
-    dense = [True] * batch
+    dense, limit = [True] * batch, dense_limit(settings, table)
     if name != "Dense":
         blocks = QueryBlocks(
             cache_seqlens=cache.cache_seqlens,
@@ -128,7 +132,6 @@ def decode_step(
             num_sink_tokens=settings.num_sink_tokens,
             num_recent_tokens=settings.num_recent_tokens,
         )
-        limit = dense_limit(settings, table)
         dense = [blocks.seqlen(row) - blocks.start(row) <= limit for row in range(batch)]
     if all(dense):
         out, lse = sparse_attention(q, cache, softmax_scale=scale, rope=table)
@@ -140,9 +143,9 @@ def decode_step(
         votes = decode_votes(q, cache, blocks, settings, table, scale)
         if num_lists == 1:
             votes = votes.sum(1, keepdim=True)
-    threshold = getattr(settings, "similarity_threshold", None)
+    threshold: Any = getattr(settings, "similarity_threshold", None)  # None: select every time
     compared = (q if q_unrotated is None or table is not None else q_unrotated)[:, 0].double()
-    compared = compared.unflatten(1, (num_lists, -1))
+    compared = compared.view(batch, num_lists, -1, q.shape[-1])
     if threshold is not None:
         if not isinstance(state, DecodeState):
             raise TypeError(f"state: got {type(state).__name__}, allowed: DecodeState()")
@@ -154,41 +157,25 @@ def decode_step(
     kept: list[float] = []
     hits: list[int] = []
     for row in range(batch):
-        at, seqlen = blocks.range(row, 0), blocks.seqlen(row)
+        at = blocks.range(row, 0)
         for n in range(num_lists):
-            known = state.lists.pop((row, n), None) if threshold is not None else None
-            if dense[row]:
-                listed, score, hit = list(range(at.start, at.end)), float("nan"), False
-            else:
-                hit = (
-                    known is not None
-                    and known.seqlen == seqlen - 1
-                    and known.age < settings.max_age
-                    and similarity(compared[row, n], known.anchor, how_similar(settings))
-                    >= threshold
-                )
+            own = None if votes is None else votes[row, n].tolist()
+            hit = False
+            if dense[row] and limit > budget(settings):
+                listed, score = list(range(at.start, at.end)), float("nan")
+            else:  # a dense row within the budget loses nothing by selection
+                listed, score = fresh_list(own, at, settings)
+            if threshold is not None:
+                known = state.lists.pop((row, n), None)
+                anchor, age = compared[row, n], 0
+                if not dense[row] and known is not None and known.seqlen == at.end - 1:
+                    alike = similarity(anchor, known.anchor, how_similar(settings))
+                    hit = alike >= threshold and known.age < settings.max_age
                 if hit:
-                    assert known is not None
-                    listed, score = [*known.listed, seqlen - 1], float("nan")
-                elif votes is None:
-                    listed = [*range(at.start, at.sink_end), *range(at.window_start, at.end)]
-                    score = 0.0
-                else:
-                    own = votes[row, n].tolist()
-                    keep = num_kept(settings.topk, settings.overselect)
-                    listed = [
-                        *range(at.start, at.sink_end),
-                        *pick(own, at.sink_end, at.window_start, keep, settings.pool_width),
-                        *range(at.window_start, at.end),
-                    ]
-                    listed = without_nonfinite(listed, own)
-                    score = sum(own[i] for i in listed)
-                if threshold is not None:
-                    remembered = Remembered(compared[row, n], listed, seqlen)
-                    if hit:
-                        assert known is not None
-                        remembered.anchor, remembered.age = known.anchor, known.age + 1
-                    state.lists[row, n] = remembered
+                    listed, score = [*known.listed, at.end - 1], float("nan")
+                    anchor, age = known.anchor, known.age + 1
+                if not dense[row]:
+                    state.lists[row, n] = Remembered(anchor, listed, at.end, age)
             lists.append(listed)
             kept.append(score)
             hits.append(int(hit))
@@ -210,13 +197,30 @@ def decode_step(
     return out, StepInfo(selection, lse)
 
 
+def fresh_list(own: list[float] | None, at: BlockRange, settings: Any) -> tuple[list[int], float]:
+    """Sinks, the best-scored candidates and the window, and what they score; None: no scores."""
+    sinks, window = range(at.start, at.sink_end), range(at.window_start, at.end)
+    if own is None:
+        return [*sinks, *window], 0.0
+    keep = num_kept(settings.topk, settings.overselect)
+    picked = pick(own, at.sink_end, at.window_start, keep, settings.pool_width)
+    listed = without_nonfinite([*sinks, *picked, *window], own)
+    return listed, sum(own[i] for i in listed)
+
+
+def budget(settings: Any) -> int:
+    """Tokens that may be attended to before anything is left out."""
+    total: int = settings.num_sink_tokens + settings.num_recent_tokens
+    return total + getattr(settings, "topk", 0)
+
+
 def dense_limit(settings: Any, table: RopeTable | None) -> int:
-    """Rows of at most so many real tokens are dense."""
-    limit: int = settings.num_sink_tokens + settings.num_recent_tokens
-    if hasattr(settings, "topk"):
-        limit = max(limit + settings.topk, settings.dense_below_tokens or 0)
-        if table is not None:
-            limit = min(limit, table.cos.shape[0])
+    """Rows of at most so many real tokens are dense; 0 for Dense, whose rows all are."""
+    if not hasattr(settings, "num_recent_tokens"):
+        return 0
+    limit = max(budget(settings), getattr(settings, "dense_below_tokens", None) or 0)
+    if table is not None and hasattr(settings, "topk"):
+        limit = min(limit, table.cos.shape[0])
     return limit
 
 
@@ -226,7 +230,7 @@ def how_similar(settings: Any) -> str:
 
 
 def total_score(settings: Any, heads_per_list: int) -> float | None:
-    """What all visible tokens of a list score together, where scores are shares of attention mass."""
+    """What all visible tokens of a list score together; None: scores are no shares of mass."""
     if getattr(settings, "score_scale", 1.0) is not None:
         return None
     if settings.normalise_over != "visible" or settings.aggregate == "max_vote":
@@ -253,8 +257,8 @@ def decode_votes(
         ranks = []
         for row in range(blocks.batch):
             at = blocks.range(row, 0)
-            listed = at.sink_end - at.start + min(keep, at.num_candidates) + at.end - at.window_start
-            ranks.append(max(listed - 1, 0))
+            always = at.sink_end - at.start + at.end - at.window_start
+            ranks.append(max(always + min(keep, at.num_candidates) - 1, 0))
         local = rotate(vectors, torch.tensor(ranks)[:, None, None], table)[:, None]
         vectors = rotate(vectors, torch.tensor(settings.num_recent_tokens), table)
     return score_query_blocks(

@@ -52,7 +52,7 @@ def rotate(x: Tensor, positions: Tensor, rope: RopeTable) -> Tensor:
         first, second = rope.start + pair, rope.start + num_pairs + pair
     x = x.double()
     a, b = x[..., first], x[..., second]
-    shape = torch.broadcast_shapes(a.shape, cos.shape)
+    shape = (a * cos).shape
     out = x.expand(*shape[:-1], x.shape[-1]).clone()
     out[..., first] = a * cos - b * sin
     out[..., second] = b * cos + a * sin

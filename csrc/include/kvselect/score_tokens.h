@@ -20,9 +20,9 @@ struct ScoreTokensParams {
     KVView keys;
     SketchView sketch;  // data == nullptr: candidates are scored from the keys
     RopeView rope;      // cos != nullptr ("compact"): a sink's key is rotated to its rank, a recent
-                    // token's to num_sinks + min(keep, candidates) + its offset in the window;
-                    // candidates stay as they are
-    int64_t keep;  // tokens that will be picked
+                        // token's to num_sinks + min(keep, candidates) + its offset in the window;
+                        // candidates stay as they are
+    int64_t keep;       // tokens that will be picked
     float scale;
     bool normalise_candidates_only;  // published TokenSelect; otherwise over all visible tokens
     bool max_vote;                   // maximum over the vectors instead of the sum
@@ -45,7 +45,7 @@ constexpr int64_t kMaxScoreColumns = 4096;  // num_vectors * group_size
 // in floats:
 inline int64_t score_tokens_scratch_floats(const ScoreTokensParams& p) {
     const int64_t columns = p.num_vectors * (p.num_q_heads / p.num_kv_heads);
-    return columns * (p.max_seqlen_k + 16 + 2 * p.head_dim);  // logits, q, q_local
+    return columns * (p.max_seqlen_k + 16 + 2 * p.head_dim + 2);  // logits, q, q_local, peak, total
 }
 using ScoreTokensFn = void (*)(const ScoreTokensParams&, int64_t begin, int64_t end,
                                float* scratch);

@@ -192,7 +192,7 @@ class KVSelectLayer(DynamicLayer):
         )
 
     def _take_rows(self, index: Tensor) -> None:
-        if self.cache is None:
+        if self.cache is None or self.cache.max_seqlen == 0:  # as DynamicLayer: nothing to take
             return
         index = index.to(self.device)
         batch = self.cache.batch

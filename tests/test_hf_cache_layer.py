@@ -1,0 +1,260 @@
+"""KVSelectLayer behaves as transformers' DynamicLayer does, and says when what it held has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.token_select import TokenSelect
+
+HEADS, HEAD_DIM = 2, 32
+
+
+def new_tokens(batch: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values as transformers hands them over: transposed views."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, batch, count, HEADS, HEAD_DIM)
+    keys, values = torch.randn(shape, generator=generator).transpose(2, 3)
+    return keys, values
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 70)),
+        st.tuples(st.just("crop"), st.integers(0, 90)),
+        st.tuples(st.just("reorder"), st.integers(0, 99)),
+        st.tuples(st.just("repeat"), st.integers(1, 3)),
+        st.tuples(st.just("select"), st.integers(0, 99)),
+        st.tuples(st.just("mask"), st.integers(0, 99)),
+        st.tuples(st.just("reset"), st.just(0)),
+    ),
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(operations=OPERATIONS, sketch=st.sampled_from(["int4", "int8", None]))
+def test_any_sequence_of_operations_equals_dynamic_layer(
+    operations: list[tuple[str, int]], sketch: str | None
+) -> None:
+    ours, theirs = KVSelectLayer(sketch), DynamicLayer()
+    batch = 2
+    for step, (name, number) in enumerate(operations):
+        version, held = ours.version, ours.get_seq_length()
+        draw = torch.Generator().manual_seed(number)
+        if name == "append":
+            keys, values = new_tokens(batch, number, seed=step)
+            got, expected = ours.update(keys, values), theirs.update(keys, values)
+            assert got[0] is ours.keys
+            assert got[1] is ours.values
+            assert torch.equal(got[0], expected[0])
+            assert torch.equal(got[1], expected[1])
+        elif name == "crop":
+            ours.crop(-number)
+            theirs.crop(-number)
+        elif name == "reorder":
+            rows = torch.randint(0, batch, (batch,), generator=draw)
+            ours.reorder_cache(rows)
+            theirs.reorder_cache(rows)
+        elif name == "repeat" and batch * number <= 6:
+            ours.batch_repeat_interleave(number)
+            theirs.batch_repeat_interleave(number)
+            batch = batch * number if held else batch
+        elif name in ("select", "mask"):
+            count = 1 + number % batch
+            rows = torch.randperm(batch, generator=draw)[:count]
+            if name == "mask":
+                chosen = torch.zeros(batch, dtype=torch.bool)
+                chosen[rows] = True
+                rows = chosen
+            ours.batch_select_indices(rows)
+            theirs.batch_select_indices(rows)
+            batch = count if held else batch
+        elif name == "reset":
+            ours.reset()
+            theirs.reset()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
+        assert ours.get_max_length() == theirs.get_max_length()
+        assert ours.is_initialized == theirs.is_initialized or held == 0
+        if ours.get_seq_length():
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+        if name == "append":
+            assert ours.version == version
+        elif held and (name != "crop" or number) and name != "repeat":
+            assert ours.version > version
+
+
+def test_it_has_the_attributes_that_transformers_reads() -> None:
+    layer = KVSelectLayer()
+    assert isinstance(layer, DynamicLayer)
+    assert not layer.is_sliding
+    assert layer.is_croppable
+    assert not layer.is_compileable
+    assert layer.get_seq_length() == 0
+    assert layer.get_mask_sizes(4) == (4, 0)
+    assert layer.keys is None
+
+
+def test_update_copies_only_the_new_tokens() -> None:
+    layer = KVSelectLayer(None)
+    layer.update(*new_tokens(2, 100))
+    before = layer.keys.data_ptr()
+    layer.update(*new_tokens(2, 5, seed=1))
+    assert layer.keys.data_ptr() == before
+    assert layer.keys.shape == (2, HEADS, 105, HEAD_DIM)
+
+
+def test_a_positive_crop_raises() -> None:
+    layer = KVSelectLayer()
+    layer.update(*new_tokens(1, 4))
+    with pytest.raises(ValueError, match="tokens_to_remove: got 2, allowed: 0 or a negative int"):
+        layer.crop(2)
+    assert layer.get_seq_length() == 4
+
+
+def test_crop_of_more_than_there_is_leaves_nothing() -> None:
+    layer = KVSelectLayer()
+    layer.update(*new_tokens(1, 4))
+    layer.crop(-9)
+    assert layer.get_seq_length() == 0
+    layer.update(*new_tokens(1, 3))
+    assert layer.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("method", ["offload", "prefetch"])
+def test_offloading_raises(method: str) -> None:
+    with pytest.raises(ValueError, match="offloading: got True, allowed: False"):
+        getattr(KVSelectLayer(), method)()
+
+
+def test_an_offloading_cache_raises() -> None:
+    cache = DynamicCache(config=hf_models.config("llama"))
+    cache.offloading = True
+    with pytest.raises(ValueError, match=r"past_key_values.offloading: got True, allowed: False"):
+        upgrade_cache(cache, [None] * 3)
+
+
+def test_values_of_another_width_raise() -> None:
+    keys, values = new_tokens(1, 4)
+    with pytest.raises(ValueError, match="value_states: got .*, allowed: the shape of the keys"):
+        KVSelectLayer().update(keys, values[..., :16])
+
+
+def test_the_state_of_a_policy_follows_its_rows() -> None:
+    policy, statistics = TokenSelect(), (PhaseStatistics(), PhaseStatistics())
+    layer = KVSelectLayer("int4")
+    layer.update(*new_tokens(2, 4))
+    state = layer.state(policy, statistics)
+    assert state.prefill is statistics[0]
+    assert state.decode is statistics[1]
+    layer.update(*new_tokens(2, 1))
+    assert layer.state(policy, statistics) is state
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert layer.state(policy, statistics) is state  # its lists are void by version, its counts are not
+    layer.batch_repeat_interleave(2)
+    assert layer.state(policy, statistics) is not state  # allocated per row
+    state = layer.state(policy, statistics)
+    assert layer.state(TokenSelect(topk=7), statistics) is not state
+    layer.reset()
+    layer.update(*new_tokens(2, 4))
+    assert layer.state(policy, statistics) is not state
+
+
+def test_rotated_and_unrotated_keys_do_not_mix() -> None:
+    layer = KVSelectLayer(None)
+    layer.announce("unrotated", None, None)
+    layer.update(*new_tokens(1, 4))
+    message = "cache layer: got '4 unrotated keys', allowed: rotated keys or an empty cache"
+    with pytest.raises(ValueError, match=message):
+        layer.announce("rotated", None, None)
+    with pytest.raises(ValueError, match=message):
+        layer.update(*new_tokens(1, 1))  # nobody announced it: a model that is not attached
+    assert layer.get_seq_length() == 4
+    layer.crop(-4)
+    layer.announce("rotated", None, None)
+    layer.update(*new_tokens(1, 2))
+    assert layer.rope_state == "rotated"
+
+
+def test_another_sketch_is_built_from_the_stored_keys() -> None:
+    layer = KVSelectLayer(None)
+    keys, values = new_tokens(2, 300)
+    layer.update(keys, values)
+    version = layer.version
+    layer.announce("rotated", "int4", None)
+    assert layer.version > version
+    assert layer.cache is not None
+    assert layer.cache.sketch_format == "int4"
+    assert torch.equal(layer.keys, keys)
+    fresh = KVSelectLayer("int4")
+    fresh.update(keys, values)
+    assert fresh.cache is not None
+    assert layer.cache.sketch_data is not None
+    assert fresh.cache.sketch_data is not None
+    assert torch.equal(layer.cache.sketch_data, fresh.cache.sketch_data)
+
+
+def test_validity_follows_rows_and_length() -> None:
+    layer = KVSelectLayer(None)
+    layer.update(*new_tokens(2, 3))
+    layer.validity = torch.tensor([[True, True, False], [True, False, True]])
+    layer.update(*new_tokens(2, 2))
+    layer.reorder_cache(torch.tensor([1, 1]))
+    validity = layer.validity_of(5)
+    assert validity is not None
+    assert validity.tolist() == [[True, False, True, True, True]] * 2
+    layer.crop(-4)
+    validity = layer.validity_of(1)
+    assert validity is not None
+    assert validity.tolist() == [[True]] * 2
+    layer.reset()
+    assert layer.validity is None
+
+
+def layer_types(cache: Any) -> list[type]:
+    return [type(layer) for layer in cache.layers]
+
+
+def test_only_empty_plain_layers_are_upgraded() -> None:
+    cache = DynamicCache(config=hf_models.config("qwen2_mixed"))
+    kind = type(cache)
+    upgrade_cache(cache, ["int4", None, "int8"])
+    assert type(cache) is kind
+    assert layer_types(cache) == [KVSelectLayer, DynamicSlidingWindowLayer, KVSelectLayer]
+    assert cache.layers[2].sketch == "int8"
+    before = list(cache.layers)
+    upgrade_cache(cache, ["int4", None, "int8"])
+    assert all(a is b for a, b in zip(before, cache.layers))
+
+    filled = DynamicCache()
+    filled.update(*new_tokens(1, 4), 0)
+    upgrade_cache(filled, [None, None])
+    assert layer_types(filled) == [DynamicLayer, KVSelectLayer]
+
+
+def test_a_cache_without_layers_gets_all_of_them() -> None:
+    cache = DynamicCache()
+    upgrade_cache(cache, ["int4", None, "int4"], frozenset({1}))
+    assert layer_types(cache) == [KVSelectLayer, DynamicLayer, KVSelectLayer]
+    assert cache.get_seq_length() == 0
+    assert cache.get_mask_sizes(5, 0) == (5, 0)
+
+
+def test_static_layers_stay() -> None:
+    config = hf_models.config("llama")
+    cache = StaticCache(config=config, max_cache_len=32)
+    before = layer_types(cache)
+    upgrade_cache(cache, [None] * 3)
+    assert layer_types(cache) == before
