@@ -15,6 +15,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f -not -name '*.md')
 CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 KIND := $(if $(VENV),venv,host)
+NEEDS := transformers safetensors numpy rich matplotlib pytest hypothesis
 READY := $(addsuffix /.ready,$(VENV))
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
@@ -91,9 +92,16 @@ build/.built-venv: $(READY) $(NATIVE) pyproject.toml
 	$(PIP) install --no-build-isolation -e ".[test]"
 	@mkdir -p build && touch $@
 
+# CMake alone, beside the sources: needs no pip, no setuptools and no network.
 build/.built-host: $(NATIVE)
-	$(PY) setup.py -q build_ext --inplace
-	@mkdir -p build && touch $@
+	@$(PY) -c "import sys; from importlib.util import find_spec; \
+	    missing = [m for m in '$(NEEDS)'.split() if not find_spec(m)]; \
+	    missing and sys.exit('$(PY) has torch, so it is used as it is, but lacks: ' + ', '.join(missing) \
+	    + '. Install these, or make a .venv: make VENV=.venv')"
+	$(CMAKE_CONFIGURE) -B build/cmake-host -DPython3_EXECUTABLE="$$(command -v $(PY))" \
+	    -DKVSELECT_OUTPUT_DIR="$(CURDIR)/kvselect" -DKVSELECT_CUDA=$(or $(KVSELECT_CUDA),auto)
+	cmake --build build/cmake-host --parallel $(JOBS)
+	@touch $@
 
 build/.tools-venv: build/.built-venv
 	$(PIP) install --no-build-isolation -e ".[dev]"

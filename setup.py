@@ -1,7 +1,7 @@
 """Drives CMake, which compiles the extension; everything else is in pyproject.toml.
 
-Environment: KVSELECT_CUDA (auto, on, off, check), KVSELECT_CUDA_ARCHS (for example "90a-real"), KVSELECT_TORCH_DIR,
-KVSELECT_WERROR, KVSELECT_BUILD_TYPE, CMAKE_ARGS, MAX_JOBS.
+Environment: KVSELECT_CUDA (auto, on, off, check), KVSELECT_CUDA_ARCHS (for example "90a-real"),
+KVSELECT_TORCH_DIR, KVSELECT_WERROR, KVSELECT_BUILD_TYPE, CMAKE_ARGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -16,15 +16,23 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
 
+# pip does not look at [build-system] under --no-build-isolation, and older ones stumble over
+# pyproject.toml with a page of text that does not say so.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"setuptools: got {setuptools.__version__}, allowed: >= 77 (pip install -U setuptools)"
+    )
+
 
 def torch_dir() -> Path:
-    """Folder of the torch that is installed into, found by path: pip's isolated builds cannot import it."""
+    """Folder of the torch that we build for, found by path: isolated builds cannot import it."""
     candidates = [Path(sysconfig.get_path(key)) / "torch" for key in ("platlib", "purelib")]
     if os.environ.get("KVSELECT_TORCH_DIR"):
         candidates = [Path(os.environ["KVSELECT_TORCH_DIR"])]
@@ -35,8 +43,8 @@ def torch_dir() -> Path:
             return folder
     found = [f"{torch_version(c)[1]} in {c}" for c in candidates if (c / "version.py").is_file()]
     raise SystemExit(
-        f"torch: got {', '.join(found) or 'none'}, allowed: torch >= 2.11 in this environment. Install it first "
-        "(pip install torch==2.13.0), then: pip install --no-build-isolation ."
+        f"torch: got {', '.join(found) or 'none'}, allowed: torch >= 2.11 in this environment. "
+        "Install it first (pip install torch==2.13.0), then: pip install --no-build-isolation ."
     )
 
 
@@ -60,9 +68,9 @@ class CMakeBuild(build_ext):
         if cmake is None:
             raise SystemExit("cmake: got none, allowed: cmake >= 3.24 (pip install cmake ninja)")
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_dir = ROOT / "build" / "-".join(
-            ["cmake", sysconfig.get_platform(), f"torch{torch_version(torch)[1]}", "ninja" if ninja else "make"]
-        )
+        generator = "Ninja" if ninja else "Unix Makefiles"
+        name = f"cmake-{sysconfig.get_platform()}-torch{torch_version(torch)[1]}-{generator[:5]}"
+        build_dir = ROOT / "build" / name.strip().lower()
         settings = {
             "CMAKE_BUILD_TYPE": os.environ.get("KVSELECT_BUILD_TYPE", "Release"),
             "CMAKE_MAKE_PROGRAM": ninja,
@@ -73,7 +81,7 @@ class CMakeBuild(build_ext):
             "KVSELECT_WERROR": os.environ.get("KVSELECT_WERROR", "OFF"),
         }
         configure = [cmake, "-S", str(ROOT), "-B", str(build_dir)]
-        configure += ["-G", "Ninja" if ninja else "Unix Makefiles"]
+        configure += ["-G", generator]
         configure += [f"-D{key}={value}" for key, value in settings.items() if value is not None]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
@@ -81,13 +89,13 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """Editable and in-place builds: setuptools would copy only the declared module, not the CUDA one."""
+        """Editable and in-place builds: setuptools would copy the declared module only."""
         built = {path.name: path for path in (Path(self.build_lib) / "kvselect").glob("*.abi3.so")}
         for old in (ROOT / "kvselect").glob("*.abi3.so"):
             if old.name not in built:
                 old.unlink()
         for name, path in built.items():
-            # A new file, not new content in the old one: a process that has it loaded keeps what it mapped.
+            # A new file, not new content in the old one: whoever has that loaded keeps it.
             shutil.copy2(path, ROOT / "kvselect" / f".{name}.new")
             os.replace(ROOT / "kvselect" / f".{name}.new", ROOT / "kvselect" / name)
 
@@ -97,8 +105,8 @@ class CMakeBuild(build_ext):
 
 def native_sources() -> list[str]:
     """What the source distribution needs besides the Python packages."""
-    files = ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]
-    return sorted(files)
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(ROOT)) for path in [ROOT / "CMakeLists.txt", *files])
 
 
 setup(

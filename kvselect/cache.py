@@ -226,7 +226,7 @@ class KVCache:
 
     @property
     def cache_seqlens(self) -> Tensor:
-        """Tokens of each row, int32 [batch]; the same tensor, updated in place, until `reorder`."""
+        """Tokens of each row, int32 [batch]; appends update it in place."""
         return self._cache_seqlens
 
     @property
@@ -356,7 +356,7 @@ class KVCache:
         allowed = f"0..{shortest} (tokens of the shortest row)"
         require(num_tokens <= shortest, "num_tokens", num_tokens, allowed)
         self._lengths = [n - num_tokens for n in self._lengths]
-        self._cache_seqlens -= num_tokens
+        self._cache_seqlens = self._cache_seqlens - num_tokens
         self._storage.release(self._lengths)
         self._changed()
 
@@ -392,8 +392,8 @@ class KVCache:
     def reset(self) -> None:
         """Forget every token; the room stays."""
         self._lengths = [0] * self.batch
-        self._cache_seqlens.zero_()
-        self._num_nonfinite.zero_()
+        self._cache_seqlens = torch.zeros_like(self._cache_seqlens)
+        self._num_nonfinite = torch.zeros_like(self._num_nonfinite)
         self._starts, self._host_starts = None, [0] * self.batch
         self._storage.release(self._lengths)
         self._changed()

@@ -61,7 +61,14 @@ def require_type(
         matches = isinstance(value, types)
     if not matches:
         allowed = allowed or " or ".join(t.__name__ for t in types)
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, allowed: {allowed}")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed: {allowed}")
+
+
+def _shown(value: object) -> str:
+    """Type and value, the value only where it is short enough to help."""
+    text = repr(value)
+    kind = type(value).__name__
+    return f"{kind} {text}" if len(text) <= 60 and "\n" not in text else f"a {kind}"
 
 
 def require_int(value: object, name: str, minimum: int, allowed: str | None = None) -> None:
@@ -113,7 +120,7 @@ def require_tensor(
         Another shape or device, or a last dim that is not contiguous.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__} {value!r}, allowed: a torch.Tensor")
+        raise TypeError(f"{name}: got {_shown(value)}, allowed: a torch.Tensor")
     got = value.shape
     if len(got) != len(shape) or any(s is not None and s != g for g, s in zip(got, shape)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)

@@ -121,7 +121,8 @@ def require_step(
     require_type(policy, Policy, "policy", "a kvselect policy, such as TokenSelect()")
     require_type(state, PolicyState, "state", "policy.new_state(cache)")
     require_queries(q, cache)
-    assert isinstance(q, Tensor)
+    assert isinstance(policy, Policy) and isinstance(state, PolicyState) and isinstance(q, Tensor)
     if q_unrotated is not None:
         require_tensor(q_unrotated, "q_unrotated", tuple(q.shape), (q.dtype,), q.device)
     require_rope(rope, cache)
+    state.follow(policy, cache)

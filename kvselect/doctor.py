@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from kvselect.selection import select_tokens
 from kvselect.sketch import encode
 from kvselect.testing import make_qkv, rel_err
 
-TOLERANCE = 2e-6  # float32, as everywhere
+TOLERANCE = 2e-6  # float32
+SKETCH_TOLERANCE = 3e-2  # the int4 scan also rounds the query, to 7 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +30,17 @@ class Check:
     implementation, op : str
     error : float
         ``|out - ref| / |ref|``, or the share of entries that differ where bits must agree.
+    allowed : float
     """
 
     implementation: str
     op: str
     error: float
+    allowed: float
 
     @property
     def passed(self) -> bool:
-        return self.error <= TOLERANCE
+        return self.error <= self.allowed
 
 
 def describe() -> list[tuple[str, str]]:
@@ -48,15 +52,16 @@ def describe() -> list[tuple[str, str]]:
         cuda = f"built for {', '.join(archs)}, {'loaded' if info['cuda_loaded'] else 'not loaded'}"
     else:
         cuda = "not built"
+    names = ops.cpu_implementations()
     if not torch.cuda.is_available():
         device = "none that torch can use"
     else:
         device = torch.cuda.get_device_name()
     return [
-        ("kvselect", f"{info['version']} ({info['build_type']}, {info['compiler']}, {info['cpp_standard']})"),
+        ("kvselect", f"{info['version']} ({info['build_type']}, {info['compiler']})"),
         ("python", str(info["python"])),
         ("torch", f"{info['torch']}; compiled against {info['torch_headers']}"),
-        ("CPU kernels", f"{', '.join(ops.cpu_implementations())}; in use: {ops.cpu_implementation()}"),
+        ("CPU kernels", f"{', '.join(names)}; in use: {ops.cpu_implementation()}"),
         ("CUDA kernels", cuda),
         ("CUDA device", device),
         ("threads", str(torch.get_num_threads())),
@@ -64,29 +69,30 @@ def describe() -> list[tuple[str, str]]:
 
 
 def check_ops() -> list[Check]:
-    """Run every op of every CPU implementation on small inputs; the implementation in use stays in use."""
+    """Run every op of every CPU implementation on small inputs; the one in use stays in use."""
     in_use = ops.cpu_implementation()
     checks = []
     try:
         for name in ops.cpu_implementations():
             ops.set_cpu_implementation(name)
-            checks += [Check(name, op, call()) for op, call in _calls()]
+            checks += [Check(name, op, call(), allowed) for op, call, allowed in _calls()]
     finally:
         ops.set_cpu_implementation(in_use)
     return checks
 
 
-def _calls() -> list[tuple[str, Callable[[], float]]]:
-    """Each op with a call that gives its error. Two KV heads, group size 2, two blocks of sketch and a rest."""
+def _calls() -> list[tuple[str, Callable[[], float], float]]:
+    """Each op with a call that gives its error, and the largest one allowed."""
+    # Two KV heads of two query heads each; two whole blocks of sketch and a rest.
     q, k, v = make_qkv(1, 1, 300, 4, 2, 64, seed=1)
     cache = KVCache(1, 2, 64, sketch="int4")
     cache.append(k, v)
-    window = {"num_sink_tokens": 4, "num_recent_tokens": 128}
+    window: dict[str, Any] = {"num_sink_tokens": 4, "num_recent_tokens": 128}
     scores = reference.score_tokens(q, cache, source="keys", **window).float()
     selection = reference.select_tokens(scores, cache.cache_seqlens, topk=32, **window)
 
     def kv_append() -> float:
-        blocks = k[:, :256].unflatten(1, (2, 128)).permute(0, 3, 1, 2, 4)
+        blocks = k[:, :256].reshape(1, 2, 128, 2, 64).permute(0, 3, 1, 2, 4)
         expected = encode(blocks.contiguous(), "int4")
         assert cache.sketch_data is not None
         stored = cache.sketch_data[:, :, :2]
@@ -103,18 +109,14 @@ def _calls() -> list[tuple[str, Callable[[], float]]]:
         return float((got.indices[..., :width] != selection.indices[..., :width]).double().mean())
 
     def attend() -> float:
-        pairs = zip(
-            sparse_attention(q, cache, selection),
-            reference.sparse_attention(q, cache, selection),
-            strict=True,
-        )
-        return max(rel_err(got, expected) for got, expected in pairs)
+        expected = reference.sparse_attention(q, cache, selection)
+        return max(map(rel_err, sparse_attention(q, cache, selection), expected))
 
     def merge() -> float:
         parts: Tensor = torch.stack([k, v])
         weights = torch.stack([k[..., 0], v[..., 0]])
-        pairs = zip(merge_splits(parts, weights), reference.merge_splits(parts, weights), strict=True)
-        return max(rel_err(got, expected) for got, expected in pairs)
+        expected = reference.merge_splits(parts, weights)
+        return max(map(rel_err, merge_splits(parts, weights), expected))
 
     def recover() -> float:
         return rel_err(
@@ -122,11 +124,11 @@ def _calls() -> list[tuple[str, Callable[[], float]]]:
         )
 
     return [
-        ("kv_append", kv_append),
-        ("score_tokens (keys)", lambda: scored("keys")),
-        ("score_tokens (int4 sketch)", lambda: scored("sketch")),
-        ("select_tokens", select),
-        ("sparse_attention", attend),
-        ("merge_splits", merge),
-        ("recovered_mass", recover),
+        ("kv_append", kv_append, 0.0),
+        ("score_tokens, keys", lambda: scored("keys"), TOLERANCE),
+        ("score_tokens, int4", lambda: scored("sketch"), SKETCH_TOLERANCE),
+        ("select_tokens", select, 0.0),
+        ("sparse_attention", attend, TOLERANCE),
+        ("merge_splits", merge, TOLERANCE),
+        ("recovered_mass", recover, TOLERANCE),
     ]

@@ -1,6 +1,6 @@
-"""Loads the compiled extension, gives every op a fake kernel, and says what is built and what runs here.
+"""Loads the compiled extension, gives every op a fake kernel, says what is built and what runs.
 
-The ops themselves are ``torch.ops.kvselect.<name>``; their schemas are listed in ``csrc/bindings/ops.cpp``. Fakes tell
+The ops are ``torch.ops.kvselect.<name>``; ``csrc/bindings/ops.cpp`` lists their schemas. Fakes tell
 ``torch.compile`` and ``torch.export`` the shapes and dtypes of outputs; they compute nothing.
 """
 
@@ -158,8 +158,9 @@ def build_info() -> dict[str, object]:
     Returns
     -------
     dict
-        ``version``, ``compiler``, ``cpp_standard``, ``build_type``, ``target_processor``, ``torch_headers`` (the torch
-        it was compiled against), ``torch_abi_target`` (the oldest torch it runs on): str;
+        ``version``, ``compiler``, ``cpp_standard``, ``build_type``, ``target_processor``,
+        ``torch_headers`` (the torch it was compiled against), ``torch_abi_target`` (the oldest
+        torch it runs on): str;
         ``cuda_archs``: list of str, empty if there is no CUDA module; ``cuda_loaded``: bool;
         ``torch``, ``cuda_runtime`` (of torch, or None), ``python``: str;
         ``cpu_implementations``: list of str, slowest first; ``cpu_implementation``: the one in use.
@@ -177,7 +178,7 @@ def build_info() -> dict[str, object]:
 
 
 def cpu_implementations() -> list[str]:
-    """Names of the CPU implementations that this machine can run, slowest first; "scalar" is always among them."""
+    """Names of the CPU implementations that run on this machine, slowest first: "scalar", ..."""
     return str(torch.ops.kvselect.cpu_implementations()).split(",")
 
 
@@ -187,7 +188,8 @@ def cpu_implementation() -> str:
     Raises
     ------
     ValueError
-        If the environment variable ``KVSELECT_CPU`` names one that does not exist or does not run here.
+        If the environment variable ``KVSELECT_CPU`` names one that does not exist or does not run
+        here.
     """
     return str(torch.ops.kvselect.cpu_implementation())
 
@@ -198,8 +200,8 @@ def set_cpu_implementation(name: str) -> None:
     Parameters
     ----------
     name : str
-        One of :func:`cpu_implementations`, or "auto" for the fastest of them. The environment variable
-        ``KVSELECT_CPU`` does the same for a whole process.
+        One of :func:`cpu_implementations`, or "auto" for the fastest of them. The environment
+        variable ``KVSELECT_CPU`` does the same for a whole process.
 
     Raises
     ------

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kvselect.cache import KVCache
 from kvselect.selection import Lists
@@ -48,21 +47,35 @@ class SelectionCache:
         self.similarity_threshold = similarity_threshold
         self.max_age = max_age
         self.similarity: Similarity = similarity
-        self.anchor_query: Tensor | None = (
-            None  # [batch, num_lists, heads per list, head_dim] float32
-        )
+        self.anchor_query: Tensor | None = None  # as `direction` gives it
         self.age: Tensor | None = None  # [batch, num_lists] int32, steps since the refresh
         self.expected_seqlens: Tensor | None = None  # [batch] int32; -1: the row's lists are void
         self.lists: Lists | None = None  # one block; extended in place by hits
         self._version: int | None = None
 
-    def lookup(self, q: Tensor, cache: KVCache) -> Tensor | None:
-        """Which lists the next step may reuse.
+    def direction(self, q: Tensor) -> Tensor:
+        """Queries as `lookup` and `store` take them: unit vectors, whose products are cosines.
 
         Parameters
         ----------
         q : Tensor, [batch, num_lists, heads per list, head_dim], float32
-            Query of the step, one token, after its append.
+
+        Returns
+        -------
+        Tensor of the shape of ``q`` ("flat": [batch, num_lists, 1, heads per list * head_dim])
+            NaN for a vector of zeros and for one that is not finite, so that they miss.
+        """
+        if self.similarity == "flat":
+            q = q.flatten(-2).unsqueeze(-2)
+        return q * q.square().sum(-1, keepdim=True).rsqrt()
+
+    def lookup(self, direction: Tensor, cache: KVCache) -> Tensor | None:
+        """Which lists this step may reuse.
+
+        Parameters
+        ----------
+        direction : Tensor
+            Of the step's query, one token, after its append.
         cache : KVCache
 
         Returns
@@ -75,56 +88,52 @@ class SelectionCache:
             or self.age is None
             or self._version != cache.version
             or cache.num_appended != 1
-            or self.anchor_query.shape != q.shape
+            or self.anchor_query.shape != direction.shape
         ):
             return None
-        hit = self._similarity(q, self.anchor_query) >= self.similarity_threshold
+        cosines = (direction * self.anchor_query).sum(-1)
+        if self.similarity == "q10":
+            lowest = (cosines.shape[-1] - 1) // 10  # 10 % quantile, lower value
+            similar = cosines.nan_to_num(nan=-1.0).kthvalue(lowest + 1, dim=-1).values
+        else:
+            similar = cosines.amin(-1)  # NaN, if one is
+        hit = similar >= self.similarity_threshold
         hit &= self.age < self.max_age
         hit &= (self.expected_seqlens == cache.cache_seqlens)[:, None]
         return hit.int()
 
     def store(
         self,
-        q: Tensor,
+        direction: Tensor,
         hit: Tensor | None,
         cache: KVCache,
         lists: Lists,
-        reusable: Tensor | None = None,
+        void: Tensor | None = None,
     ) -> None:
-        """Take the lists of a step: reused ones grow older, fresh ones get ``q`` as their anchor.
+        """Take the lists of a step: reused ones grow older, fresh ones get a new anchor.
 
         Parameters
         ----------
-        q, hit :
-            As in `lookup`.
+        direction, hit : Tensor
+            As `lookup` took and gave them.
         lists : Lists
             Kept; the next hit extends them in place.
-        reusable : Tensor, [batch], bool, or None
-            False: this row must miss at the next step.
+        void : Tensor, [batch], bool, or None
+            Rows that must miss at the next step.
         """
         if hit is None or self.anchor_query is None or self.age is None:
-            self.anchor_query = q.clone()
-            self.age = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+            self.anchor_query = direction
+            self.age = torch.zeros(direction.shape[:2], dtype=torch.int32, device=direction.device)
         else:
-            torch.where(hit[..., None, None] != 0, self.anchor_query, q, out=self.anchor_query)
-            self.age.add_(1).mul_(hit)
-        expected = cache.cache_seqlens + 1
-        if reusable is not None:
-            expected = torch.where(reusable, expected, -1)
-        self.expected_seqlens = expected
+            reused = hit[..., None, None] != 0
+            self.anchor_query = torch.where(reused, self.anchor_query, direction)
+            self.age = (self.age + 1) * hit
+        self.expected_seqlens = cache.cache_seqlens + 1
+        if void is not None:
+            self.expected_seqlens.masked_fill_(void, -1)
         self.lists = lists
         self._version = cache.version
 
     def clear(self) -> None:
         """Forget everything: the next step misses."""
         self.anchor_query = self.age = self.expected_seqlens = self.lists = self._version = None
-
-    def _similarity(self, q: Tensor, anchor: Tensor) -> Tensor:
-        """[batch, num_lists]; NaN, which compares as a miss, where a vector is not finite."""
-        if self.similarity == "flat":
-            return functional.cosine_similarity(q.flatten(-2), anchor.flatten(-2), dim=-1)
-        cosines = functional.cosine_similarity(q, anchor, dim=-1)
-        if self.similarity == "min":
-            return cosines.amin(-1)
-        lowest = (cosines.shape[-1] - 1) // 10  # 10 % quantile, lower value
-        return cosines.nan_to_num(nan=-1.0).kthvalue(lowest + 1, dim=-1).values

@@ -130,21 +130,22 @@ def decode(records: Tensor, sketch: str, head_dim: int) -> Tensor:
 
 def _pack(codes: Tensor, sketch: str) -> Tensor:
     """Codes [..., 128, head_dim] as the record has them: 64-byte lines of 16 tokens x 4 bytes."""
-    leading, head_dim = codes.shape[:-2], codes.shape[-1]
+    head_dim = codes.shape[-1]
     codes = torch.unflatten(codes, -2, (-1, _SUB_BLOCK_TOKENS))
     if sketch == "int4":
         nibbles = torch.unflatten(codes, -1, (head_dim // 8, 2, 4))
         codes = (nibbles[..., 0, :] | (nibbles[..., 1, :] << 4)).flatten(-2)
-    lines = torch.unflatten(codes, -1, (-1, 4)).transpose(
-        -3, -2
-    )  # [..., sub-block, line, token, byte]
-    return lines.reshape(*leading, -1)
+    by_token = torch.unflatten(codes, -1, (-1, 4))  # [..., sub-block, token, line, byte]
+    return by_token.transpose(-3, -2).flatten(-4)
 
 
 def _unpack(packed: Tensor, sketch: str, head_dim: int) -> Tensor:
-    leading = packed.shape[:-1]
-    lines = packed.reshape(*leading, BLOCK_TOKENS // _SUB_BLOCK_TOKENS, -1, _SUB_BLOCK_TOKENS, 4)
-    by_token = lines.transpose(-3, -2)  # [..., sub-block, token, line, byte]
+    num_lines = head_dim * _BITS[sketch] // 32
+    shape = (BLOCK_TOKENS // _SUB_BLOCK_TOKENS, num_lines, _SUB_BLOCK_TOKENS, 4)
+    by_token = torch.unflatten(packed, -1, shape).transpose(-3, -2)
     if sketch == "int4":
         by_token = torch.stack((by_token & 15, by_token >> 4), dim=-2)
-    return by_token.reshape(*leading, BLOCK_TOKENS, head_dim)
+        by_token = by_token.flatten(-3)
+    else:
+        by_token = by_token.flatten(-2)
+    return by_token.flatten(-3, -2)

@@ -210,6 +210,10 @@ class OwnPages(ForeignPages):
             after = max(before + needed - len(self._free), 2 * before)
             self._k, self._v = grown(self._k, 0, after), grown(self._v, 0, after)
             self._free[:0] = range(after - 1, before - 1, -1)  # the lowest is taken first
+        if needed:
+            self._table = (
+                self._table.clone()
+            )  # it may be an inference tensor, which must not change
         for row, count in enumerate(missing):
             if count <= 0:
                 continue

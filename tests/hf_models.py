@@ -114,6 +114,14 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=generator)
 
 
+def distinct(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """Random token ids, no two of a row equal: in a first layer without positions, equal tokens tie exactly, and the
+    last bit of a projection decides between them."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(vocab_size - 3, generator=generator)[:length] for _ in range(batch)]
+    return torch.stack(rows) + 3
+
+
 def left_padded(lengths: tuple[int, ...], width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids and padding mask of rows with so many real tokens at their end."""
     ids = tokens(len(lengths), width, seed)

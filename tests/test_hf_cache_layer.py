@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
-from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.token_select import TokenSelect
 
 HEADS, HEAD_DIM = 2, 32

@@ -176,7 +176,9 @@ def test_append_is_ragged_and_leaves_its_argument() -> None:
 # ---- rotation
 
 
-def rope_of(num_positions: int, num_pairs: int, start: int = 0, interleaved: bool = False):  # type: ignore[no-untyped-def]
+def rope_of(
+    num_positions: int, num_pairs: int, start: int = 0, interleaved: bool = False
+) -> SimpleNamespace:
     cos, sin = rope_tables(num_positions, num_pairs, base=50.0)
     return SimpleNamespace(cos=cos, sin=sin, start=start, interleaved=interleaved)
 

@@ -31,28 +31,38 @@ std::string shape_text(std::initializer_list<Dim> dims) {
 
 const char* dtype_name(ScalarType dtype) {
     switch (dtype) {
-        case ScalarType::Float: return "float32";
-        case ScalarType::Half: return "float16";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Byte: return "uint8";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        default: return torch::headeronly::toString(dtype);
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        default:
+            return torch::headeronly::toString(dtype);
     }
 }
 
-// That a list holds ascending positions in [0, seqlen): one pass without branches; the entry at fault is looked for
-// only if there is one.
-void require_positions(const int32_t* list, int64_t length, int64_t seqlen, const int64_t (&at)[3]) {
+// That a list holds ascending positions in [0, seqlen): one pass without branches; the entry at
+// fault is looked for only if there is one.
+void require_positions(const int32_t* list, int64_t length, int64_t seqlen,
+                       const int64_t (&at)[3]) {
     if (length == 0) return;
     int32_t disorder = 0;
     for (int64_t i = 1; i < length; ++i) disorder |= list[i - 1] >= list[i];
     if (!disorder && list[0] >= 0 && list[length - 1] < seqlen) return;
     int64_t before = -1;
     for (int64_t i = 0; i < length; ++i) {
-        KVS_CHECK(list[i] > before && list[i] < seqlen, "indices: got ", list[i], " at [", at[0], ", ",
-                  at[1], ", ", at[2], ", ", i, "], allowed: ascending positions in 0..", seqlen - 1);
+        KVS_CHECK(list[i] > before && list[i] < seqlen, "indices: got ", list[i], " at [", at[0],
+                  ", ", at[1], ", ", at[2], ", ", i, "], allowed: ascending positions in 0..",
+                  seqlen - 1);
         before = list[i];
     }
 }
@@ -66,12 +76,13 @@ TensorArg::TensorArg(const char* name, const Tensor& tensor)
       sizes_(tensor.sizes().data()),
       strides_(tensor.strides().data()),
       dtype_(tensor.scalar_type()) {
-    KVS_CHECK(tensor.is_cpu(), name, ": got a tensor on another device, allowed: cpu, like k_cache");
+    KVS_CHECK(tensor.is_cpu(), name,
+              ": got a tensor on another device, allowed: cpu, like k_cache");
 }
 
 const TensorArg& TensorArg::require_dtype(ScalarType allowed) const {
-    KVS_CHECK(dtype_ == allowed, name_, ": got ", dtype_name(dtype_), ", allowed: ",
-              dtype_name(allowed));
+    KVS_CHECK(dtype_ == allowed, name_, ": got ", dtype_name(dtype_),
+              ", allowed: ", dtype_name(allowed));
     return *this;
 }
 
@@ -83,7 +94,8 @@ const TensorArg& TensorArg::require_shape(std::initializer_list<Dim> dims) const
         same = dim.size == kAnySize || dim.size == sizes_[i];
         ++i;
     }
-    KVS_CHECK(same, name_, ": got shape ", shape_text(sizes_, dim_), ", allowed: ", shape_text(dims));
+    KVS_CHECK(same, name_, ": got shape ", shape_text(sizes_, dim_),
+              ", allowed: ", shape_text(dims));
     return *this;
 }
 
@@ -102,7 +114,8 @@ const TensorArg& TensorArg::require_contiguous() const {
 const TensorArg& TensorArg::require_writable() const {
     for (int64_t i = 0; i < dim_; ++i) {
         KVS_CHECK(strides_[i] != 0 || sizes_[i] <= 1, name_, ": got strides ",
-                  shape_text(strides_, dim_), ", allowed: no stride of 0 in a tensor that is written");
+                  shape_text(strides_, dim_),
+                  ", allowed: no stride of 0 in a tensor that is written");
     }
     return *this;
 }
@@ -132,9 +145,12 @@ const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64
 
 DType kernel_dtype(const TensorArg& arg) {
     switch (arg.dtype()) {
-        case ScalarType::Float: return DType::kFloat32;
-        case ScalarType::Half: return DType::kFloat16;
-        case ScalarType::BFloat16: return DType::kBFloat16;
+        case ScalarType::Float:
+            return DType::kFloat32;
+        case ScalarType::Half:
+            return DType::kFloat16;
+        case ScalarType::BFloat16:
+            return DType::kBFloat16;
         default:
             fail(arg.name(), ": got ", dtype_name(arg.dtype()),
                  ", allowed: float32, float16, bfloat16");
@@ -163,8 +179,13 @@ CacheArg read_cache(const TensorArg& cache, const OptionalTensor& block_table, i
     read.num_blocks = cache.size(0);
     read.num_kv_heads = cache.size(2);
     read.head_dim = cache.size(3);
-    read.view = KVView{cache.mutable_data<void>(), cache.stride(0), cache.stride(1), cache.stride(2),
-                       cache.size(1), nullptr, 0};
+    read.view = KVView{cache.mutable_data<void>(),
+                       cache.stride(0),
+                       cache.stride(1),
+                       cache.stride(2),
+                       cache.size(1),
+                       nullptr,
+                       0};
     read.capacity_tokens = cache.size(1);
     if (block_table) {
         const TensorArg table("block_table", *block_table);
@@ -206,7 +227,8 @@ void require_pages(const CacheArg& cache, int64_t row, int64_t first, int64_t la
     const int32_t* table = cache.view.block_table + row * cache.view.block_table_stride;
     const int64_t first_page = first / cache.view.page_block_size;
     const int64_t last_page = (last - 1) / cache.view.page_block_size;
-    int32_t lowest = 0, highest = 0;  // one pass without branches; the page at fault is looked up only if there is one
+    int32_t lowest = 0, highest = 0;  // one pass without branches; the page at fault is looked up
+                                      // only if there is one
     for (int64_t page = first_page; page <= last_page; ++page) {
         lowest = std::min(lowest, table[page]);
         highest = std::max(highest, table[page]);
@@ -244,8 +266,8 @@ SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, 
                        int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens) {
     SketchView view{nullptr, sketch_format(format), 0, 0, 0};
     if (!sketch) return view;
-    KVS_CHECK(view.format != SketchFormat::kNone, "sketch_format: got 'none' with a sketch, allowed: ",
-              "int4, int8");
+    KVS_CHECK(view.format != SketchFormat::kNone,
+              "sketch_format: got 'none' with a sketch, allowed: ", "int4, int8");
     const TensorArg arg("sketch", *sketch);
     arg.require_dtype(ScalarType::Byte)
         .require_shape({{"batch", batch},
@@ -254,8 +276,8 @@ SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, 
                         {"block_bytes", sketch_block_bytes(view.format, head_dim)}})
         .require_contiguous_rows();
     const int64_t needed_blocks = needed_tokens / kSketchBlockTokens;
-    KVS_CHECK(arg.size(2) >= needed_blocks, "sketch: got ", arg.size(2), " blocks, allowed: at least ",
-              needed_blocks, " for ", needed_tokens, " tokens");
+    KVS_CHECK(arg.size(2) >= needed_blocks, "sketch: got ", arg.size(2),
+              " blocks, allowed: at least ", needed_blocks, " for ", needed_tokens, " tokens");
     view.data = arg.mutable_data<uint8_t>();
     view.row_stride = arg.stride(0);
     view.head_stride = arg.stride(1);
@@ -289,7 +311,8 @@ QueryBlocks read_query_blocks(const Tensor& cache_seqlens, const OptionalTensor&
     if (q_block_offsets) {
         const TensorArg arg("q_block_offsets", *q_block_offsets);
         arg.require_dtype(ScalarType::Int).require_shape({{"num_blocks + 1"}}).require_contiguous();
-        KVS_CHECK(arg.size(0) >= 1, "q_block_offsets: got no entry, allowed: num_blocks + 1 entries");
+        KVS_CHECK(arg.size(0) >= 1,
+                  "q_block_offsets: got no entry, allowed: num_blocks + 1 entries");
         blocks.num_blocks = arg.size(0) - 1;
         blocks.offsets = arg.data<int32_t>();
         int64_t before = 0;
@@ -324,8 +347,8 @@ RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t
         .require_shape({{"num_positions", cos_arg.size(0)}, {"num_pairs", cos_arg.size(1)}})
         .require_contiguous();
     KVS_CHECK(start >= 0 && start + 2 * cos_arg.size(1) <= head_dim, "rope_start: got ", start,
-              " with ", cos_arg.size(1), " pairs, allowed: rotated channels inside head_dim = ",
-              head_dim);
+              " with ", cos_arg.size(1),
+              " pairs, allowed: rotated channels inside head_dim = ", head_dim);
     rope.cos = cos_arg.data<float>();
     rope.sin = sin_arg.data<float>();
     rope.num_positions = cos_arg.size(0);
@@ -354,7 +377,9 @@ IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
                         {"num_blocks", blocks.num_blocks},
                         {"num_kv_heads", num_kv_heads}});
     IndexListsArg read{};
-    read.indices = lists.data<int32_t>();
+    // Lists without room are empty lists; a null pointer would mean none, that is, every token.
+    static constexpr int32_t kNoEntries = -1;
+    read.indices = lists.size(3) > 0 ? lists.data<int32_t>() : &kNoEntries;
     read.topk_length = lengths.data<int32_t>();
     for (int i = 0; i < 3; ++i) {
         read.indices_strides[i] = lists.stride(i);
@@ -379,7 +404,8 @@ IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
                 KVS_CHECK(length >= 0 && length <= width, "topk_length: got ", length, " at [", row,
                           ", ", block, ", ", head, "], allowed: 0..", width);
                 require_positions(list, length, blocks.cache_seqlens[row], at);
-                // A query has the rank of its own token, or the next one if its token is not listed.
+                // A query has the rank of its own token, or the next one if its token is not
+                // listed.
                 const bool behind = length == 0 || list[length - 1] < newest;
                 read.num_ranks = std::max(read.num_ranks, length + behind);
             }

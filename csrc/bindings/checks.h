@@ -1,5 +1,6 @@
-// What every op checks before it computes: dtype, shape, device, strides, page tables. Kernels trust their params.
-// Every message reads `name: got X, allowed: Y`, and everything is checked before anything is written.
+// What every op checks before it computes: dtype, shape, device, strides, page tables. Kernels
+// trust their params. Every message reads `name: got X, allowed: Y`, and everything is checked
+// before anything is written.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +30,8 @@ struct Dim {
     int64_t size = kAnySize;
 };
 
-// A tensor argument under its name. Sizes and strides are read through the C ABI once; they are borrowed.
+// A tensor argument under its name. Sizes and strides are read through the C ABI once; they are
+// borrowed.
 class TensorArg {
 public:
     TensorArg(const char* name, const Tensor& tensor);  // checks that it lies on the CPU
@@ -45,13 +47,16 @@ public:
     int64_t stride(int64_t i) const { return strides_[i]; }
     ScalarType dtype() const { return dtype_; }
     const char* name() const { return name_; }
+    // Never null: kernels read a null pointer as "not given", and an empty tensor is given.
     template <typename T>
     const T* data() const {
-        return static_cast<const T*>(tensor_->const_data_ptr());
+        const void* data = tensor_->const_data_ptr();
+        return static_cast<const T*>(data ? data : no_element_);
     }
     template <typename T>
     T* mutable_data() const {
-        return static_cast<T*>(tensor_->mutable_data_ptr());
+        void* data = tensor_->mutable_data_ptr();
+        return static_cast<T*>(data ? data : no_element_);
     }
 
 private:
@@ -61,10 +66,12 @@ private:
     const int64_t* sizes_;
     const int64_t* strides_;
     ScalarType dtype_;
+    alignas(64) inline static char no_element_[64] = {};
 };
 
-// A `str` argument. torch's own conversion to std::string leaks one string a call (2.11 to 2.13), which a server
-// that decodes for days would notice; the handle fits the stack slot, so we take the text and free it ourselves.
+// A `str` argument. torch's own conversion to std::string leaks one string a call (2.11 to 2.13),
+// which a server that decodes for days would notice; the handle fits the stack slot, so we take the
+// text and free it ourselves.
 struct StringArg {
     void* handle;
 };
@@ -72,7 +79,8 @@ std::string take_string(StringArg argument);
 
 // An int32 tensor of one number per row (cache_seqlens, starts, num_valid), contiguous.
 const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch);
-const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64_t batch);  // or nullptr
+const int32_t* row_numbers(const char* name, const OptionalTensor& tensor,
+                           int64_t batch);  // or nullptr
 
 DType kernel_dtype(const TensorArg& arg);  // float32, float16 or bfloat16
 void require_count(const char* name, int64_t value, int64_t low);
@@ -112,7 +120,8 @@ RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t
                    bool interleaved, int64_t head_dim);
 void require_rope_positions(const RopeView& rope, int64_t needed);
 
-// Selected token lists as the kernels read them, each list checked: ascending positions inside the row.
+// Selected token lists as the kernels read them, each list checked: ascending positions inside the
+// row.
 struct IndexListsArg {
     const int32_t* indices;
     const int32_t* topk_length;

@@ -51,7 +51,8 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                   block_table ? "block_table" : "k_cache", " has room for)");
         KVS_CHECK(after <= std::numeric_limits<int32_t>::max(), "capacity: got ", after,
                   " tokens in row ", row, ", allowed: at most 2^31 - 1");
-        // A block that these tokens complete is sketched from its first token on, so its older pages are read too.
+        // A block that these tokens complete is sketched from its first token on, so its older
+        // pages are read too.
         const int64_t first_read = sketch ? before - before % kSketchBlockTokens : before;
         require_pages(keys, row, first_read, after);
         longest = std::max(longest, after);

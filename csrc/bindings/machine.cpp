@@ -12,7 +12,8 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 
 }  // namespace
 
-// One `name=value` a line; kvselect/ops.py makes a dict of it. The KVSELECT_* texts come from CMakeLists.txt.
+// One `name=value` a line; kvselect/ops.py makes a dict of it. The KVSELECT_* texts come from
+// CMakeLists.txt.
 std::string build_info() {
     std::ostringstream text;
     text << "version=" << KVSELECT_VERSION << "\n"

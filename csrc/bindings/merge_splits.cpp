@@ -8,7 +8,8 @@
 
 namespace kvselect::bindings {
 
-// Any strides: the parts are small (num_splits rows per query head), so others than contiguous ones are copied.
+// Any strides: the parts are small (num_splits rows per query head), so others than contiguous ones
+// are copied.
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse) {
     const TensorArg out_arg("partial_out", partial_out), lse_arg("partial_lse", partial_lse);
     out_arg.require_dtype(ScalarType::Float);
@@ -18,7 +19,8 @@ std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse) 
     KVS_CHECK(out_arg.size(0) >= 1, "partial_out: got num_splits ", out_arg.size(0),
               ", allowed: an int >= 1");
     KVS_CHECK(lse_arg.dim() == out_arg.dim() - 1, "partial_lse: got ", lse_arg.dim(),
-              " dimensions, allowed: ", out_arg.dim() - 1, ", those of partial_out without head_dim");
+              " dimensions, allowed: ", out_arg.dim() - 1,
+              ", those of partial_out without head_dim");
     std::vector<int64_t> lse_shape;
     int64_t num_rows = 1;
     for (int64_t i = 0; i < lse_arg.dim(); ++i) {

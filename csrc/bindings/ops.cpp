@@ -5,7 +5,8 @@
 
 using namespace kvselect::bindings;
 
-// Sizes that change from call to call are SymInt, so that torch.compile traces them once instead of once a length.
+// Sizes that change from call to call are SymInt, so that torch.compile traces them once instead of
+// once a length.
 STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def(
         "kv_append(Tensor k, Tensor v, Tensor? num_valid, Tensor(a!) k_cache, Tensor(b!) v_cache, "

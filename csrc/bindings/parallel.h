@@ -1,4 +1,5 @@
-// Work items of an op over torch's threads, each thread with scratch memory that it keeps between calls.
+// Work items of an op over torch's threads, each thread with scratch memory that it keeps between
+// calls.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,14 +13,15 @@
 
 namespace kvselect::bindings {
 
-// A thread's scratch floats, 64-byte aligned. It grows by half at least and is never given back: a fresh mapping
-// would cost a page fault for each 4 KiB that a decode step touches.
+// A thread's scratch floats, 64-byte aligned. It grows by half at least and is never given back: a
+// fresh mapping would cost a page fault for each 4 KiB that a decode step touches.
 class Scratch {
 public:
     static float* get(int64_t num_floats) {
         thread_local Scratch scratch;
         if (num_floats > scratch.capacity_) {
-            const int64_t capacity = std::max(num_floats, scratch.capacity_ + scratch.capacity_ / 2);
+            const int64_t capacity =
+                std::max(num_floats, scratch.capacity_ + scratch.capacity_ / 2);
             scratch.data_.reset();
             scratch.capacity_ = 0;
             scratch.data_.reset(static_cast<float*>(
@@ -38,8 +40,9 @@ private:
     int64_t capacity_ = 0;
 };
 
-// Runs work(begin, end, scratch) over [0, num_items). An exception (only memory can run out) is carried out of the
-// region and thrown again here: torch would turn it into text on stderr and a nameless error.
+// Runs work(begin, end, scratch) over [0, num_items). An exception (only memory can run out) is
+// carried out of the region and thrown again here: torch would turn it into text on stderr and a
+// nameless error.
 template <typename Work>
 void run_parallel(int64_t num_items, int64_t scratch_floats, const Work& work) {
     std::exception_ptr error;

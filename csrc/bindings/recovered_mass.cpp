@@ -31,8 +31,8 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
     require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
     const IndexListsArg lists = read_index_lists(indices, topk_length, p.blocks, keys.num_kv_heads);
 
-    Tensor mass = torch::stable::new_empty(
-        q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads}, ScalarType::Float);
+    Tensor mass = torch::stable::new_empty(q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads},
+                                           ScalarType::Float);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;
@@ -49,8 +49,9 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
     p.mass = static_cast<float*>(mass.mutable_data_ptr());
 
     const auto kernel = cpu::current_implementation().recovered_mass;
-    run_parallel(batch * seqlen_q * p.num_kv_heads, recovered_mass_scratch_floats(p),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    run_parallel(
+        batch * seqlen_q * p.num_kv_heads, recovered_mass_scratch_floats(p),
+        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
     return mass;
 }
 

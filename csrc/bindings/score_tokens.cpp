@@ -26,8 +26,8 @@ int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
 
 }  // namespace
 
-// Lists that `hit` skips keep whatever the fresh memory of `scores` held (nobody reads it: select_tokens skips the
-// same lists); their lse is -inf and their num_nonfinite 0.
+// Lists that `hit` skips keep whatever the fresh memory of `scores` held (nobody reads it:
+// select_tokens skips the same lists); their lse is -inf and their num_nonfinite 0.
 std::tuple<Tensor, Tensor, Tensor> score_tokens(
     Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
     Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
@@ -118,8 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     if (p.hit) std::fill_n(p.lse, lse.numel(), -std::numeric_limits<float>::infinity());
 
     const auto kernel = cpu::current_implementation().score_tokens;
-    run_parallel(batch * num_blocks * p.num_kv_heads, score_tokens_scratch_floats(p),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    run_parallel(
+        batch * num_blocks * p.num_kv_heads, score_tokens_scratch_floats(p),
+        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
     return {scores, lse, num_nonfinite};
 }
 

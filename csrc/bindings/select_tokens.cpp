@@ -9,8 +9,8 @@
 namespace kvselect::bindings {
 namespace {
 
-// Nothing is truncated: every list must have room for its sinks, picks and recent tokens. A list that `hit` reuses
-// must have room for the newest token, and must not hold it yet.
+// Nothing is truncated: every list must have room for its sinks, picks and recent tokens. A list
+// that `hit` reuses must have room for the newest token, and must not hold it yet.
 void require_width(const SelectTokensParams& p) {
     for (int64_t row = 0; row < p.blocks.batch; ++row) {
         for (int64_t block = 0; block < p.blocks.num_blocks; ++block) {
@@ -23,17 +23,19 @@ void require_width(const SelectTokensParams& p) {
                 if (!p.hit || !p.hit[at]) {
                     KVS_CHECK(needed <= p.width, "indices: got width ", p.width,
                               ", allowed: at least ", needed,
-                              " (sinks, picks and recent tokens of row ", row, ", block ", block, ")");
+                              " (sinks, picks and recent tokens of row ", row, ", block ", block,
+                              ")");
                     continue;
                 }
                 const int64_t length = p.topk_length[at];
-                KVS_CHECK(length >= 0 && length < p.width, "topk_length: got ", length, " at [", row,
-                          ", ", list, "] where hit is set, allowed: 0..", p.width - 1,
+                KVS_CHECK(length >= 0 && length < p.width, "topk_length: got ", length, " at [",
+                          row, ", ", list, "] where hit is set, allowed: 0..", p.width - 1,
                           " (width leaves room for one token more)");
                 const int64_t newest = range.end - 1;
                 const int64_t last = length > 0 ? p.indices[at * p.width + length - 1] : -1;
-                KVS_CHECK(last < newest, "indices: got ", last, " as the last entry at [", row, ", ",
-                          list, "] where hit is set, allowed: below the newest token, ", newest);
+                KVS_CHECK(last < newest, "indices: got ", last, " as the last entry at [", row,
+                          ", ", list, "] where hit is set, allowed: below the newest token, ",
+                          newest);
             }
         }
     }
@@ -100,8 +102,9 @@ void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
     require_width(p);
 
     const auto kernel = cpu::current_implementation().select_tokens;
-    run_parallel(batch * p.blocks.num_blocks * num_lists, select_tokens_scratch_floats(p),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    run_parallel(
+        batch * p.blocks.num_blocks * num_lists, select_tokens_scratch_floats(p),
+        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
 }
 
 }  // namespace kvselect::bindings

@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     require_stored_pages(keys, p.blocks);
     p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim);
     KVS_CHECK(indices.has_value() == topk_length.has_value(), "topk_length: got ",
-              topk_length ? "a tensor" : "None", ", allowed: ",
-              indices ? "a tensor, like indices" : "None, like indices");
+              topk_length ? "a tensor" : "None",
+              ", allowed: ", indices ? "a tensor, like indices" : "None, like indices");
     if (indices) {
         const IndexListsArg lists =
             read_index_lists(*indices, *topk_length, p.blocks, keys.num_kv_heads);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
         std::copy_n(lists.indices_strides, 3, p.indices_strides);
         std::copy_n(lists.topk_length_strides, 3, p.topk_length_strides);
         require_rope_positions(p.rope, lists.num_ranks);
-    } else {
+    } else if (p.blocks.num_blocks > 0) {
         for (int64_t row = 0; row < batch; ++row) {
             const BlockRange range = block_range(p.blocks, row, p.blocks.num_blocks - 1);
             require_rope_positions(p.rope, range.end - range.start);
@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
 
     Tensor out = torch::stable::new_empty(
         q, std::array<int64_t, 4>{batch, seqlen_q, num_q_heads, keys.head_dim});
-    Tensor lse = torch::stable::new_empty(
-        q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads}, ScalarType::Float);
+    Tensor lse = torch::stable::new_empty(q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads},
+                                          ScalarType::Float);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;
@@ -68,8 +68,9 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
 
     const auto kernel = cpu::current_implementation().sparse_attention;
-    run_parallel(batch * p.blocks.num_blocks * p.num_kv_heads, sparse_attention_scratch_floats(p),
-                 [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    run_parallel(
+        batch * p.blocks.num_blocks * p.num_kv_heads, sparse_attention_scratch_floats(p),
+        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
     return {out, lse};
 }
 

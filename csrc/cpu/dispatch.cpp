@@ -8,8 +8,8 @@
 namespace kvselect::cpu {
 namespace {
 
-// Slowest first, so the last one is the one to use. __builtin_cpu_supports reads CPUID *and* XCR0: a CPU whose
-// operating system does not save the wide registers counts as lacking them.
+// Slowest first, so the last one is the one to use. __builtin_cpu_supports reads CPUID *and* XCR0:
+// a CPU whose operating system does not save the wide registers counts as lacking them.
 std::vector<const Implementation*> detect() {
     std::vector<const Implementation*> found{&scalar_implementation()};
 #if defined(__x86_64__)
@@ -42,7 +42,8 @@ const Implementation& find(const char* asked_by, const std::string& name) {
     fail(asked_by, ": got '", name, "', allowed: on this CPU ", names);
 }
 
-// Read once. A bad name throws again at every use, because a static that throws stays uninitialised.
+// Read once. A bad name throws again at every use, because a static that throws stays
+// uninitialised.
 const Implementation& from_environment() {
     static const Implementation& chosen = [&]() -> const Implementation& {
         const char* name = std::getenv("KVSELECT_CPU");

@@ -1,7 +1,7 @@
-"""Recovered mass, measured from outside the policy: what share of the attention mass do the listed tokens hold?
+"""Recovered mass, measured from outside a policy: the attention mass that the listed tokens hold.
 
-A policy's own figure comes from the scores it made, so from a sketch where it has one, and StreamingLLM makes none. The
-audit asks the exact keys, for every policy in the same way.
+A policy's own figure comes from the scores it made, so from a sketch where it has one, and
+StreamingLLM makes none. The audit asks the exact keys, for every policy in the same way.
 """
 
 from __future__ import annotations
@@ -50,13 +50,16 @@ def audited(policy: Policy, audit: Audit) -> Policy:
     """The same policy, whose decode selections `audit` sees. Selections are unchanged."""
     base: Any = type(policy)
 
-    class Audited(base):  # type: ignore[misc]
+    class Audited(base):
         __slots__ = ()
 
         def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
             selection: Selection | None = base.select(self, state, queries, cache)
             if audit.enabled and queries.phase == "decode":
-                audit.add(1.0 if selection is None else float(_mass(self, queries, cache, selection)))
+                mass = 1.0
+                if selection is not None:
+                    mass = float(_mass(self, queries, cache, selection))
+                audit.add(mass)
             return selection
 
     settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
@@ -67,8 +70,9 @@ def audited(policy: Policy, audit: Audit) -> Policy:
 def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -> Tensor:
     """Mean recovered mass of the queries, each of which is a block of its own.
 
-    With compact positions a candidate that is not listed has no position; as the policies' scores do, the audit meets
-    candidates at the fixed distance ``num_recent_tokens``, and sinks and recent tokens at their ranks (METHODS 1.5).
+    With compact positions a candidate that is not listed has no position; as the policies' scores
+    do, the audit meets candidates at the fixed distance ``num_recent_tokens``, and sinks and recent
+    tokens at their ranks (METHODS 1.5).
     """
     indices, topk_length = selection.with_blocks()
     if policy.positions == "original":

@@ -50,7 +50,7 @@ class Checkpoint:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No log lines or bars from `transformers` while it loads: what matters is raised, once, by us."""
+    """No log lines or bars from `transformers`: what matters is raised, once, by us."""
     verbosity = transformers.logging.get_verbosity()
     progress = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
@@ -63,10 +63,10 @@ def _quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_checkpoint(
-    path: str | Path, *, dtype: str = "auto", device: str = "cpu"
-) -> Checkpoint:
-    """Read model and tokenizer from a folder, or the embedded model if `path` is "embedded". Nothing is downloaded.
+def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Checkpoint:
+    """Read model and tokenizer from a folder; "embedded" is the model of the package.
+
+    Nothing is downloaded.
 
     Parameters
     ----------
@@ -79,7 +79,8 @@ def load_checkpoint(
     Raises
     ------
     CheckpointError
-        If the folder, its config, weights or tokenizer is missing, unreadable or does not fit together.
+        If the folder, its config, weights or tokenizer is missing, unreadable or does not fit
+        together.
     """
     folder = embedded_model_path() if str(path) == EMBEDDED else Path(path).expanduser()
     allowed = f"a folder with a checkpoint of a causal language model, or {EMBEDDED!r}"
@@ -96,18 +97,18 @@ def load_checkpoint(
                 output_loading_info=True,
             )
             model = model.to(device).eval()
-    except Exception as error:  # transformers, tokenizers and safetensors share no base class for a damaged file
+    except Exception as error:  # the libraries share no base class for a damaged file
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"model: got {str(path)!r}, which does not load ({type(error).__name__}: {reason[:300]}), "
-            f"allowed: {allowed}"
+            f"model: got {str(path)!r}, which does not load "
+            f"({type(error).__name__}: {reason[:300]}), allowed: {allowed}"
         ) from error
     # transformers only warns about these and goes on with random weights.
-    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    missing = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if missing:
         raise CheckpointError(
-            f"model: got {str(path)!r}, whose weights lack or misshape {len(missing)} tensors, first "
-            f"{missing[0]!r}, allowed: {allowed}"
+            f"model: got {str(path)!r}, whose weights lack or misshape {len(missing)} tensors, "
+            f"first {missing[0]!r}, allowed: {allowed}"
         )
     vocabulary = {word: index for index, word in enumerate(dialect.vocabulary())}
     text_config = model.config.get_text_config()

@@ -1,4 +1,5 @@
-"""How sure a score is: Wilson intervals for one cell, paired bootstrap for a difference to dense."""
+"""How sure a score is: Wilson intervals for one cell, paired bootstrap for a difference to
+dense."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ BOOTSTRAP_SEED = 20_240
 def wilson(num_correct: int, num_samples: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share.
 
-    ``centre = (p + z^2 / 2n) / (1 + z^2 / n)``, ``half = z / (1 + z^2 / n) * sqrt(p (1 - p) / n + z^2 / 4n^2)``
+    ``centre = (p + z^2 / 2n) / (1 + z^2 / n)``, ``half = z / (1 + z^2 / n) * sqrt(p (1 - p) / n +
+    z^2 / 4n^2)``
 
     Returns
     -------
@@ -28,7 +30,8 @@ def wilson(num_correct: int, num_samples: int) -> tuple[float, float]:
 
     Notes
     -----
-    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927). Unlike p +- z*sqrt(p(1-p)/n) it is not empty at p = 0 or 1.
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927). Unlike p +- z*sqrt(p(1-p)/n) it is not
+    empty at p = 0 or 1.
     """
     if not 0 <= num_correct <= num_samples:
         raise ValueError(f"num_correct: got {num_correct}, allowed: 0 to {num_samples}")
@@ -37,9 +40,7 @@ def wilson(num_correct: int, num_samples: int) -> tuple[float, float]:
     share, z2 = num_correct / num_samples, Z_95**2
     scale = 1.0 / (1.0 + z2 / num_samples)
     centre = scale * (share + z2 / (2 * num_samples))
-    half = scale * Z_95 * math.sqrt(
-        share * (1 - share) / num_samples + z2 / (4 * num_samples**2)
-    )
+    half = scale * Z_95 * math.sqrt(share * (1 - share) / num_samples + z2 / (4 * num_samples**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -64,13 +65,15 @@ def paired_difference(
 
     Notes
     -----
-    10 000 resamples of questions with a fixed seed. Questions count as independent, also those about one context.
-    Cost: the three outcomes (+1, 0, -1) are resampled by their counts, so it does not grow with the samples.
+    10 000 resamples of questions with a fixed seed. Questions count as independent, also those
+    about one context. Cost: the three outcomes (+1, 0, -1) are resampled by their counts, so it
+    does not grow with the samples.
     """
     ours, theirs = np.asarray(correct, bool), np.asarray(baseline, bool)
     if ours.shape != theirs.shape or ours.ndim != 1 or ours.size == 0:
         raise ValueError(
-            f"baseline: got shape {theirs.shape}, allowed: [num_samples] as correct, which has {ours.shape}"
+            f"baseline: got shape {theirs.shape}, allowed: [num_samples], the shape of correct: "
+            f"{ours.shape}"
         )
     difference = ours.astype(np.int64) - theirs
     num = difference.size

@@ -1,4 +1,4 @@
-"""Where a result was made: machine, versions, commit. Nothing that identifies a person or a network."""
+"""Where a result was made: machine, versions, commit; nothing that names a person or a network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that kvselect runs from, with "+" if it has changes; None outside a checkout."""
+    """Commit of the checkout that kvselect runs from, "+" if it has changes; None without one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # an installed package, perhaps inside a checkout of something else

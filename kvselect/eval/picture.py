@@ -1,4 +1,5 @@
-"""The picture of a run: score against context length, one line per policy, one panel per task and one for all."""
+"""The picture of a run: score against context length, one line per policy, one panel per task and
+one for all."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ _TITLES = {
 def _curve(
     results: Results, policy: str, tasks: tuple[str, ...]
 ) -> tuple[list[Length], list[float], list[float], list[float]]:
-    """Lengths, scores and their intervals [%]: macro mean over tasks, interval of all their questions together."""
+    """Lengths, scores and their intervals [%]: macro mean over tasks, interval of all their
+    questions together."""
     lengths, scores, lows, highs = [], [], [], []
     for length in results.lengths:
         cells = [results.cell(task, length, policy) for task in tasks]
@@ -48,9 +50,7 @@ def _curve(
     return lengths, scores, lows, highs
 
 
-def _panel(
-    axes: Any, results: Results, tasks: tuple[str, ...], title: str, *, large: bool
-) -> None:
+def _panel(axes: Any, results: Results, tasks: tuple[str, ...], title: str, *, large: bool) -> None:
     for index, policy in enumerate(results.policies):
         colour, marker = _STYLES[index % len(_STYLES)]
         lengths, scores, lows, highs = _curve(results, policy, tasks)
@@ -84,29 +84,34 @@ def _panel(
     axes.tick_params(color="#b0b0b0", labelcolor="#404040", labelsize=10 if large else 8)
     axes.set_title(title, loc="left", fontsize=12 if large else 9.5, color="#202020")
     if ticks[0] <= results.window_tokens < ticks[-1]:
-        axes.axvline(results.window_tokens, color="#b0b0b0", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        dashes = (0, (3, 3))
+        axes.axvline(results.window_tokens, color="#b0b0b0", lw=1, ls=dashes, zorder=1)
 
 
 def _tick(length: Length, large: bool) -> str:
     number = f"{length.tokens // 1024}K" if length.tokens % 1024 == 0 else str(length.tokens)
-    return f"{number}\n({length.label})" if large and length.label.lower() != number.lower() else number
+    if not large or length.label.lower() == number.lower():
+        return number
+    return f"{number}\n({length.label})"
 
 
 def draw(results: Results, path: Path) -> None:
     """Write the picture as PNG."""
-    # Imported here: only people who want a picture wait for matplotlib. The Agg canvas needs no display and, unlike
-    # pyplot, leaves no global state behind.
+    # Imported here: only people who want a picture wait for matplotlib. The Agg canvas needs no
+    # display and, unlike pyplot, leaves no global state behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     num_tasks = len(results.tasks)
     columns = 0 if num_tasks == 1 else (num_tasks + 1) // 2
-    figure = Figure(figsize=(5.6 + 2.1 * columns, 4.4), dpi=160, facecolor="white", layout="constrained")
+    size = (5.6 + 2.1 * columns, 4.4)
+    figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, 2 + columns, width_ratios=[1.5, 1.5, *[1.25] * columns])
     main = figure.add_subplot(grid[:, :2])
-    everything = _TITLES.get(results.tasks[0], results.tasks[0]) if num_tasks == 1 else f"mean of {num_tasks} tasks"
-    _panel(main, results, results.tasks, everything, large=True)
+    only = results.tasks[0]
+    title = _TITLES.get(only, only) if num_tasks == 1 else f"mean of {num_tasks} tasks"
+    _panel(main, results, results.tasks, title, large=True)
     main.set_ylabel("exact match [%]", color="#404040")
     main.set_xlabel("context [tokens]", color="#404040")
     if main.get_xlim()[0] <= results.window_tokens < results.lengths[-1].tokens:
@@ -130,7 +135,8 @@ def draw(results: Results, path: Path) -> None:
     samples = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else f"{counts[0] if counts else 0}"
     note = "" if counts and counts[0] >= CLAIM_SAMPLES else " (a demonstration)"
     figure.suptitle(
-        f"{results.model}: what is still found, by context length · {samples} questions per point{note}, bands 95 %",
+        f"{results.model}: what is still found, by context length · "
+        f"{samples} questions per point{note}, bands 95 %",
         x=0.01,
         ha="left",
         fontsize=11,

@@ -1,4 +1,5 @@
-"""Results as people read them: one table, a picture, and JSON with everything needed to make them again."""
+"""Results as people read them: one table, a picture, and JSON with everything needed to make them
+again."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Cell:
     outcomes : tuple of bool
         Right or wrong, question by question; the same questions in the same order for every policy.
     kept_mass : float or None
-        Share of the attention mass that the attended tokens hold, mean over layers, heads and decode steps.
+        Share of the attention mass that the attended tokens hold, mean over layers, heads and
+        decode steps.
     tokens_attended : float
         Tokens attended per decode step, mean over layers and KV heads.
     bytes_ratio : float
@@ -160,10 +162,12 @@ def _percent(score: float, interval: tuple[float, float]) -> str:
 
 
 def table(results: Results) -> Table:
-    """One row per length and policy: the score of every task, then quality and cost of a decode step."""
+    """One row per length and policy: the score of every task, then quality and cost of a decode
+    step."""
     counts = {len(cell.outcomes) for cell in results.cells}
     samples = f"{min(counts)}–{max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
-    caption = f"Score: exact match in %, below it the 95 % interval (Wilson). {samples} questions per cell"
+    caption = "Score: exact match in %, below it the 95 % interval (Wilson). "
+    caption += f"{samples} questions per cell"
     if max(counts, default=0) < CLAIM_SAMPLES:
         caption += f": a demonstration; a claim needs {CLAIM_SAMPLES}"
     caption += (

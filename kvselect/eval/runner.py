@@ -1,7 +1,9 @@
-"""Ask every policy the same questions: prefill a context once under the policy, then question after question on its cache.
+"""Ask every policy the same questions: prefill a context once under the policy, then question after
+question on its cache.
 
-Context *and* question are processed under the policy; after each question the cache is cropped back to the context.
-All policies run side by side on views of one set of weights, so that their decode steps can be timed in turn.
+Context *and* question are processed under the policy; after each question the cache is cropped back
+to the context. All policies run side by side on views of one set of weights, so that their decode
+steps can be timed in turn.
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ class Request:
         Questions per cell.
     questions_per_context : int
         At most so many of them share a context.
+    max_contexts : int or None
+        Stop a cell after so many contexts, with fewer questions than `samples` if a context has
+        few.
     timed_steps : int
         Decode steps timed per policy and cell, after one that warms up.
     seed : int
@@ -61,6 +66,7 @@ class Request:
     policies: dict[str, Policy]
     samples: int
     questions_per_context: int = 32
+    max_contexts: int | None = None
     timed_steps: int = 12
     seed: int = 0
 
@@ -113,17 +119,20 @@ class Session:
         return self.timed_step(context)
 
     def traffic(self) -> tuple[float, float]:
-        """Decode steps so far: mean tokens attended per step, layer and KV head; bytes read over dense (modelled)."""
+        """Decode steps so far: mean tokens attended per step, layer and KV head; bytes read over
+        dense (modelled)."""
         layers = [layer for layer in self._handle.report().layers if layer.selects]
         config = self.model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
         key_bytes = head_dim * self.model.dtype.itemsize
         sketch = self.policy.required_sketch
         scan_bytes = key_bytes if sketch is None else bytes_per_token(sketch, head_dim)
         read = dense = tokens = 0.0
         for layer in layers:
             counts: dict[str, Any] = layer.decode
-            read += counts["tokens_attended"] * 2 * key_bytes + counts["tokens_scanned"] * scan_bytes
+            read += counts["tokens_attended"] * 2 * key_bytes
+            read += counts["tokens_scanned"] * scan_bytes
             dense += counts["tokens_visible"] * 2 * key_bytes
             tokens += (layer.tokens_per_step or 0.0) / len(layers)
         return tokens, read / dense if dense else 1.0
@@ -136,7 +145,8 @@ class Session:
 
 
 def share_weights(model: Any) -> Any:
-    """A second model object over the same parameters and buffers: hooks of one do not reach the other."""
+    """A second model object over the same parameters and buffers: hooks of one do not reach the
+    other."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
 
@@ -168,10 +178,13 @@ def is_right(checkpoint: Checkpoint, question: Question, tokens: list[int]) -> b
     return grade_text(question, checkpoint.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def samples(checkpoint: Checkpoint, request: Request, task: Task, length: Length) -> Iterator[Sample]:
-    """Contexts with, in all, exactly `request.samples` questions."""
+def samples(
+    checkpoint: Checkpoint, request: Request, task: Task, length: Length
+) -> Iterator[Sample]:
+    """Contexts with, in all, `request.samples` questions, unless `request.max_contexts` ends it
+    sooner."""
     remaining, index = request.samples, 0
-    while remaining > 0:
+    while remaining > 0 and index != request.max_contexts:
         most = min(remaining, request.questions_per_context)
         if checkpoint.speaks_dialect:
             sample = dialect_sample(
@@ -191,8 +204,22 @@ def samples(checkpoint: Checkpoint, request: Request, task: Task, length: Length
         yield sample
 
 
-def check_lengths(checkpoint: Checkpoint, request: Request) -> None:
-    """Raise ValueError if some task does not fit into some length, before anything ran."""
+def check(checkpoint: Checkpoint, request: Request) -> None:
+    """Find out before anything runs whether everything could.
+
+    Raises
+    ------
+    kvselect.UnsupportedModelError
+        If the model cannot be attached to.
+    ValueError
+        If a policy does not fit the model, or a task does not fit into a length.
+    """
+    view = share_weights(checkpoint.model)
+    for label, policy in request.policies.items():
+        try:
+            attach(view, policy).detach()
+        except ValueError as error:
+            raise type(error)(f"{label}: {error}") from error
     for length in request.lengths:
         for task in request.tasks:
             try:
@@ -209,7 +236,8 @@ def stop_tokens(checkpoint: Checkpoint) -> set[int]:
 
 
 def time_decode(sessions: Sequence[Session], token: Tensor, timed_steps: int) -> dict[str, float]:
-    """Median wall time of a decode step of each session [s], one step of each in turn, after one to warm up."""
+    """Median wall time of a decode step of each session [s], one step of each in turn, after one to
+    warm up."""
     order = list(sessions)
     seconds: dict[str, list[float]] = {session.label: [] for session in order}
     for session in order:
@@ -241,22 +269,21 @@ def run(
         Its model is not changed: sessions attach to views of it.
     request : Request
     on_progress : (what, amount) -> None
-        Called after every answered question with the task and length at hand; the amounts add up to `total_progress`.
+        Called after every answered question with the task and length at hand; the amounts add up to
+        `total_progress`.
     on_cells : (results) -> None
         Called whenever all policies finished a task at a length: write partial results here.
 
     Raises
     ------
-    kvselect.UnsupportedModelError
-        If a policy cannot be attached.
-    ValueError
-        If a task does not fit into a length.
+    kvselect.UnsupportedModelError, ValueError
+        As `check`.
 
     Notes
     -----
     Memory: one KV cache per policy, at the same time.
     """
-    check_lengths(checkpoint, request)
+    check(checkpoint, request)
     baseline = next(
         (label for label, policy in request.policies.items() if isinstance(policy, Dense)), None
     )
@@ -270,6 +297,7 @@ def run(
         config={
             "samples": request.samples,
             "questions_per_context": request.questions_per_context,
+            "max_contexts": request.max_contexts,
             "timed_steps": request.timed_steps,
             "seed": request.seed,
             "rendering": "dialect" if checkpoint.speaks_dialect else "prose",
@@ -298,7 +326,8 @@ def run(
 
 
 def total_progress(request: Request) -> int:
-    """What the amounts given to `on_progress` add up to: questions, weighted by the length of their context."""
+    """What the amounts given to `on_progress` add up to: questions, weighted by the length of their
+    context."""
     tokens = sum(length.tokens for length in request.lengths)
     return len(request.tasks) * len(request.policies) * request.samples * tokens
 
@@ -327,6 +356,8 @@ def _run_cell(
                 on_progress(f"{task.name} at {length.label}", length.tokens)
         if not decode_s:
             decode_s = time_decode(sessions, context[-1:], request.timed_steps)
+    missing = request.samples - len(outcomes[sessions[0].label])
+    on_progress(f"{task.name} at {length.label}", missing * length.tokens * len(sessions))
     cells = []
     for session in sessions:
         tokens_attended, bytes_ratio = session.traffic()

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvselect.attention import attend_queries
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_type
-from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Lists, Selection
@@ -27,18 +27,36 @@ class PolicyState:
 
     Parameters
     ----------
+    policy : Policy
+        Whose state it is. Other settings of the same method make the next step select anew.
     prefill, decode : PhaseStatistics
         Counts for reports.
     selection_cache : SelectionCache or None
         Of policies that reuse lists.
     """
 
+    policy: Policy
     prefill: PhaseStatistics = field(default_factory=PhaseStatistics)
     decode: PhaseStatistics = field(default_factory=PhaseStatistics)
     selection_cache: SelectionCache | None = None
 
     def statistics(self, phase: Phase) -> PhaseStatistics:
         return self.prefill if phase == "prefill" else self.decode
+
+    def follow(self, policy: Policy, cache: KVCache) -> None:
+        """Serve ``policy`` from now on: what was remembered under other settings is void.
+
+        Raises
+        ------
+        ValueError
+            If it is another method.
+        """
+        if self.policy is policy or self.policy == policy:
+            return
+        got, wanted = type(self.policy).__name__, type(policy).__name__
+        require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
+        self.policy = policy
+        self.selection_cache = policy.new_state(cache).selection_cache
 
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
@@ -102,7 +120,7 @@ class Policy:
 
     def new_state(self, cache: KVCache) -> PolicyState:
         """State for one layer whose keys and values ``cache`` holds."""
-        return PolicyState()
+        return PolicyState(self)
 
     def update(self, state: PolicyState, cache: KVCache) -> None:
         """After an append, before `select`: block statistics and the like, not the sketch."""

@@ -86,7 +86,7 @@ class StreamingLLM(Policy):
         return self.num_sink_tokens + self.num_recent_tokens + self.q_block_size
 
     def new_state(self, cache: KVCache) -> StreamingState:
-        return StreamingState()
+        return StreamingState(self)
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
         window_start = (end if phase == "decode" else begin) - self.num_recent_tokens

@@ -246,22 +246,27 @@ class TokenSelect(Policy):
     def dense_limit(self, rope: Rope | None) -> int:
         """Rows of at most so many tokens are dense."""
         limit = max(self.budget, self.dense_below_tokens or 0)
-        if self.positions == "compact" and rope is not None:
-            limit = min(limit, rope.num_positions)
-        return limit
+        return min(limit, self._last_position(rope, limit))
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
+        if end <= self.dense_limit(rope):
+            return True
         if phase == "decode":
-            return end <= self.dense_limit(rope)
+            return False
         anchor = begin if self.window_anchor == "block_start" else end
-        return self.dense_prefill or anchor <= self.budget or end <= self.dense_limit(rope)
+        everything_listed = anchor <= self.budget and end <= self._last_position(rope, end)
+        return self.dense_prefill or everything_listed
+
+    def _last_position(self, rope: Rope | None, unbounded: int) -> int:
+        """Where dense attention ends: at the trained length, if it rotates by rank."""
+        return unbounded if rope is None or self.positions == "original" else rope.num_positions
 
     def new_state(self, cache: KVCache) -> PolicyState:
         if self.similarity_threshold is None:
-            return PolicyState()
+            return PolicyState(self)
         similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
         reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
-        return PolicyState(selection_cache=reuse)
+        return PolicyState(self, selection_cache=reuse)
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """Lists of every query block; None where everything is attended to.
@@ -269,6 +274,7 @@ class TokenSelect(Policy):
         With a selection cache the lists of decode steps belong to the state: the next step changes
         them in place.
         """
+        self._require_usable(queries, cache)
         visible = visible_tokens(queries, cache)
         statistics = state.statistics(queries.phase)
         if self.is_dense(queries.phase, *longest_block(queries, cache), queries.rope):
@@ -276,9 +282,6 @@ class TokenSelect(Policy):
             return None
         if self.positions == "compact":
             require_compact_rope(queries.rope, self.capacity)
-        if self.sketch is not None:
-            allowed = f"{self.sketch!r} (KVCache(..., sketch=...)), as the policy says"
-            require(cache.sketch_format == self.sketch, "sketch", cache.sketch_format, allowed)
 
         reuse = state.selection_cache
         if reuse is None or queries.phase == "prefill" or queries.seqlen_q != 1:
@@ -290,22 +293,30 @@ class TokenSelect(Policy):
             statistics.record_selection(selection, visible, True, num_nonfinite)
             return selection
 
-        anchor = self._similarity_queries(queries, cache)
+        direction = reuse.direction(self._similarity_queries(queries, cache))
         longest = self._longest_list(queries, cache)
-        hit, reused = reuse.lookup(anchor, cache), reuse.lists
+        hit, reused = reuse.lookup(direction, cache), reuse.lists
         if reused is None or reused.indices.shape[-1] < min(longest, queries.max_seqlen):
             hit = reused = None
         votes, total, num_nonfinite = self._vote(queries, cache, hit)
-        width = list_width(min(longest, 2 * queries.max_seqlen))  # they will grow
+        width = list_width(min(longest, max(self.capacity, 2 * queries.max_seqlen)))  # may grow
         lists = self._pick(votes, queries, cache, width, hit, reused if hit is not None else None)
-        reuse.store(anchor, hit, cache, lists, self._reusable_rows(queries, cache))
+        reuse.store(direction, hit, cache, lists, self._void_rows(queries, cache))
         selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
         not_scanned = None
         if hit is not None:
             heads_per_list = cache.num_kv_heads // hit.shape[1]
-            not_scanned = (hit * cache.cache_seqlens[:, None]).sum() * heads_per_list
+            not_scanned = (hit * _real_tokens(queries, cache)[:, None]).sum() * heads_per_list
         statistics.record_selection(selection, visible, True, num_nonfinite, not_scanned)
         return selection
+
+    def _require_usable(self, queries: Queries, cache: KVCache) -> None:
+        """What is missing would be missed at the first long row only; say so at the first step."""
+        if self.sketch is not None:
+            allowed = f"{self.sketch!r} (KVCache(..., sketch=...)), as the policy says"
+            require(cache.sketch_format == self.sketch, "sketch", cache.sketch_format, allowed)
+        if self.positions == "compact":
+            require_compact_rope(queries.rope, 0)
 
     def _vote(
         self, queries: Queries, cache: KVCache, hit: Tensor | None = None
@@ -388,7 +399,7 @@ class TokenSelect(Policy):
             reused=reused,
         )
         if self._has_dense_rows(queries, cache):
-            _list_everything(lists, queries, cache, self.dense_limit(queries.rope))
+            lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         return lists
 
     def _window_rule(self, queries: Queries) -> str:
@@ -406,14 +417,12 @@ class TokenSelect(Policy):
             return max(self.capacity, self.dense_limit(queries.rope))
         return self.capacity
 
-    def _reusable_rows(self, queries: Queries, cache: KVCache) -> Tensor | None:
-        """Rows that would select if they were alone, bool [batch]; None: all."""
-        if cache.batch == 1:
+    def _void_rows(self, queries: Queries, cache: KVCache) -> Tensor | None:
+        """Rows that would be dense if they were alone, bool [batch]; None: no row is."""
+        limit = self.dense_limit(queries.rope)
+        if min(cache.num_real_tokens) > limit:
             return None
-        real = (
-            queries.cache_seqlens if cache.starts is None else queries.cache_seqlens - cache.starts
-        )
-        return real > self.dense_limit(queries.rope)
+        return _real_tokens(queries, cache) <= limit
 
     def _similarity_queries(self, queries: Queries, cache: KVCache) -> Tensor:
         """What is compared: [batch, num_lists, heads per list, head_dim] float32."""
@@ -458,15 +467,20 @@ class TokenSelect(Policy):
         shortest = min(cache.num_real_tokens) - queries.num_later_tokens - queries.seqlen_q + 1
         if shortest >= full:
             return full - 1
-        real = (
-            queries.cache_seqlens if cache.starts is None else queries.cache_seqlens - cache.starts
-        )
+        real = _real_tokens(queries, cache)
         place = torch.arange(1 - queries.seqlen_q, 1, device=real.device)
         return (real[:, None] + place).clamp(1, full) - 1
 
 
-def _list_everything(lists: Lists, queries: Queries, cache: KVCache, limit: int) -> None:
-    """Make lists of (row, block)s of at most ``limit`` visible tokens hold all of them."""
+def _real_tokens(queries: Queries, cache: KVCache) -> Tensor:
+    """Tokens of each row up to the last query, padding excluded, int32 [batch]; may be negative."""
+    if cache.starts is None:
+        return queries.cache_seqlens
+    return queries.cache_seqlens - cache.starts
+
+
+def _with_dense_rows(lists: Lists, queries: Queries, cache: KVCache, limit: int) -> Lists:
+    """The lists, where those of (row, block)s of at most ``limit`` visible tokens hold them all."""
     ends = queries.cache_seqlens[:, None]
     if queries.q_block_offsets is not None:
         ends = ends - queries.seqlen_q + queries.q_block_offsets[1:]
@@ -476,6 +490,8 @@ def _list_everything(lists: Lists, queries: Queries, cache: KVCache, limit: int)
     place = torch.arange(lists.indices.shape[-1], dtype=torch.int32, device=cache.device)
     first = 0 if cache.starts is None else cache.starts[:, None, None, None]
     everything = torch.where(place < count[..., None], place + first, -1)
-    lists.indices.copy_(torch.where(dense[..., None], everything, lists.indices))
-    lists.topk_length.copy_(torch.where(dense, count, lists.topk_length))
-    lists.kept_score.masked_fill_(dense, torch.nan)  # of the shorter list
+    return Lists(
+        torch.where(dense[..., None], everything, lists.indices),
+        torch.where(dense, count, lists.topk_length),
+        lists.kept_score.masked_fill(dense, torch.nan),  # it was the shorter list's
+    )

@@ -39,9 +39,9 @@ void check(bool holds, const char* file, int line, const char* text, const Parts
 
 }  // namespace kvselect::test
 
-#define TEST(name)                                                              \
-    static void name(const kvselect::cpu::Implementation&);                     \
-    static const kvselect::test::Register register_##name(#name, name);         \
+#define TEST(name)                                                      \
+    static void name(const kvselect::cpu::Implementation&);             \
+    static const kvselect::test::Register register_##name(#name, name); \
     static void name([[maybe_unused]] const kvselect::cpu::Implementation& ops)
 
 // Extra arguments are printed when the condition does not hold.

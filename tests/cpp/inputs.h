@@ -1,6 +1,6 @@
-// Inputs of the C++ tests: seeded numbers, tensors of any element type, caches in every layout. Every buffer is a
-// heap block of exactly the size that is promised, so that the address sanitizer sees each element read too many,
-// and everything that no kernel may read holds NaN.
+// Inputs of the C++ tests: seeded numbers, tensors of any element type, caches in every layout.
+// Every buffer is a heap block of exactly the size that is promised, so that the address sanitizer
+// sees each element read too many, and everything that no kernel may read holds NaN.
 #pragma once
 
 #include <cmath>
@@ -160,12 +160,9 @@ struct Cache {
 
 private:
     KVView view(Elements& elements) {
-        return KVView{elements.data(),
-                      page_stride,
-                      token_stride,
-                      head_stride,
-                      page_block_size,
-                      block_table.empty() ? nullptr : block_table.data(),
+        return KVView{elements.data(), page_stride,
+                      token_stride,    head_stride,
+                      page_block_size, block_table.empty() ? nullptr : block_table.data(),
                       table_width};
     }
 };
@@ -173,7 +170,10 @@ private:
 // A rotation table, and the same rotation in double.
 struct RopeTable {
     RopeTable(int64_t num_positions, int64_t num_pairs, int64_t start, bool interleaved)
-        : num_positions(num_positions), num_pairs(num_pairs), start(start), interleaved(interleaved) {
+        : num_positions(num_positions),
+          num_pairs(num_pairs),
+          start(start),
+          interleaved(interleaved) {
         for (int64_t p = 0; p < num_positions; ++p) {
             for (int64_t i = 0; i < num_pairs; ++i) {
                 const double angle =
@@ -216,7 +216,9 @@ public:
         difference_ += (got - want) * (got - want);
         norm_ += want * want;
     }
-    double value() const { return norm_ > 0 ? std::sqrt(difference_ / norm_) : std::sqrt(difference_); }
+    double value() const {
+        return norm_ > 0 ? std::sqrt(difference_ / norm_) : std::sqrt(difference_);
+    }
 
 private:
     double difference_ = 0.0, norm_ = 0.0;

@@ -16,7 +16,8 @@ inline uint16_t half_bits(float value) {
 inline float half_value(uint16_t bits) { return cpu::element::to_float(cpu::Float16{bits}); }
 
 // The codec's definition: one block of keys into its record, byte for byte.
-inline std::vector<uint8_t> encode(const std::vector<float>& keys, int64_t head_dim, SketchFormat format) {
+inline std::vector<uint8_t> encode(const std::vector<float>& keys, int64_t head_dim,
+                                   SketchFormat format) {
     std::vector<uint8_t> record(sketch_block_bytes(format, head_dim));
     std::vector<uint16_t> step(head_dim), lo(head_dim);
     const float levels = static_cast<float>(sketch_levels(format));
@@ -70,7 +71,8 @@ struct Channel {
     int code;
     double value() const { return lo + step * code; }
 };
-inline Channel channel(const uint8_t* record, int64_t head_dim, SketchFormat format, int64_t t, int64_t d) {
+inline Channel channel(const uint8_t* record, int64_t head_dim, SketchFormat format, int64_t t,
+                       int64_t d) {
     uint16_t step, lo;
     std::memcpy(&step, record + 2 * d, 2);
     std::memcpy(&lo, record + 2 * (head_dim + d), 2);
@@ -91,8 +93,11 @@ struct Sketch {
     Sketch(Cache& cache, SketchFormat format) : format(format), head_dim(cache.head_dim) {
         int64_t longest = 0;
         for (int32_t length : cache.seqlens) longest = std::max<int64_t>(longest, length);
-        const int64_t max_blocks = longest / kSketchBlockTokens, block_bytes = sketch_block_bytes(format, head_dim);
-        bytes.assign(static_cast<int64_t>(cache.seqlens.size()) * cache.num_kv_heads * max_blocks * block_bytes, 0xab);
+        const int64_t max_blocks = longest / kSketchBlockTokens,
+                      block_bytes = sketch_block_bytes(format, head_dim);
+        bytes.assign(static_cast<int64_t>(cache.seqlens.size()) * cache.num_kv_heads * max_blocks *
+                         block_bytes,
+                     0xab);
         view = SketchView{bytes.data(), format, cache.num_kv_heads * max_blocks * block_bytes,
                           max_blocks * block_bytes, block_bytes};
         for (int64_t row = 0; row < static_cast<int64_t>(cache.seqlens.size()); ++row)
@@ -101,7 +106,8 @@ struct Sketch {
                     std::vector<float> keys;
                     for (int64_t t = 0; t < kSketchBlockTokens; ++t)
                         for (int64_t d = 0; d < head_dim; ++d)
-                            keys.push_back(static_cast<float>(cache.key(row, block * kSketchBlockTokens + t, h, d)));
+                            keys.push_back(static_cast<float>(
+                                cache.key(row, block * kSketchBlockTokens + t, h, d)));
                     const std::vector<uint8_t> record = encode(keys, head_dim, format);
                     std::copy(record.begin(), record.end(), view.block(row, h, block));
                 }

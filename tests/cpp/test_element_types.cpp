@@ -13,9 +13,10 @@ TEST(every_float16_widens_exactly_and_comes_back) {
             EXPECT(std::isnan(got), bits);
             continue;
         }
-        double want = exponent == 31  ? test::kInf
-                      : exponent == 0 ? std::ldexp(mantissa, -24)
-                                      : std::ldexp(1024 + mantissa, static_cast<int>(exponent) - 25);
+        double want = exponent == 31 ? test::kInf
+                      : exponent == 0
+                          ? std::ldexp(mantissa, -24)
+                          : std::ldexp(1024 + mantissa, static_cast<int>(exponent) - 25);
         if (bits >> 15) want = -want;
         EXPECT(double{got} == want, bits);
         Float16 back;
@@ -34,7 +35,8 @@ static void expect_nearest(float value) {
         const T other{static_cast<uint16_t>(got.bits + step)};
         const double neighbour = element::to_float(other);
         if (!std::isfinite(neighbour) || !std::isfinite(rounded)) continue;
-        const double mine = std::abs(rounded - double{value}), its = std::abs(neighbour - double{value});
+        const double mine = std::abs(rounded - double{value}),
+                     its = std::abs(neighbour - double{value});
         EXPECT(mine < its || (mine == its && got.bits % 2 == 0), value, " became ", rounded);
     }
 }

@@ -67,9 +67,10 @@ struct Append {
     KvAppendParams p;
 };
 
-// Fills a cache of 300 and 131 tokens in ragged steps and checks every byte of it and of its sketch.
-void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchFormat format, Layout layout,
-                        int64_t head_dim, bool with_nonfinite) {
+// Fills a cache of 300 and 131 tokens in ragged steps and checks every byte of it and of its
+// sketch.
+void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchFormat format,
+                        Layout layout, int64_t head_dim, bool with_nonfinite) {
     Random random(static_cast<uint64_t>(head_dim) + (with_nonfinite ? 1 : 0));
     Cache cache(dtype, layout, {300, 131}, 2, head_dim);
     Cache want(dtype, layout, {300, 131}, 2, head_dim);
@@ -91,11 +92,13 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
         std::vector<int32_t> valid;
         for (int64_t row = 0; row < 2; ++row) {
             const int64_t left = cache.seqlens[row] - append.before[row];
-            valid.push_back(static_cast<int32_t>(std::min<int64_t>(left, row == 0 ? step : step / 2)));
+            valid.push_back(
+                static_cast<int32_t>(std::min<int64_t>(left, row == 0 ? step : step / 2)));
             for (int64_t t = 0; t < valid.back(); ++t)
                 for (int64_t h = 0; h < 2; ++h)
                     for (int64_t d = 0; d < head_dim; ++d) {
-                        const int64_t at = (row * step + t) * tokens.token_stride + h * head_dim + d;
+                        const int64_t at =
+                            (row * step + t) * tokens.token_stride + h * head_dim + d;
                         const int64_t position = append.before[row] + t;
                         tokens.k.set(at, want.key(row, position, h, d));
                         tokens.v.set(at, want.value(row, position, h, d));
@@ -122,8 +125,8 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
                                 want.key(row, block * kSketchBlockTokens + t, h, d)));
                     record = encode(keys, head_dim, format);
                 }
-                EXPECT(std::equal(record.begin(), record.end(), got), "record of row ", row, ", head ", h,
-                       ", block ", block, ", head_dim ", head_dim);
+                EXPECT(std::equal(record.begin(), record.end(), got), "record of row ", row,
+                       ", head ", h, ", block ", block, ", head_dim ", head_dim);
             }
 }
 
@@ -151,9 +154,11 @@ TEST(kv_append_marks_a_block_whose_range_leaves_float16) {
     NewTokens tokens(cache, 128);
     for (int64_t t = 0; t < 128; ++t)
         for (int64_t d = 0; d < 32; ++d)
-            tokens.k.set(t * tokens.token_stride + d, t == 9 && d == 31 ? 2e6 : 0.25), tokens.v.set(t * tokens.token_stride + d, 1.0);
+            tokens.k.set(t * tokens.token_stride + d, t == 9 && d == 31 ? 2e6 : 0.25),
+                tokens.v.set(t * tokens.token_stride + d, 1.0);
     append.run(ops, tokens, {128});
     EXPECT(append.sketch[0] == 0x00 && append.sketch[1] == 0x7e);
-    EXPECT(std::all_of(append.sketch.begin() + 2, append.sketch.end(), [](uint8_t b) { return b == 0; }));
+    EXPECT(std::all_of(append.sketch.begin() + 2, append.sketch.end(),
+                       [](uint8_t b) { return b == 0; }));
     EXPECT(append.num_nonfinite[0] == 0);
 }

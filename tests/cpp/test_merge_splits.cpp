@@ -20,8 +20,10 @@ TEST(merge_splits_equals_the_formula) {
                     lses[0] = -INFINITY;
                     for (int64_t d = 0; d < head_dim; ++d) parts[d] = NAN;
                 }
-                std::vector<float> out(static_cast<size_t>(num_rows * head_dim)), lse(static_cast<size_t>(num_rows));
-                ops.merge_splits({num_splits, num_rows, head_dim, parts.data(), lses.data(), out.data(), lse.data()},
+                std::vector<float> out(static_cast<size_t>(num_rows * head_dim)),
+                    lse(static_cast<size_t>(num_rows));
+                ops.merge_splits({num_splits, num_rows, head_dim, parts.data(), lses.data(),
+                                  out.data(), lse.data()},
                                  0, num_rows);
                 for (int64_t row = 0; row < num_rows; ++row) {
                     double peak = -kInf, total = 0.0;
@@ -35,8 +37,7 @@ TEST(merge_splits_equals_the_formula) {
                     for (int64_t d = 0; d < head_dim; ++d) {
                         double want = 0.0;
                         for (int64_t s = 0; s < num_splits; ++s) {
-                            const double weight =
-                                std::exp(lses[s * num_rows + row] - peak) / total;
+                            const double weight = std::exp(lses[s * num_rows + row] - peak) / total;
                             if (weight > 0.0)
                                 want += weight * parts[(s * num_rows + row) * head_dim + d];
                         }

@@ -5,7 +5,8 @@ using namespace kvselect;
 using namespace kvselect::test;
 
 TEST(block_range_is_ordered_and_inside_the_row_for_all_small_cases) {
-    const WindowRule rules[] = {WindowRule::kDecode, WindowRule::kBlockStart, WindowRule::kBlockEnd};
+    const WindowRule rules[] = {WindowRule::kDecode, WindowRule::kBlockStart,
+                                WindowRule::kBlockEnd};
     for (WindowRule rule : rules)
         for (int32_t seqlen = 0; seqlen <= 6; ++seqlen)
             for (int32_t start = 0; start <= 7; ++start)
@@ -22,7 +23,8 @@ TEST(block_range_is_ordered_and_inside_the_row_for_all_small_cases) {
                                        r.sink_end <= r.window_start && r.window_start <= r.end &&
                                        r.end <= seqlen);
                                 EXPECT(r.start <= r.begin && r.begin <= r.end);
-                                EXPECT(r.visible_end == (rule == WindowRule::kDecode ? r.end : r.begin));
+                                EXPECT(r.visible_end ==
+                                       (rule == WindowRule::kDecode ? r.end : r.begin));
                                 EXPECT(r.sink_end - r.start <= sinks);
                             }
                         }

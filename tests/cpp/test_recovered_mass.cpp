@@ -18,12 +18,15 @@ TEST(recovered_mass_equals_the_share_of_dense_attention) {
             cache.fill(random);
             for (int64_t t = 0; t < 3; ++t) cache.poison(0, t);
             Elements q(dtype, batch * seqlen_q * heads * group * head_dim);
-            for (int64_t i = 0; i < batch * seqlen_q * heads * group * head_dim; ++i) q.set(i, random.normal());
-            std::vector<int32_t> indices(batch * 2 * heads * width, -1), lengths(batch * 2 * heads, 0);
+            for (int64_t i = 0; i < batch * seqlen_q * heads * group * head_dim; ++i)
+                q.set(i, random.normal());
+            std::vector<int32_t> indices(batch * 2 * heads * width, -1),
+                lengths(batch * 2 * heads, 0);
             for (int64_t list = 0; list < batch * 2 * heads; ++list) {
                 const int64_t seqlen = seqlens[list / (2 * heads)];
                 for (int64_t t = 0; t < seqlen && lengths[list] < width; ++t)
-                    if (random.below(4) == 0) indices[list * width + lengths[list]++] = static_cast<int32_t>(t);
+                    if (random.below(4) == 0)
+                        indices[list * width + lengths[list]++] = static_cast<int32_t>(t);
             }
             std::vector<float> mass(batch * seqlen_q * heads * group, NAN);
             RecoveredMassParams p{};
@@ -31,8 +34,15 @@ TEST(recovered_mass_equals_the_share_of_dense_attention) {
             p.num_q_heads = heads * group;
             p.num_kv_heads = heads;
             p.head_dim = head_dim;
-            p.blocks = QueryBlocks{batch,         2, seqlen_q, offsets.data(), seqlens.data(),
-                                   starts.data(), WindowRule::kDecode, 0, 0};
+            p.blocks = QueryBlocks{batch,
+                                   2,
+                                   seqlen_q,
+                                   offsets.data(),
+                                   seqlens.data(),
+                                   starts.data(),
+                                   WindowRule::kDecode,
+                                   0,
+                                   0};
             p.q = q.data();
             p.q_strides[0] = seqlen_q * heads * group * head_dim;
             p.q_strides[1] = heads * group * head_dim;
@@ -53,14 +63,17 @@ TEST(recovered_mass_equals_the_share_of_dense_attention) {
             for (int64_t row = 0; row < batch; ++row)
                 for (int64_t j = 0; j < seqlen_q; ++j)
                     for (int64_t head = 0; head < heads * group; ++head) {
-                        const int64_t position = seqlens[row] - seqlen_q + j, list = (row * 2 + (j >= 2)) * heads + head / group;
+                        const int64_t position = seqlens[row] - seqlen_q + j,
+                                      list = (row * 2 + (j >= 2)) * heads + head / group;
                         double peak = -kInf, total = 0.0, kept = 0.0;
                         std::vector<double> logits(seqlens[row], -kInf);
                         for (int64_t t = starts[row]; t <= position; ++t) {
                             logits[t] = 0.0;
                             for (int64_t d = 0; d < head_dim; ++d)
-                                logits[t] += double{0.2f} * cache.key(row, t, head / group, d) *
-                                             q.get(((row * seqlen_q + j) * heads * group + head) * head_dim + d);
+                                logits[t] +=
+                                    double{0.2f} * cache.key(row, t, head / group, d) *
+                                    q.get(((row * seqlen_q + j) * heads * group + head) * head_dim +
+                                          d);
                             peak = std::max(peak, logits[t]);
                         }
                         for (double x : logits) total += peak > -kInf ? std::exp(x - peak) : 0.0;
@@ -68,7 +81,8 @@ TEST(recovered_mass_equals_the_share_of_dense_attention) {
                             kept += std::exp(logits[indices[list * width + i]] - peak);
                         const double want = total > 0.0 ? kept / total : 1.0;
                         const double got = mass[(row * seqlen_q + j) * heads * group + head];
-                        EXPECT(std::abs(got - want) <= (dtype == DType::kFloat32 ? 2e-6 : 1e-5), got, " for ", want);
+                        EXPECT(std::abs(got - want) <= (dtype == DType::kFloat32 ? 2e-6 : 1e-5),
+                               got, " for ", want);
                     }
         }
 }

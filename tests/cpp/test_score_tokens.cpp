@@ -75,7 +75,8 @@ struct Scored {
         ops.score_tokens(p, 0, lists / 2, scratch.data());
     }
     int64_t q_at(int64_t row, int64_t block, int64_t vector, int64_t head) const {
-        return (((row * num_blocks + block) * c.num_vectors + vector) * num_q_heads + head) * c.head_dim;
+        return (((row * num_blocks + block) * c.num_vectors + vector) * num_q_heads + head) *
+               c.head_dim;
     }
     float score(int64_t row, int64_t block, int64_t kv_head, int64_t t) const {
         return scores[((row * num_blocks + block) * c.num_kv_heads + kv_head) * columns + t];
@@ -88,7 +89,8 @@ struct Scored {
 };
 
 // Scores of exact keys against the definition in double.
-void score_and_compare(const cpu::Implementation& ops, const Case& c, int line, bool with_nonfinite = false) {
+void score_and_compare(const cpu::Implementation& ops, const Case& c, int line,
+                       bool with_nonfinite = false) {
     Random random(static_cast<uint64_t>(line));
     Cache cache(c.dtype, c.layout, c.seqlens, c.num_kv_heads, c.head_dim);
     cache.fill(random);
@@ -101,7 +103,8 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line, 
         for (int64_t block = 0; block < got.num_blocks; ++block)
             for (int64_t kv_head = 0; kv_head < c.num_kv_heads; ++kv_head) {
                 const BlockRange r = block_range(got.p.blocks, row, block);
-                const int64_t visible_end = std::max(r.visible_end, r.start), sink_end = std::min(r.sink_end, visible_end);
+                const int64_t visible_end = std::max(r.visible_end, r.start),
+                              sink_end = std::min(r.sink_end, visible_end);
                 const int64_t cand_end = std::min(r.window_start, visible_end);
                 const int64_t picked = std::min(c.keep, cand_end - sink_end);
                 std::vector<double> want(got.columns, 0.0);
@@ -118,8 +121,10 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line, 
                     std::vector<double> votes(got.columns, 0.0);
                     for (int64_t head = kv_head * c.group; head < (kv_head + 1) * c.group; ++head) {
                         const int64_t at = got.q_at(row, block, vector, head);
-                        const std::vector<double> query(got.q.begin() + at, got.q.begin() + at + c.head_dim);
-                        const std::vector<double> local(got.q_local.begin() + at, got.q_local.begin() + at + c.head_dim);
+                        const std::vector<double> query(got.q.begin() + at,
+                                                        got.q.begin() + at + c.head_dim);
+                        const std::vector<double> local(got.q_local.begin() + at,
+                                                        got.q_local.begin() + at + c.head_dim);
                         const float lse = got.lse[at / c.head_dim];
                         if (!std::isfinite(dot(query, query))) {
                             ++want_nonfinite;
@@ -132,10 +137,13 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line, 
                             const bool candidate = t >= sink_end && t < cand_end;
                             if (bad[t] || (c.normalise_candidates_only && !candidate)) continue;
                             std::vector<double> key(c.head_dim);
-                            for (int64_t d = 0; d < c.head_dim; ++d) key[d] = cache.key(row, t, kv_head, d);
+                            for (int64_t d = 0; d < c.head_dim; ++d)
+                                key[d] = cache.key(row, t, kv_head, d);
                             if (c.rope && !candidate)
-                                key = c.rope->rotate(key, t < sink_end ? t - r.start
-                                                                       : (sink_end - r.start) + picked + (t - cand_end));
+                                key = c.rope->rotate(
+                                    key, t < sink_end
+                                             ? t - r.start
+                                             : (sink_end - r.start) + picked + (t - cand_end));
                             logits[t] = double{0.15f} * dot(candidate ? query : local, key);
                             peak = std::max(peak, logits[t]);
                         }
@@ -144,23 +152,30 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line, 
                             EXPECT(lse == -INFINITY, "from line ", line);
                             continue;
                         }
-                        EXPECT(std::abs(lse - (peak + std::log(total))) < 1e-5, "from line ", line, ": lse ", lse);
-                        for (int64_t t = 0; t < got.columns; ++t) votes[t] += std::exp(logits[t] - peak) / total;
+                        EXPECT(std::abs(lse - (peak + std::log(total))) < 1e-5, "from line ", line,
+                               ": lse ", lse);
+                        for (int64_t t = 0; t < got.columns; ++t)
+                            votes[t] += std::exp(logits[t] - peak) / total;
                     }
                     for (int64_t t = 0; t < got.columns; ++t)
                         want[t] = c.max_vote ? std::max(want[t], votes[t]) : want[t] + votes[t];
                 }
-                EXPECT(got.num_nonfinite[(row * got.num_blocks + block) * c.num_kv_heads + kv_head] == want_nonfinite,
-                       "from line ", line);
+                EXPECT(
+                    got.num_nonfinite[(row * got.num_blocks + block) * c.num_kv_heads + kv_head] ==
+                        want_nonfinite,
+                    "from line ", line);
                 for (int64_t t = 0; t < got.columns; ++t) {
                     const float score = got.score(row, block, kv_head, t);
-                    EXPECT(std::isnan(score) == bad[t], "from line ", line, ": token ", t, " has score ", score);
+                    EXPECT(std::isnan(score) == bad[t], "from line ", line, ": token ", t,
+                           " has score ", score);
                     if (bad[t]) continue;
                     score_error.add(score, want[t]);
-                    EXPECT(want[t] > 0.0 || score == 0.f, "from line ", line, ": invisible token ", t);
+                    EXPECT(want[t] > 0.0 || score == 0.f, "from line ", line, ": invisible token ",
+                           t);
                 }
             }
-    EXPECT(score_error.value() < 1e-5, "from line ", line, ": error ", score_error.value(), ", head_dim ", c.head_dim);
+    EXPECT(score_error.value() < 1e-5, "from line ", line, ": error ", score_error.value(),
+           ", head_dim ", c.head_dim);
 }
 
 }  // namespace
@@ -177,7 +192,8 @@ TEST(score_tokens_from_keys) {
                                    .sinks = 4,
                                    .recent = 9},
                                   __LINE__);
-    for (int64_t group : {1, 3, 4, 8}) score_and_compare(ops, {.seqlens = {70}, .group = group}, __LINE__);
+    for (int64_t group : {1, 3, 4, 8})
+        score_and_compare(ops, {.seqlens = {70}, .group = group}, __LINE__);
 }
 
 TEST(score_tokens_over_query_blocks_and_vectors) {
@@ -218,8 +234,9 @@ TEST(score_tokens_rotates_sinks_and_recent_tokens_to_their_compact_place) {
 
 TEST(score_tokens_marks_what_is_not_finite) {
     for (bool max_vote : {false, true})
-        score_and_compare(ops, {.seqlens = {90}, .num_vectors = 2, .sinks = 2, .recent = 5, .max_vote = max_vote},
-                          __LINE__, true);
+        score_and_compare(
+            ops, {.seqlens = {90}, .num_vectors = 2, .sinks = 2, .recent = 5, .max_vote = max_vote},
+            __LINE__, true);
 }
 
 TEST(score_tokens_leaves_hits_alone) {
@@ -239,8 +256,8 @@ TEST(score_tokens_leaves_hits_alone) {
             EXPECT(some.scores[list * 50 + t] == (hit[list] ? -3.f : fresh.scores[list * 50 + t]));
 }
 
-// With one vector and one query head per KV head, log(score) + lse is the logit: it must be that of the decoded
-// sketch, up to the rounding of the query to integers.
+// With one vector and one query head per KV head, log(score) + lse is the logit: it must be that of
+// the decoded sketch, up to the rounding of the query to integers.
 TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
     for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
         for (int64_t head_dim : kHeadDims) {
@@ -255,7 +272,8 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
                          .recent = 9};
             Cache cache(c.dtype, c.layout, c.seqlens, c.num_kv_heads, head_dim);
             cache.fill(random);
-            // One token of block 1, head 0 is not finite: the block is scored from its keys, the token dropped.
+            // One token of block 1, head 0 is not finite: the block is scored from its keys, the
+            // token dropped.
             cache.k.set(cache.keys().offset(0, 200, 0) + 3, kNaN);
             Sketch sketch(cache, format);
             const Scored got(ops, c, cache, &sketch.view);
@@ -270,8 +288,10 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
                         }
                         const int64_t at = got.q_at(row, 0, 0, h), block = t / kSketchBlockTokens;
                         const bool complete = (block + 1) * kSketchBlockTokens <= c.seqlens[row];
-                        const uint8_t* record = complete ? sketch.view.block(row, h, block) : nullptr;
-                        const bool exact = t < r.sink_end || t >= r.window_start || !record || !has_codes(record);
+                        const uint8_t* record =
+                            complete ? sketch.view.block(row, h, block) : nullptr;
+                        const bool exact =
+                            t < r.sink_end || t >= r.window_start || !record || !has_codes(record);
                         double logit = 0.0, unit = 0.0, spread = 0.0;
                         for (int64_t d = 0; d < head_dim; ++d) {
                             const double x = got.q[at + d];
@@ -279,17 +299,23 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
                                 logit += x * cache.key(row, t, h, d);
                                 continue;
                             }
-                            const Channel stored = channel(record, head_dim, format, t % kSketchBlockTokens, d);
+                            const Channel stored =
+                                channel(record, head_dim, format, t % kSketchBlockTokens, d);
                             const double centre = static_cast<double>(sketch_levels(format)) / 2;
                             logit += x * stored.value();
                             spread += (stored.code - centre) * (stored.code - centre);
-                            unit = std::max(unit, std::abs(x * stored.step) / (format == SketchFormat::kInt4 ? 127 : 32639));
+                            unit =
+                                std::max(unit, std::abs(x * stored.step) /
+                                                   (format == SketchFormat::kInt4 ? 127 : 32639));
                         }
-                        // Six standard deviations of the sum of roundings, each uniform in +-unit / 2.
+                        // Six standard deviations of the sum of roundings, each uniform in +-unit
+                        // / 2.
                         const double allowed = 0.15 * 6.0 * unit * std::sqrt(spread / 12.0) + 2e-5;
-                        const double error = std::log(double{score}) + got.lse[at / head_dim] - double{0.15f} * logit;
-                        EXPECT(std::abs(error) < allowed, "token ", t, " of row ", row, ", head_dim ", head_dim,
-                               ": logit off by ", error, ", allowed ", allowed);
+                        const double error = std::log(double{score}) + got.lse[at / head_dim] -
+                                             double{0.15f} * logit;
+                        EXPECT(std::abs(error) < allowed, "token ", t, " of row ", row,
+                               ", head_dim ", head_dim, ": logit off by ", error, ", allowed ",
+                               allowed);
                     }
                 }
         }

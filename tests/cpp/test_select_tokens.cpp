@@ -13,17 +13,21 @@ namespace {
 
 struct Select {
     std::vector<int32_t> seqlens{0}, starts{0}, offsets;
-    int64_t seqlen_q = 1, sinks = 0, recent = 0, keep = 0, pool_width = 1, num_lists = 1, spare_width = 0;
+    int64_t seqlen_q = 1, sinks = 0, recent = 0, keep = 0, pool_width = 1, num_lists = 1,
+            spare_width = 0;
     WindowRule rule = WindowRule::kDecode;
     std::vector<float> scores;  // [batch, num_blocks, num_lists, columns]
     int64_t columns = 0;
 
     int64_t batch() const { return seqlens.size(); }
-    int64_t num_blocks() const { return offsets.empty() ? 1 : static_cast<int64_t>(offsets.size()) - 1; }
+    int64_t num_blocks() const {
+        return offsets.empty() ? 1 : static_cast<int64_t>(offsets.size()) - 1;
+    }
     QueryBlocks blocks() const {
-        return QueryBlocks{batch(),        num_blocks(),  seqlen_q, offsets.empty() ? nullptr : offsets.data(),
-                           seqlens.data(), starts.data(), rule,     sinks,
-                           recent};
+        return QueryBlocks{
+            batch(),        num_blocks(),  seqlen_q, offsets.empty() ? nullptr : offsets.data(),
+            seqlens.data(), starts.data(), rule,     sinks,
+            recent};
     }
     void random_scores(uint64_t seed, bool coarse) {
         columns = *std::max_element(seqlens.begin(), seqlens.end());
@@ -38,7 +42,8 @@ struct Select {
     // By sorting: the definition.
     std::vector<int32_t> expected(int64_t row, int64_t block, int64_t list) const {
         const BlockRange r = block_range(blocks(), row, block);
-        const float* s = scores.data() + ((row * num_blocks() + block) * num_lists + list) * columns;
+        const float* s =
+            scores.data() + ((row * num_blocks() + block) * num_lists + list) * columns;
         std::vector<int32_t> out;
         for (int64_t i = r.start; i < r.sink_end; ++i)
             if (std::isfinite(s[i])) out.push_back(static_cast<int32_t>(i));
@@ -49,7 +54,8 @@ struct Select {
             candidates.push_back(static_cast<int32_t>(i));
             pooled[i] = s[i];
             for (int64_t j = i - pool_width / 2; j <= i + pool_width / 2; ++j)
-                if (j >= r.sink_end && j < r.window_start && std::isfinite(s[j])) pooled[i] = std::max(pooled[i], s[j]);
+                if (j >= r.sink_end && j < r.window_start && std::isfinite(s[j]))
+                    pooled[i] = std::max(pooled[i], s[j]);
         }
         std::stable_sort(candidates.begin(), candidates.end(), [&](int32_t a, int32_t b) {
             return pooled[a] != pooled[b] ? pooled[a] > pooled[b] : s[a] > s[b];
@@ -64,11 +70,13 @@ struct Select {
 
     void run(const cpu::Implementation& ops, int line) const {
         const int64_t items = batch() * num_blocks() * num_lists;
-        int64_t width = spare_width;  // exactly what the longest list needs, so that one entry too many is seen
+        int64_t width =
+            spare_width;  // exactly what the longest list needs, so that one entry too many is seen
         for (int64_t row = 0; row < batch(); ++row)
             for (int64_t block = 0; block < num_blocks(); ++block) {
                 const BlockRange r = block_range(blocks(), row, block);
-                width = std::max(width, spare_width + (r.sink_end - r.start) + (r.end - r.window_start) +
+                width = std::max(width, spare_width + (r.sink_end - r.start) +
+                                            (r.end - r.window_start) +
                                             std::min(keep, r.window_start - r.sink_end));
             }
         std::vector<int32_t> indices(items * width, 12345), lengths(items, 777);
@@ -89,16 +97,18 @@ struct Select {
         p.kept_score = kept.data();
         std::vector<float> scratch(select_tokens_scratch_floats(p), NAN);
         // Backwards and one at a time: a list that spilled into the next one would be seen.
-        for (int64_t item = items; item-- > 0;) ops.select_tokens(p, item, item + 1, scratch.data());
+        for (int64_t item = items; item-- > 0;)
+            ops.select_tokens(p, item, item + 1, scratch.data());
         for (int64_t item = 0; item < items; ++item) {
             const int64_t list = item % num_lists, block = item / num_lists % num_blocks();
             const int64_t row = item / num_lists / num_blocks();
             const std::vector<int32_t> want = expected(row, block, list);
-            EXPECT(lengths[item] == static_cast<int64_t>(want.size()), "from line ", line, ": length ", lengths[item],
-                   " instead of ", want.size());
+            EXPECT(lengths[item] == static_cast<int64_t>(want.size()), "from line ", line,
+                   ": length ", lengths[item], " instead of ", want.size());
             const int32_t* got = indices.data() + item * width;
             EXPECT(std::equal(want.begin(), want.end(), got), "from line ", line, ", item ", item);
-            EXPECT(std::all_of(got + want.size(), got + width, [](int32_t i) { return i == -1; }), "from line ", line);
+            EXPECT(std::all_of(got + want.size(), got + width, [](int32_t i) { return i == -1; }),
+                   "from line ", line);
             double sum = 0.0;
             for (int32_t i : want) sum += scores[item * columns + i];
             EXPECT(std::abs(kept[item] - sum) <= 1e-5 * (1.0 + std::abs(sum)), "from line ", line);
@@ -172,7 +182,8 @@ TEST(select_tokens_never_lists_nan_or_infinity) {
         for (int i = 0; i < 300; i += 7) select.scores[i] = static_cast<float>(i);
         select.run(ops, __LINE__);
     }
-    for (int i = 0; i < 300; ++i) select.scores[i] = -1.f - static_cast<float>(i);  // negative scores are scores
+    for (int i = 0; i < 300; ++i)
+        select.scores[i] = -1.f - static_cast<float>(i);  // negative scores are scores
     select.run(ops, __LINE__);
 }
 

@@ -30,7 +30,8 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
     cache.fill(random);
 
     const int64_t list_heads = c.shared_list ? 1 : c.num_kv_heads, width = c.listed + 1;
-    std::vector<int32_t> indices(batch * num_blocks * list_heads * width, -1), lengths(batch * num_blocks * list_heads);
+    std::vector<int32_t> indices(batch * num_blocks * list_heads * width, -1),
+        lengths(batch * num_blocks * list_heads);
     for (int64_t row = 0; c.listed && row < batch; ++row) {
         const int64_t seqlen = c.seqlens[row];
         std::vector<bool> used(seqlen, false);
@@ -52,7 +53,8 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
     const int64_t q_stride = num_q_heads * c.head_dim + 4;
     Elements q(c.dtype, std::max<int64_t>(1, batch * c.seqlen_q * q_stride));
     for (int64_t i = 0; i < batch * c.seqlen_q; ++i)
-        for (int64_t j = 0; j < num_q_heads * c.head_dim; ++j) q.set(i * q_stride + j, 2.0 * random.normal());
+        for (int64_t j = 0; j < num_q_heads * c.head_dim; ++j)
+            q.set(i * q_stride + j, 2.0 * random.normal());
     Elements out(c.dtype, batch * c.seqlen_q * num_q_heads * c.head_dim);
     std::vector<float> lse(batch * c.seqlen_q * num_q_heads, NAN);
 
@@ -105,24 +107,29 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
                 const int64_t kv_head = head / c.group;
                 std::vector<int64_t> seen;
                 if (c.listed) {
-                    const int64_t list = (row * num_blocks + block) * list_heads + (c.shared_list ? 0 : kv_head);
+                    const int64_t list =
+                        (row * num_blocks + block) * list_heads + (c.shared_list ? 0 : kv_head);
                     for (int64_t i = 0; i < lengths[list]; ++i)
-                        if (indices[list * width + i] <= position) seen.push_back(indices[list * width + i]);
+                        if (indices[list * width + i] <= position)
+                            seen.push_back(indices[list * width + i]);
                 } else {
-                    const int64_t start = c.starts.empty() ? 0 : std::min(c.starts[row], c.seqlens[row]);
+                    const int64_t start =
+                        c.starts.empty() ? 0 : std::min(c.starts[row], c.seqlens[row]);
                     for (int64_t t = start; t <= position; ++t) seen.push_back(t);
                 }
                 std::vector<double> query(c.head_dim), logits, want(c.head_dim, 0.0);
                 for (int64_t d = 0; d < c.head_dim; ++d)
                     query[d] = q.get((row * c.seqlen_q + j) * q_stride + head * c.head_dim + d);
-                if (c.rope) {  // to the rank of its own token: the entries before it, whether it is listed or not
+                if (c.rope) {  // to the rank of its own token: the entries before it, whether it is
+                               // listed or not
                     const bool listed = !seen.empty() && seen.back() == position;
                     query = c.rope->rotate(query, static_cast<int64_t>(seen.size()) - listed);
                 }
                 double peak = -kInf, total = 0.0;
                 for (size_t rank = 0; rank < seen.size(); ++rank) {
                     std::vector<double> key(c.head_dim);
-                    for (int64_t d = 0; d < c.head_dim; ++d) key[d] = cache.key(row, seen[rank], kv_head, d);
+                    for (int64_t d = 0; d < c.head_dim; ++d)
+                        key[d] = cache.key(row, seen[rank], kv_head, d);
                     if (c.rope) key = c.rope->rotate(key, static_cast<int64_t>(rank));
                     logits.push_back(0.125 * dot(query, key));
                     peak = std::max(peak, logits.back());
@@ -132,7 +139,8 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
                     for (int64_t d = 0; d < c.head_dim; ++d)
                         want[d] += logits[i] / total * cache.value(row, seen[i], kv_head, d);
                 const int64_t at = (row * c.seqlen_q + j) * num_q_heads + head;
-                for (int64_t d = 0; d < c.head_dim; ++d) error.add(out.get(at * c.head_dim + d), want[d]);
+                for (int64_t d = 0; d < c.head_dim; ++d)
+                    error.add(out.get(at * c.head_dim + d), want[d]);
                 if (seen.empty()) {
                     EXPECT(lse[at] == -INFINITY, "from line ", line, ": a query that sees nothing");
                 } else {
@@ -140,9 +148,10 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
                 }
             }
         }
-    EXPECT(error.value() <= tolerance(c.dtype), "from line ", line, ": error ", error.value(), ", head_dim ",
-           c.head_dim);
-    EXPECT(worst_lse <= (c.dtype == DType::kFloat32 ? 2e-5 : 2e-2), "from line ", line, ": lse off by ", worst_lse);
+    EXPECT(error.value() <= tolerance(c.dtype), "from line ", line, ": error ", error.value(),
+           ", head_dim ", c.head_dim);
+    EXPECT(worst_lse <= (c.dtype == DType::kFloat32 ? 2e-5 : 2e-2), "from line ", line,
+           ": lse off by ", worst_lse);
 }
 
 }  // namespace
@@ -152,7 +161,10 @@ TEST(sparse_attention_decode_without_a_list) {
         for (Layout layout : kLayouts)
             for (int64_t head_dim : kHeadDims)
                 attend_and_compare(ops,
-                                   {.dtype = dtype, .layout = layout, .seqlens = {1, 63, 64, 65, 130}, .head_dim = head_dim},
+                                   {.dtype = dtype,
+                                    .layout = layout,
+                                    .seqlens = {1, 63, 64, 65, 130},
+                                    .head_dim = head_dim},
                                    __LINE__);
     for (int64_t group : {1, 3, 4, 8})
         attend_and_compare(ops, {.seqlens = {70}, .group = group}, __LINE__);
@@ -186,18 +198,28 @@ TEST(sparse_attention_blocks_of_queries_are_causal) {
                                 .offsets = {0, 1, 17, 33}},
                                __LINE__);
     for (int64_t group : {1, 3, 5, 8})
-        attend_and_compare(ops, {.seqlens = {150}, .group = group, .seqlen_q = 150, .offsets = {0, 128, 150}}, __LINE__);
-    attend_and_compare(ops, {.seqlens = {200, 77}, .seqlen_q = 20, .offsets = {0, 4, 20}, .listed = 50}, __LINE__);
+        attend_and_compare(
+            ops, {.seqlens = {150}, .group = group, .seqlen_q = 150, .offsets = {0, 128, 150}},
+            __LINE__);
+    attend_and_compare(
+        ops, {.seqlens = {200, 77}, .seqlen_q = 20, .offsets = {0, 4, 20}, .listed = 50}, __LINE__);
 }
 
 TEST(sparse_attention_rotates_to_ranks) {
     for (bool interleaved : {false, true}) {
         const RopeTable half(160, 16, 0, interleaved), part(160, 12, 8, interleaved);
-        attend_and_compare(ops, {.seqlens = {150, 3}, .head_dim = 32, .listed = 40, .rope = &half}, __LINE__);
-        attend_and_compare(
-            ops, {.seqlens = {150}, .head_dim = 80, .seqlen_q = 9, .offsets = {0, 4, 9}, .listed = 40, .rope = &part},
-            __LINE__);
-        attend_and_compare(ops, {.seqlens = {150}, .starts = {11}, .head_dim = 32, .rope = &half}, __LINE__);
+        attend_and_compare(ops, {.seqlens = {150, 3}, .head_dim = 32, .listed = 40, .rope = &half},
+                           __LINE__);
+        attend_and_compare(ops,
+                           {.seqlens = {150},
+                            .head_dim = 80,
+                            .seqlen_q = 9,
+                            .offsets = {0, 4, 9},
+                            .listed = 40,
+                            .rope = &part},
+                           __LINE__);
+        attend_and_compare(ops, {.seqlens = {150}, .starts = {11}, .head_dim = 32, .rope = &half},
+                           __LINE__);
     }
 }
 

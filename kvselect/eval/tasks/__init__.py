@@ -1,7 +1,9 @@
-"""Retrieval tasks: seeded, offline, each in the embedded model's dialect and in prose for any other checkpoint.
+"""Retrieval tasks: seeded, offline, each in the embedded model's dialect and in prose for any other
+checkpoint.
 
-A task draws a `Problem` in symbols (`problems.py`) and renders it at an exact length (`dialect.py`, `prose.py`).
-The same (task, length, seed, index) is the same sample everywhere, so every policy is asked the same questions.
+A task draws a `Problem` in symbols (`problems.py`) and renders it at an exact length (`dialect.py`,
+`prose.py`). The same (task, length, seed, index) is the same sample everywhere, so every policy is
+asked the same questions.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ __all__ = [
     "prose_sample",
 ]
 
-# How many statements a context may hold: about one third of a dialect context (one statement is three or four words),
-# a fifth of a prose context (one is some 16 tokens). The rest is haystack.
+# How many statements a context may hold: about one third of a dialect context (one statement is
+# three or four words), a fifth of a prose context (one is some 16 tokens). The rest is haystack.
 _DIALECT_TOKENS_PER_STATEMENT = 12
 _PROSE_TOKENS_PER_STATEMENT = 80
 
@@ -124,7 +126,8 @@ def _generator(task: Task, length: int, seed: int, index: int) -> np.random.Gene
 def dialect_sample(
     task: Task, length: int, *, seed: int = 0, index: int = 0, max_questions: int = 32
 ) -> Sample:
-    """A sample in the embedded model's words: context, question and answer take exactly `length` tokens.
+    """A sample in the embedded model's words: context, question and answer take exactly `length`
+    tokens.
 
     Raises
     ------
@@ -159,7 +162,8 @@ def prose_sample(
     index: int = 0,
     max_questions: int = 32,
 ) -> Sample:
-    """A sample in English: context, longest question and generation take at most `length` tokens of this tokenizer.
+    """A sample in English: context, longest question and generation take at most `length` tokens of
+    this tokenizer.
 
     Raises
     ------

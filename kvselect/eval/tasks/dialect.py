@@ -1,7 +1,8 @@
-"""The embedded model's language: 512 words, of which a context is statements scattered among noise words.
+"""The embedded model's language: 512 words, of which a context is statements scattered among noise
+words.
 
-The ids are at the same time the *symbols* in which every problem is drawn (`problems.py`): a prose rendering
-translates them, this dialect uses them as they are.
+The ids are at the same time the *symbols* in which every problem is drawn (`problems.py`): a prose
+rendering translates them, this dialect uses them as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ IntArray = npt.NDArray[np.int64]
 
 VOCAB_SIZE = 512
 PAD, BOS, END = 0, 1, 2
-# A statement and the question about it are different words, so that a model never has to guess which one it reads.
+# A statement and the question about it are different words, so that a model never has to guess
+# which one it reads.
 SET, GET = 3, 4  # SET key value... ; GET key -> value...
 LINK, FOLLOW = 5, 6  # LINK a b ; FOLLOW a -> b c d
 ALL = 7  # ALL key -> every value that some SET gave to the key
@@ -23,7 +25,7 @@ FIRST_NAME, NUM_NAMES = 128, 192  # keys, chain stops and variables
 FIRST_VALUE, NUM_VALUES = 320, 192
 NUM_DIGITS = 10  # the first values double as digits
 
-_CONTROL_WORDS = ("<pad>", "<bos>", "<end>", "SET", "GET", "LINK", "FOLLOW", "ALL", "LET", "COPY", "SHOW")
+_STATEMENT_WORDS = ("SET", "GET", "LINK", "FOLLOW", "ALL", "LET", "COPY", "SHOW")
 
 # Noise words follow a power law, as words do: a few are everywhere, most are rare.
 _noise_frequency = 1.0 / np.arange(1, NUM_NOISE + 1) ** 0.7
@@ -32,7 +34,7 @@ _NOISE_CUMULATIVE = np.cumsum(_noise_frequency / _noise_frequency.sum())
 
 def vocabulary() -> list[str]:
     """The 512 words, in order of their ids."""
-    words = list(_CONTROL_WORDS)
+    words = ["<pad>", "<bos>", "<end>", *_STATEMENT_WORDS]
     words += [f"<unused{i}>" for i in range(len(words), FIRST_NOISE)]
     words += [f"n{i}" for i in range(NUM_NOISE)]
     words += [f"k{i}" for i in range(NUM_NAMES)]
@@ -42,14 +44,16 @@ def vocabulary() -> list[str]:
 
 
 def choose_distinct(rng: np.random.Generator, rows: int, count: int, population: int) -> IntArray:
-    """`count` different ints below `population` for each of `rows` rows, in random order; [rows, count]."""
+    """`count` different ints below `population` for each of `rows` rows, in random order; [rows,
+    count]."""
     if count >= population:
         return np.argsort(rng.random((rows, population)), axis=1)
     return np.argpartition(rng.random((rows, population)), count - 1, axis=1)[:, :count]
 
 
 def noise(rng: np.random.Generator, rows: int, length: int, bare_words: float = 0.0) -> IntArray:
-    """Noise words [rows, length]; a share of `bare_words` are names and values that belong to no statement."""
+    """Noise words [rows, length]; a share of `bare_words` are names and values that belong to no
+    statement."""
     ranks = np.searchsorted(_NOISE_CUMULATIVE, rng.random((rows, length)))
     words: IntArray = FIRST_NOISE + np.minimum(ranks, NUM_NOISE - 1)
     if bare_words > 0.0:
@@ -85,7 +89,8 @@ def scatter(
     context = np.empty((rows, length), np.int64)
     context[:, 0] = BOS
     context[:, 1:] = noise(rng, rows, length - 1, bare_words)
-    # Statements and noise words are drawn as one shuffled row of items; an item's start counts the words before it.
+    # Statements and noise words are drawn as one shuffled row of items; an item's start counts the
+    # words before it.
     items = np.sort(choose_distinct(rng, rows, num_statements, num_statements + num_noise), axis=1)
     starts = 1 + items + np.arange(num_statements) * (words - 1)
     for column in range(words):

@@ -1,7 +1,8 @@
 """Problems in symbols: what is stated and what is asked, before anyone chose words or a length.
 
-Every function draws a whole batch of equally shaped problems with numpy (training needs tens of thousands), and
-every question of a context has one right answer by construction: names are drawn without replacement.
+Every function draws a whole batch of equally shaped problems with numpy (training needs tens of
+thousands), and every question of a context has one right answer by construction: names are drawn
+without replacement.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ def draw_needles(
 ) -> Problem:
     """`SET key value...` for `num_keys` keys; `GET key` asks for the value.
 
-    `digits` draws values from the ten digits (a passkey). `distinct_values` draws a value's words without
-    replacement: a repeated digit asks for more than the embedded model's two-word matching can do.
+    `digits` draws values from the ten digits (a passkey). `distinct_values` draws a value's words
+    without replacement: a repeated digit asks for more than the embedded model's two-word matching
+    can do.
     """
     rows = np.arange(batch)[:, None]
     if key_words == 1:
@@ -95,7 +97,8 @@ def draw_needles(
 def draw_chains(
     rng: np.random.Generator, batch: int, num_chains: int, num_hops: int, num_questions: int
 ) -> Problem:
-    """`LINK a b`, told in random order; `FOLLOW a` asks for the next `num_hops` stops, one hop per generated word."""
+    """`LINK a b`, told in random order; `FOLLOW a` asks for the next `num_hops` stops, one hop per
+    generated word."""
     rows = np.arange(batch)[:, None]
     stops = FIRST_NAME + choose_distinct(rng, batch, num_chains * (num_hops + 1), NUM_NAMES)
     stops = stops.reshape(batch, num_chains, num_hops + 1)
@@ -115,7 +118,8 @@ def draw_chains(
 def _interleave(
     rng: np.random.Generator, batch: int, groups: int, members: int
 ) -> tuple[IntArray, IntArray]:
-    """A random merge of `groups` sequences: which group speaks at each place, and its how-manieth member."""
+    """A random merge of `groups` sequences: which group speaks at each place, and its how-manieth
+    member."""
     labels = np.repeat(np.arange(groups), members)
     group = labels[np.argsort(rng.random((batch, groups * members)), axis=1)]
     speaks = group[:, :, None] == np.arange(groups)
@@ -126,7 +130,8 @@ def _interleave(
 def draw_multivalue(
     rng: np.random.Generator, batch: int, num_keys: int, num_values: int, num_questions: int
 ) -> Problem:
-    """`SET key value` told `num_values` times per key, far apart; `ALL key` asks for all of them in any order."""
+    """`SET key value` told `num_values` times per key, far apart; `ALL key` asks for all of them in
+    any order."""
     rows = np.arange(batch)[:, None]
     keys = FIRST_NAME + choose_distinct(rng, batch, num_keys, NUM_NAMES)
     values = FIRST_VALUE + choose_distinct(rng, batch * num_keys, num_values, NUM_VALUES)
@@ -146,10 +151,11 @@ def draw_multivalue(
 def draw_variables(
     rng: np.random.Generator, batch: int, num_roots: int, num_hops: int, num_questions: int
 ) -> Problem:
-    """`LET x value`, then `COPY y x` up to `num_hops` deep; `SHOW y` asks for the value at the root.
+    """`LET x value`, then `COPY y x` up to `num_hops` deep; `SHOW y` asks for the value at the
+    root.
 
-    The answer is one word, so every hop happens inside one forward pass: the deepest test of what a layer was
-    given to attend to.
+    The answer is one word, so every hop happens inside one forward pass: the deepest test of what a
+    layer was given to attend to.
     """
     rows = np.arange(batch)[:, None]
     members = num_hops + 1

@@ -1,7 +1,7 @@
 """The same problems in English sentences, for any checkpoint: sized by the model's own tokenizer.
 
-Wording and word lists are ours (`words.py`); the haystack is generated filler. Results compare policies with dense
-attention on one model; they are not comparable with published benchmark tables.
+Wording and word lists are ours (`words.py`); the haystack is generated filler. Results compare
+policies with dense attention on one model; they are not comparable with published benchmark tables.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Tokenizer(Protocol):
 
 
 class Wording:
-    """Turns symbols into words, for one sample: names become adjective-noun pairs, values seven-digit numbers."""
+    """Turns symbols into words, for one sample: names become adjective-noun pairs, values
+    seven-digit numbers."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         pairs = rng.choice(
@@ -66,7 +67,8 @@ class Wording:
         if relation == dialect.LET:
             return f"The dial of the {subject} is set to {self.number(arguments[1:])}."
         if relation == dialect.COPY:
-            return f"The dial of the {subject} shows the same number as the dial of the {self.name(arguments[1:])}."
+            source = self.name(arguments[1:])
+            return f"The dial of the {subject} shows the same number as the dial of the {source}."
         raise AssertionError(f"no sentence for relation {relation}")
 
     def question(self, symbols: IntArray, question_words: int) -> tuple[str, tuple[str, ...]]:
@@ -90,7 +92,8 @@ class Wording:
         if relation == dialect.FOLLOW:
             gold = tuple(self.name(stop[None]) for stop in answer)
             return (
-                f"The courier starts at the {name}. Which are the next {len(gold)} stops, in order? "
+                f"The courier starts at the {name}. Which are the next {len(gold)} stops, "
+                f"in order? "
                 f"From the {name} the courier rides on to the",
                 gold,
             )
@@ -129,13 +132,11 @@ def largest(fits: Callable[[int], bool], upper: int) -> int:
     return low
 
 
-def render(
-    rng: np.random.Generator, problem: Problem, length: int, tokenizer: Tokenizer
-) -> Sample:
+def render(rng: np.random.Generator, problem: Problem, length: int, tokenizer: Tokenizer) -> Sample:
     """The first problem of a batch as prose, with as much filler as `length` tokens hold.
 
-    ``tokens(context) + tokens(question) + max_new_tokens <= length`` for every question, as near to `length` as whole
-    sentences allow.
+    ``tokens(context) + tokens(question) + max_new_tokens <= length`` for every question, as near to
+    `length` as whole sentences allow.
 
     Raises
     ------
@@ -180,7 +181,7 @@ def render(
     num_filler = largest(lambda count: len(context(count)) + reserved <= length, length // 4)
     if num_filler < 0:
         raise ValueError(
-            f"length: got {length}, allowed: an int >= {len(context(0)) + reserved}, which is what the "
-            f"{len(statements)} statements, one question and its answer take"
+            f"length: got {length}, allowed: an int >= {len(context(0)) + reserved}, which is what "
+            f"the {len(statements)} statements, one question and its answer take"
         )
     return Sample(context=np.array(context(num_filler), np.int64), questions=tuple(questions))

@@ -1,4 +1,5 @@
-"""What a task hands to the runner: one context, several questions about it, and how an answer is graded."""
+"""What a task hands to the runner: one context, several questions about it, and how an answer is
+graded."""
 
 from __future__ import annotations
 
@@ -22,8 +23,9 @@ class Question:
     any_order : bool
         The answer is a set.
     top_words : bool
-        Read the answer off one forward pass, as the ``len(answer)`` likeliest next words, instead of generating it.
-        The embedded model learned sets in this form (a set has no first word to generate); needs `any_order`.
+        Read the answer off one forward pass, as the ``len(answer)`` likeliest next words, instead
+        of generating it. The embedded model learned sets in this form (a set has no first word to
+        generate); needs `any_order`.
     """
 
     tokens: IntArray
@@ -35,7 +37,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One context [num_tokens] int64 and its questions; the context is prefilled once and asked every question."""
+    """One context [num_tokens] int64 and its questions; the context is prefilled once and asked
+    every question."""
 
     context: IntArray
     questions: tuple[Question, ...]
@@ -55,7 +58,8 @@ def grade_words(question: Question, words: list[str]) -> bool:
 
 
 def grade_text(question: Question, text: str) -> bool:
-    """Every gold string occurs in the text as a whole word, ignoring case; in the gold order unless any is right."""
+    """Every gold string occurs in the text as a whole word, ignoring case; in the gold order unless
+    any is right."""
     position = 0
     for gold in question.answer:
         pattern = rf"(?<!\w){re.escape(gold)}(?!\w)"

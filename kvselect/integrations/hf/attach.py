@@ -160,7 +160,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
         model.set_attn_implementation(copied.previous)
     stack = find_stack(model)
     if PLAN_KEY in stack.__dict__:
-        got = f"a model with {stack.__dict__[PLAN_KEY].policy!r} attached"
+        got = f"a model with {type(stack.__dict__[PLAN_KEY].policy).__name__} attached"
         require(False, "model", got, "one without; call handle.detach() first")
     config: Any = stack.config
     require(not config.output_attentions, "config.output_attentions", True, "False")
@@ -194,12 +194,9 @@ def _policy_of(model: PreTrainedModel, policy: Policy | None) -> Policy:
     """The given policy, or the one that rides in the model's configuration."""
     if policy is None:
         settings = getattr(model.config, NAME, None)
-        require(
-            isinstance(settings, dict),
-            "policy",
-            None,
-            "a kvselect policy, or model.config.kvselect = policy.to_dict()",
-        )
+        allowed = "a kvselect policy, or model.config.kvselect = policy.to_dict()"
+        require(isinstance(settings, dict), "policy", None, allowed)
+        assert isinstance(settings, dict)
         return policy_from_dict(settings)
     require_type(policy, Policy, "policy", "a kvselect policy, such as TokenSelect")
     return policy

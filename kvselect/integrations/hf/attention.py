@@ -57,13 +57,8 @@ def kvselect_attention(
         If the model is not attached or trains, for dropout, and for softmax variants that we do not compute.
     """
     if kvselect is None:
-        require(
-            False,
-            "attn_implementation",
-            "kvselect",
-            "a model with a policy: call kvselect.attach(model, policy)",
-        )
-        raise AssertionError  # for the type checker
+        allowed = "a model with a policy: call kvselect.attach(model, policy)"
+        raise ValueError(f"attn_implementation: got 'kvselect', allowed: {allowed}")
     softmax_scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
     if kvselect.plan.stack.recorder is not None:
         options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
@@ -81,7 +76,8 @@ def kvselect_attention(
     )
     with torch.no_grad():
         out = _attend(*arguments)
-    return _ForwardOnly.apply(out, query), None
+    out = _ForwardOnly.apply(out, query)  # type: ignore[no-untyped-call]
+    return out, None
 
 
 def _attend(
@@ -176,12 +172,13 @@ def _select(
     elif seqlen_q == 1:
         if "decode" in plan.needs_unrotated:
             assert context.cos is not None and context.sin is not None
-            q_unrotated = plan.layout.unrotate(q, context.cos, context.sin)
+            q_unrotated = stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
             rope = stack.table(plan, 1, q.device)
     elif "prefill" in plan.needs_unrotated:
         # By index, not by position_ids: the policy rotates block means to their index, and these two must cancel
         # for the means to meet the rotated keys, whatever positions a row starts at.
-        q_unrotated = stack.inverse(plan, q.device).rotate_at(q, -_index(cache, seqlen_q))
+        inverse = stack.inverse(plan, q.device)
+        q_unrotated = inverse.rotate_at(q, -_index(cache, seqlen_q)).to(q.dtype)
         rope = stack.table(plan, 1, q.device)
     plan.nonfinite = cache.num_nonfinite
     filled = cache.max_seqlen > seqlen_q

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.policies.base import Policy, PolicyState
-from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.phase_statistics import PhaseStatistics
 
 RopeState = Literal["rotated", "unrotated"]
 
@@ -42,6 +42,8 @@ class KVSelectLayer(DynamicLayer):
 
     def __init__(self, sketch: str | None = None) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.sketch = sketch
         self.cache: KVCache | None = None
         self.rope_state: RopeState | None = None
@@ -50,6 +52,7 @@ class KVSelectLayer(DynamicLayer):
         self._state_policy: Policy | None = None
         self._announced: RopeState | None = None
         self._starts: Tensor | None = None
+        self._stores: tuple[Tensor, Tensor] | None = None  # all room, [batch, heads, capacity, head_dim]
         self._past_versions = 0
 
     def __repr__(self) -> str:
@@ -127,8 +130,7 @@ class KVSelectLayer(DynamicLayer):
             self.cache.set_starts(self._starts)
             self._starts = None
         self.cache.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def get_seq_length(self) -> int:
         """Tokens stored (padding included)."""
@@ -174,7 +176,7 @@ class KVSelectLayer(DynamicLayer):
         self._past_versions = self.version + 1
         self.cache = self.keys = self.values = None
         self.rope_state = self.validity = self._state = self._state_policy = None
-        self._announced = self._starts = None
+        self._announced = self._starts = self._stores = None
         self.is_initialized = False
 
     def offload(self) -> None:
@@ -201,16 +203,15 @@ class KVSelectLayer(DynamicLayer):
             self.validity = self.validity.index_select(0, index)
         if self.cache.batch != batch:  # the state is allocated per row
             self._state = None
+        self._stores = None
         self._show()
 
     def _require_rope_state(self, rope_state: RopeState) -> None:
-        held = self.rope_state if self.get_seq_length() > 0 else None
-        require(
-            held in (None, rope_state),
-            "cache layer",
-            f"{self.get_seq_length()} {held} keys",
-            f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)",
-        )
+        if self.rope_state in (None, rope_state) or self.get_seq_length() == 0:
+            return
+        got = f"{self.get_seq_length()} {self.rope_state} keys"
+        allowed = f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)"
+        require(False, "cache layer", got, allowed)
 
     def _change_sketch(self, sketch: str | None) -> None:
         """Rebuild the cache with another sketch format: another policy was attached since it was filled."""
@@ -232,12 +233,18 @@ class KVSelectLayer(DynamicLayer):
         if self.cache is not None:
             self._past_versions = self.version + 1
         self.cache = cache
-        self._state = None
+        self._state = self._stores = None
 
-    def _show(self) -> None:
-        """Point ``keys`` and ``values`` at what is stored."""
-        assert self.cache is not None
-        self.keys, self.values = self.cache.k.transpose(1, 2), self.cache.v.transpose(1, 2)
+    def _show(self) -> tuple[Tensor, Tensor]:
+        """Point ``keys`` and ``values`` at what is stored, and return them."""
+        cache = self.cache
+        assert cache is not None
+        if self._stores is None or self._stores[0].shape[2] != cache.capacity:
+            self._stores = cache.k_pages.transpose(1, 2), cache.v_pages.transpose(1, 2)
+        tokens = cache.max_seqlen
+        keys, values = (store.narrow(2, 0, tokens) for store in self._stores)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def upgrade_cache(

@@ -159,7 +159,8 @@ def fit_layers(stack: nn.Module, plan: StackPlan, probes: dict[int, Probe]) -> d
 def _fit_layer(layer: LayerPlan, probe: Probe, frequencies: Frequencies | None) -> Problem | None:
     cos, sin = probe.cos, probe.sin
     if cos is None or sin is None:
-        return Problem("position_embeddings are not passed by keyword as a pair (cos, sin)")
+        text = "position_embeddings are not passed by keyword as a pair (cos, sin)"
+        return Problem(text, rotation=True)
     assert probe.unrotated is not None
     layer.layout, layer.fit_error = fit_layout((probe.query, probe.key), probe.unrotated, cos, sin)
     if layer.fit_error > FIT_TOLERANCE:

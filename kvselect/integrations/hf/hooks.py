@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -59,15 +59,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     if stack.mode == "stock":
         return None
     rotation = kwargs.get("position_embeddings")
-    if not isinstance(rotation, tuple) or len(rotation) != 2:
-        require(
-            stack.mode == "calibrate",
-            "position_embeddings",
-            type(rotation).__name__,
-            "a pair of tensors",
-        )
-        rotation = (None, None)
-    cos, sin = rotation
+    cos, sin = rotation if isinstance(rotation, tuple) and len(rotation) == 2 else (None, None)
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     layer = (
         cache.layers[plan.index] if cache is not None and plan.index < len(cache.layers) else None
@@ -78,7 +70,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
         rotates_itself = plan.rotates_itself
         _announce(plan, layer, args, kwargs, rotates_itself)
     kwargs["kvselect"] = LayerContext(layer, cos, sin, plan)
-    if rotates_itself and cos is not None:
+    if rotates_itself and cos is not None and sin is not None:
         kwargs["position_embeddings"] = stack.no_rotation(cos, sin)
     return args, kwargs
 
@@ -93,10 +85,7 @@ def _announce(
         return
     keys = plan.stack.mask(kwargs.get("attention_mask"))
     if rotates_itself:
-        allowed = "a 2-D padding mask or None (positions='compact')"
-        require(isinstance(keys, KeyRange), "attention_mask", "a 4-D mask", allowed)
-        allowed = "a cache of plain dynamic layers that is empty or was filled by this model (positions='compact')"
-        require(layer is None or ours, "past_key_values", f"a {plan.cache_class}", allowed)
+        _require_compact(plan, layer, keys, kwargs)
     if ours:
         starts = keys.starts if isinstance(keys, KeyRange) else None
         if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
@@ -105,6 +94,19 @@ def _announce(
                 starts = None  # a decode step reads nothing back; a row's padding is known since its first call
         sketch = plan.stack.sketches[plan.index]
         layer.announce("unrotated" if rotates_itself else "rotated", sketch, starts)
+
+
+def _require_compact(
+    plan: LayerPlan, layer: Any, keys: KeyRange | Tensor, kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(keys, KeyRange):
+        allowed = "a 2-D padding mask or None (positions='compact')"
+        require(False, "attention_mask", "a 4-D mask", allowed)
+    if layer is not None and type(layer) is not KVSelectLayer:
+        allowed = "a cache of plain dynamic layers that is empty or was filled by this model (positions='compact')"
+        require(False, "past_key_values", f"a {plan.cache_class}", allowed)
+    if not isinstance(kwargs.get("position_embeddings"), tuple):
+        require(False, "position_embeddings", None, "a pair (cos, sin) by keyword")
 
 
 def install_hooks(

@@ -47,7 +47,7 @@ def mask_kind(mask_function: Callable[..., Any]) -> MaskKind:
     if mask_function is causal_mask_function:
         return "causal"
     if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
-        closure = getattr(mask_function, "__closure__", None) or ()
+        closure: tuple[Any, ...] = getattr(mask_function, "__closure__", None) or ()
         parts = closure[0].cell_contents if len(closure) == 1 else ()
         if (
             isinstance(parts, tuple)

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from kvselect.integrations.hf.masks import KeyRange, read_mask
-from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout
+from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
-from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 
@@ -61,6 +61,7 @@ class StackPlan:
     )  # place of past_key_values among the positional arguments of the stack's forward
     _mask: tuple[weakref.ref[Tensor], KeyRange] | None = None
     _ones: tuple[Tensor, Tensor, Tensor] | None = None
+    _unrotation: tuple[weakref.ref[Tensor], RopeLayout, Unrotation] | None = None
     _tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:
@@ -97,15 +98,28 @@ class StackPlan:
 
         Layers with the same rotation share a table; it grows by doubling.
         """
+        needed = min(num_positions, self.trained_length)
+        rope = layer.rope
+        if rope is not None and rope.num_positions >= needed and rope.cos.device == device:
+            return rope
         assert layer.frequencies is not None
         key = (layer.frequencies, layer.layout, device)
         rope = self._tables.get(key)
         held = 0 if rope is None else rope.num_positions
-        if rope is None or held < min(num_positions, self.trained_length):
-            rows = min(max(num_positions, 2 * held, MIN_TABLE_ROWS), self.trained_length)
+        if rope is None or held < needed:
+            rows = min(max(needed, 2 * held, MIN_TABLE_ROWS), self.trained_length)
             rope = layer.frequencies.rope(layer.layout, rows, device)
             self._tables[key] = rope
+        layer.rope = rope
         return rope
+
+    def unrotate(self, layer: LayerPlan, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``q`` before RoPE, from this call's cos and sin; the factors are made once per forward."""
+        kept = self._unrotation
+        if kept is None or kept[0]() is not cos or kept[1] != layer.layout:
+            factors = layer.layout.unrotation(cos, sin, q.shape[-1])
+            self._unrotation = kept = (weakref.ref(cos), layer.layout, factors)
+        return kept[2](q)
 
     def inverse(self, layer: LayerPlan, device: torch.device) -> Rope:
         """`Frequencies.inverse` of the layer's rotation, kept like the tables."""
@@ -134,6 +148,8 @@ class LayerPlan:
         The layer's rotation (`rope_fit`).
     needs_unrotated : frozenset of {"prefill", "decode"}
         Phases in which the policy asks for the queries before RoPE.
+    rope : Rope or None
+        The table that the last call used.
     policy : Policy or None
         The stack's policy; with original positions where the layer has no rotation to compact.
     head_dim, itemsize : int
@@ -160,6 +176,7 @@ class LayerPlan:
     fit_error: float = 0.0
     frequencies: Frequencies | None = None
     needs_unrotated: frozenset[Phase] = frozenset()
+    rope: Rope | None = None
     policy: Policy | None = None
     head_dim: int = 0
     itemsize: int = 0

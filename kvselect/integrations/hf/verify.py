@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kvselect.checks import require, require_int
 from kvselect.integrations.hf.plan import StackPlan
 from kvselect.policies.base import Policy
-from kvselect.policies.statistics import PhaseStatistics
+from kvselect.policies.phase_statistics import PhaseStatistics
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest ``max |difference| / max |stock|``. Half precision is looser for two reasons: both sides round every layer's
@@ -167,9 +167,8 @@ def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens:
         model.eval()
         with torch.no_grad():
             cache = None
-            for chunk in tokens.split(
-                [prompt_tokens] + [1] * (tokens.shape[1] - prompt_tokens), dim=1
-            ):
+            steps = range(prompt_tokens, tokens.shape[1])
+            for chunk in (tokens[:, :prompt_tokens], *(tokens[:, i : i + 1] for i in steps)):
                 result = model(input_ids=chunk, past_key_values=cache, use_cache=True)
                 cache = result.past_key_values
                 logits.append(result.logits.float())

@@ -1,16 +1,19 @@
 """Train the embedded retrieval model: ``python -m kvselect.eval.models.retrieval.train --out DIR``.
 
-One command runs the whole recipe on one thread (some 18 CPU minutes) and writes a checkpoint that plain
-`transformers` loads: a 4-layer Llama with grouped query heads, RoPE and tied embeddings, 0.85 M parameters.
+One command runs the whole recipe on one thread (some 18 CPU minutes) and writes a checkpoint that
+plain `transformers` loads: a 4-layer Llama with grouped query heads, RoPE and tied embeddings, 0.85
+M parameters.
 
-From random weights, looking a key up in a context does not form in minutes: recall is still near 0.1 after 400 steps.
-So training starts from a hand-made induction circuit (`plant_induction_circuit`), and everything is trained from
-there on: 0.99 after some 50 steps. Four stages, each with a fresh optimiser:
+From random weights, looking a key up in a context does not form in minutes: recall is still near
+0.1 after 400 steps. So training starts from a hand-made induction circuit
+(`plant_induction_circuit`), and everything is trained from there on: 0.99 after some 50 steps. Four
+stages, each with a fresh optimiser:
 
 1. variable tracking alone on short contexts, because it does not form inside a mixture;
 2. all tasks, contexts growing to the window of 512 tokens;
 3. all tasks at half the learning rate, weighted towards what stage 2 leaves unfinished;
-4. the same again, mostly multi-value: naming all three values of a key went from 0.83 to 0.93 of the questions.
+4. the same again, mostly multi-value: naming all three values of a key went from 0.83 to 0.93 of
+the questions.
 """
 
 from __future__ import annotations
@@ -47,13 +50,13 @@ GROUPS_PER_BATCH = 4  # one batch mixes this many drawings, each of one task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One optimiser run: `phases` are (context tokens, sequences per step, steps), `mixture` weighs the tasks."""
+    """One optimiser run: phases are (tokens, sequences per step, steps), `mixture` task weights."""
 
     mixture: dict[str, float]
     phases: tuple[tuple[int, int, int], ...]
     learning_rate: float
     seed: int
-    needle_steps: int = 0  # begin with this many steps of plain needles, which settle the planted circuit
+    needle_steps: int = 0  # plain needles first: they settle the planted circuit
 
     def schedule(self) -> list[tuple[int, int]]:
         return [(length, rows) for length, rows, steps in self.phases for _ in range(steps)]
@@ -109,7 +112,8 @@ RECIPE = (
 )
 
 
-# ---------------------------------------------------------------------------------------------- training data
+# ------------------------------------------------------------------------------------------------
+# training data
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,23 +124,23 @@ class Batch:
     ----------
     tokens : int64 [rows, length]
     targets : int64 [rows, length, MAX_VALUES_PER_KEY]
-        What may stand at each place, -1 where there is no (further) target; only answers have targets.
+        What may stand at each place, -1 where there is no (further) target; only answers have
+        targets.
     """
 
     tokens: IntArray
     targets: IntArray
 
 
-def assemble(
-    rng: np.random.Generator, problem: Problem, length: int, bare_words: float
-) -> Batch:
+def assemble(rng: np.random.Generator, problem: Problem, length: int, bare_words: float) -> Batch:
     """Context and all questions of a problem, one after the other, `length` tokens in all."""
     questions, start = problem.questions, problem.question_words
     targets = np.full((*questions.shape, MAX_VALUES_PER_KEY), -1, np.int64)
     targets[:, :, start:, 0] = questions[:, :, start:]
     if problem.any_order:
-        # One answer position that every value of the key is right for. Which one stands there must not depend on
-        # the order in which they were told, and does not: values are drawn independently of it.
+        # One answer position that every value of the key is right for. Which one stands there must
+        # not depend on the order in which they were told, and does not: values are drawn
+        # independently of it.
         targets = targets[:, :, : start + 1]
         targets[:, :, start, : questions.shape[2] - start] = questions[:, :, start:]
         questions = questions[:, :, : start + 1]
@@ -147,14 +151,12 @@ def assemble(
     no_targets = np.full((*context.shape, MAX_VALUES_PER_KEY), -1, np.int64)
     return Batch(
         tokens=np.concatenate([context, questions.reshape(rows, -1)], axis=1),
-        targets=np.concatenate(
-            [no_targets, targets.reshape(rows, -1, MAX_VALUES_PER_KEY)], axis=1
-        ),
+        targets=np.concatenate([no_targets, targets.reshape(rows, -1, MAX_VALUES_PER_KEY)], axis=1),
     )
 
 
 def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> Batch:
-    """Sequences of one task with random difficulty: as many questions as about half of the length holds."""
+    """Sequences of one task with random difficulty; questions fill about half of the length."""
 
     def uniform(low: int, high: int) -> int:
         return int(rng.integers(low, max(low, high) + 1))
@@ -204,7 +206,8 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
     return assemble(rng, problem, length, bare_words)
 
 
-# ------------------------------------------------------------------------------------------ model and its start
+# ------------------------------------------------------------------------------------------- model
+# and its start
 
 
 def new_model() -> LlamaForCausalLM:
@@ -216,7 +219,7 @@ def new_model() -> LlamaForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,  # 32 was clearly worse: too few slow RoPE dimensions to match a key at any distance
+        head_dim=64,  # 32 was clearly worse: too few slow RoPE dimensions to match keys with
         hidden_act="silu",
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
@@ -256,16 +259,20 @@ def plant_induction_circuit(
 ) -> None:
     """Write a look-up circuit into the weights, to be trained further like everything else.
 
-    - Embeddings get a common component of relative size `constant_share` along one direction `u`. A projection that
+    - Embeddings get a common component of relative size `constant_share` along one direction `u`. A
+    projection that
       reads `u` alone gives every token the same vector.
-    - Layer 0, query heads 0 and 1: such a constant key in the `num_fast_pairs` fastest RoPE pairs, and the same
-      vector turned by -1 or -2 positions as query: they attend to the token one and two places back. What they
-      read (the token's content, seen through `tag`) is written to two subspaces, `before_1` and `before_2`.
-    - Layers 1 to `num_copy_layers`, one head per KV head. The first finds places whose `before_1` equals the
-      current token ("what followed this word?"), the second those whose `before_2` equals the current `before_1`
-      (the same, one word later), so that pairs of words can be told apart. Both copy the token found there.
-      Matching uses only RoPE pairs turning slower than `slow_frequency` radians per token: at any distance of the
-      window the match survives the rotation.
+    - Layer 0, query heads 0 and 1: such a constant key in the `num_fast_pairs` fastest RoPE pairs,
+    and the same
+      vector turned by -1 or -2 positions as query: they attend to the token one and two places
+      back. What they read (the token's content, seen through `tag`) is written to two subspaces,
+      `before_1` and `before_2`.
+    - Layers 1 to `num_copy_layers`, one head per KV head. The first finds places whose `before_1`
+    equals the
+      current token ("what followed this word?"), the second those whose `before_2` equals the
+      current `before_1` (the same, one word later), so that pairs of words can be told apart. Both
+      copy the token found there. Matching uses only RoPE pairs turning slower than `slow_frequency`
+      radians per token: at any distance of the window the match survives the rotation.
     """
     config = model.config
     hidden, head_dim = config.hidden_size, config.head_dim
@@ -308,7 +315,8 @@ def plant_induction_circuit(
     first = model.model.layers[0].self_attn
     key = torch.zeros(head_dim)
     key[:num_fast_pairs] = fast_key
-    reads_constant = u / constant * head_dim**0.25  # both sides: cancels the 1/sqrt(head_dim) of the logits
+    # On both sides: cancels the 1/sqrt(head_dim) of the logits.
+    reads_constant = u / constant * head_dim**0.25
     blend(first.k_proj.weight, head(0), key[:, None] * reads_constant)
     for query_head, distance in enumerate((1, 2)):
         angle = -distance * frequencies
@@ -340,12 +348,13 @@ def plant_induction_circuit(
             )
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 def new_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
     """AdamW that decays the matrices only: neither embeddings nor norms."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     groups = [
@@ -387,7 +396,7 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, 
 
 
 def run_stage(model: LlamaForCausalLM, stage: Stage) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train in place; after each step yield the tokens seen in it and the running accuracy of every task."""
+    """Train in place; each step yields its tokens and the running accuracy of every task."""
     rng = np.random.default_rng(stage.seed)
     optimizer = new_optimizer(model, stage.learning_rate)
     schedule = stage.schedule()
@@ -418,11 +427,11 @@ def run_stage(model: LlamaForCausalLM, stage: Stage) -> Iterator[tuple[int, dict
         yield batch.tokens.size, accuracy
 
 
-# ------------------------------------------------------------------------------------------------------ export
+# ------------------------------------------------------------------------------------------ export
 
 
 def save_tokenizer(directory: Path) -> None:
-    """A word-level tokenizer: words between blanks, no more; special tokens by their written form."""
+    """A word-level tokenizer: words between blanks, special tokens by their written form."""
     special = ("<pad>", "<bos>", "<end>")
     vocabulary = {word: index for index, word in enumerate(dialect.vocabulary())}
     tokenizer = {
@@ -461,7 +470,7 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def save_checkpoint(model: LlamaForCausalLM, directory: Path) -> None:
-    """Float32 safetensors, config and generation config by `transformers`, tokenizer by `save_tokenizer`."""
+    """Float32 safetensors, configs and tokenizer, as plain `transformers` loads them."""
     directory.mkdir(parents=True, exist_ok=True)
     model.generation_config.do_sample = False
     model.save_pretrained(directory)
@@ -481,7 +490,8 @@ def main() -> None:
     record = []
     for number, stage in enumerate(RECIPE, start=1):
         num_steps, num_tokens = len(stage.schedule()), 0
-        cpu, accuracy = time.process_time(), {}
+        cpu = time.process_time()
+        accuracy: dict[str, float] = {}
         for step, (tokens, accuracy) in enumerate(run_stage(model, stage), start=1):
             num_tokens += tokens
             if step % 25 == 0 or step == num_steps:

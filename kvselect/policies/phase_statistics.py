@@ -86,7 +86,8 @@ class PhaseStatistics:
         if tokens_not_scanned is not None:
             parts[_NOT_SCANNED] = tokens_not_scanned.to(torch.float64)
         counts = torch.stack(parts)
-        self._totals = counts if self._totals is None else self._totals.add_(counts)
+        # Not in place: inference tensors may not be changed outside the mode that made them.
+        self._totals = counts if self._totals is None else self._totals + counts
 
     def _total(self, which: int) -> float:
         return 0.0 if self._totals is None else float(self._totals[which])

@@ -1,0 +1,114 @@
+"""What all policies share: names, dicts, class constants, statistics that start at nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import kvselect
+from kvselect import (
+    Dense,
+    KVCache,
+    Policy,
+    PolicyState,
+    StreamingLLM,
+    TokenSelect,
+    policy_from_dict,
+)
+from kvselect.policies import POLICIES
+from kvselect.queries import Queries
+
+EXAMPLES: list[Policy] = [
+    Dense(),
+    StreamingLLM(),
+    StreamingLLM(num_sink_tokens=0, num_recent_tokens=7, positions="original"),
+    TokenSelect(),
+    TokenSelect(topk=7, sketch=None, dense_layers=(0, 3), similarity_threshold=0.9),
+    TokenSelect.paper_compat(),
+]
+
+
+@pytest.mark.parametrize("policy", EXAMPLES, ids=repr)
+def test_dicts_survive_json(policy: Policy) -> None:
+    settings = policy.to_dict()
+    assert settings["policy"] == type(policy).__name__
+    assert policy_from_dict(json.loads(json.dumps(settings))) == policy
+    assert set(settings) == {"policy", *(field.name for field in dataclasses.fields(policy))}
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert policy_from_dict({"policy": "TokenSelect", "topk": 5}) == TokenSelect(topk=5)
+
+
+@pytest.mark.parametrize(
+    "settings, error, message",
+    [
+        ({}, ValueError, "policy: got None, allowed: 'Dense' or 'StreamingLLM' or 'TokenSelect'"),
+        ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: 'Dense' or"),
+        ({"policy": 3}, ValueError, "policy: got 3"),
+        ({"policy": "Dense", "topk": 3}, ValueError, r"settings of Dense: got \['topk'\]"),
+        ({"policy": "TokenSelect", "topk": 0}, ValueError, "topk: got 0"),
+        ({"policy": "TokenSelect", "topk": "5"}, TypeError, "topk: got str '5'"),
+        ("TokenSelect", TypeError, "settings: got str 'TokenSelect', allowed: a dict made by"),
+    ],
+)
+def test_bad_dicts_are_named(settings: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        policy_from_dict(settings)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_every_policy_says_what_it_is(name: str) -> None:
+    policy = POLICIES[name]
+    assert policy.__name__ == name and getattr(kvselect, name) is policy
+    assert policy.phases <= {"prefill", "decode"} and policy.phases
+    for constant in ("revocable", "query_aware", "persistent"):
+        assert isinstance(getattr(policy, constant), bool)
+    assert dataclasses.fields(policy) is not None and "__dict__" not in dir(policy())
+
+
+@pytest.mark.parametrize("policy", EXAMPLES, ids=repr)
+def test_state_is_per_layer_and_starts_at_nothing(policy: Policy) -> None:
+    cache = KVCache(2, 2, 32)
+    state, other = policy.new_state(cache), policy.new_state(cache)
+    assert isinstance(state, PolicyState) and state.prefill is not other.prefill
+    for phase in ("prefill", "decode"):
+        counts = state.statistics(phase).to_dict()  # type: ignore[arg-type]
+        assert all(value in (0, None) for value in counts.values())
+    state.invalidate()
+
+
+def test_the_base_has_no_method_of_its_own() -> None:
+    policy, cache = Policy(), KVCache(1, 2, 32)
+    queries = Queries(
+        q=torch.zeros(1, 1, 4, 32),
+        phase="decode",
+        softmax_scale=1.0,
+        cache_seqlens=cache.cache_seqlens,
+        max_seqlen=0,
+    )
+    assert queries.seqlen_q == queries.num_blocks == 1
+    assert not policy.is_dense("decode", 0, 1, None) and policy.capacity == 0
+    with pytest.raises(NotImplementedError):
+        policy.select(policy.new_state(cache), queries, cache)
+
+
+def test_public_names() -> None:
+    assert set(kvselect.__all__) <= set(dir(kvselect))
+    for name in kvselect.__all__:
+        if name != "attach":  # needs transformers
+            assert getattr(kvselect, name) is not None
+    with pytest.raises(AttributeError, match="module 'kvselect' has no attribute 'atach'"):
+        kvselect.atach  # noqa: B018
+
+
+def test_import_leaves_transformers_alone() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, kvselect; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,218 @@
+"""The house rules (docs/design.md): who may import whom, what lies where, how things are named."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvselect import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE, CSRC = ROOT / "kvselect", ROOT / "csrc"
+
+# Rooms from the ground up. A module imports its own floor and those below it, never one above.
+FLOORS = (
+    {"checks"},
+    {"ops"},
+    {"query_blocks", "rope", "sketch", "storage"},
+    {"cache"},
+    {"arguments", "attention", "queries", "score", "selection", "selection_cache"},
+    {"policies"},
+    {"decode", "prefill"},
+    {"reference", "testing"},
+    {"integrations"},
+    {"eval"},
+    {"cli", "doctor", "explain"},
+    {"__init__", "__main__"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The specification and the test inputs serve those who check results; what computes them may not.
+FOR_CHECKING_ONLY = {"reference", "testing"}
+CHECKERS = {"reference", "testing", "doctor", "cli", "eval", "__init__"}
+
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
+CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+OWN_FILES = sorted(
+    path
+    for folder in ("kvselect", "csrc", "tests", "bench", "docs")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+)
+OPS = re.findall(
+    r'm\.def\(\s*"(\w+)\(Tensor', (CSRC / "bindings" / "ops.cpp").read_text(encoding="utf-8")
+)
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def room_of(path: Path) -> str:
+    """The top-level module or package of kvselect that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of everything that a file imports, at its top or inside functions."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            found.add(module)
+            if module == "kvselect":
+                found |= {f"kvselect.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imported_modules(path) if name.startswith("kvselect.")}
+    return names & FLOOR_OF.keys()
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(path) for path in PYTHON_FILES} <= FLOOR_OF.keys()
+
+
+def test_imports_go_down() -> None:
+    upward = [
+        f"{name_of(path)} imports kvselect.{other}"
+        for path in PYTHON_FILES
+        for other in sorted(imported_rooms(path))
+        if FLOOR_OF[other] > FLOOR_OF[room_of(path)]
+    ]
+    assert not upward
+
+
+def test_rooms_of_one_floor_make_no_circle() -> None:
+    below = {
+        room: set().union(*(imported_rooms(p) for p in PYTHON_FILES if room_of(p) == room)) - {room}
+        for room in FLOOR_OF
+    }
+    placed: set[str] = set()
+    while len(placed) < len(below):
+        ready = {room for room in below.keys() - placed if below[room] <= placed}
+        assert ready, f"these import each other: {sorted(below.keys() - placed)}"
+        placed |= ready
+
+
+def test_results_do_not_come_from_the_reference() -> None:
+    for path in PYTHON_FILES:
+        if room_of(path) not in CHECKERS:
+            assert not imported_rooms(path) & FOR_CHECKING_ONLY, name_of(path)
+
+
+@pytest.mark.parametrize(
+    ("framework", "rooms"),
+    [
+        ("transformers", {"integrations", "eval"}),
+        ("vllm", {"integrations"}),
+        ("matplotlib", {"eval", "explain"}),
+    ],
+)
+def test_frameworks_stay_at_the_edge(framework: str, rooms: set[str]) -> None:
+    users = {
+        room_of(path)
+        for path in PYTHON_FILES
+        if framework in {name.split(".")[0] for name in imported_modules(path)}
+    }
+    assert users <= rooms
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s+([<"][^>"]+[>"])', path.read_text(encoding="utf-8"), re.M)
+
+
+# Per room of csrc: our own headers that it may include, and foreign ones. Kernels build and test
+# without torch: std, the compiler's intrinsics, CUDA's headers.
+OWN_HEADERS = {
+    "include": ("kvselect/",),
+    "cpu": ("kvselect/", "cpu/"),
+    "cuda": ("kvselect/", "cuda/"),
+    "bindings": ("kvselect/", "cpu/", "cuda/", "bindings/"),
+}
+FOREIGN_HEADERS = {
+    "include": (),
+    "cpu": ("immintrin.h", "arm_neon.h"),
+    "cuda": ("cuda", "cub/", "cooperative_groups", "mma.h"),
+    "bindings": ("torch/csrc/stable/", "torch/headeronly/", "cuda_runtime"),
+}
+
+
+def may_include(room: str, include: str) -> bool:
+    name = include[1:-1]
+    if include[0] == '"':
+        return name.startswith(OWN_HEADERS[room])
+    is_standard = "/" not in name and "." not in name
+    return is_standard or name.startswith(FOREIGN_HEADERS[room])
+
+
+def test_includes_stay_in_their_rooms() -> None:
+    wrong = [
+        f"{name_of(path)} includes {include}"
+        for path in CPP_FILES
+        for include in includes(path)
+        if not may_include(path.relative_to(CSRC).parts[0], include)
+    ]
+    assert not wrong
+
+
+def test_what_is_compiled_per_instruction_set_includes_nothing_standard() -> None:
+    """Inside a target region a standard template could become everybody's copy (STYLE.md)."""
+    per_set = [p for p in CPP_FILES if p.name.endswith("-inl.h") or p.name.startswith("vec_")]
+    assert len(per_set) > 8
+    assert not [name_of(p) for p in per_set for include in includes(p) if include[0] == "<"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_op_has_one_name_in_every_room(op: str) -> None:
+    for place in (
+        f"csrc/include/kvselect/{op}.h",
+        f"csrc/cpu/{op}-inl.h",
+        f"csrc/bindings/{op}.cpp",
+        f"tests/test_{op}.py",
+        f"tests/cpp/test_{op}.cpp",
+    ):
+        assert (ROOT / place).is_file(), place
+    assert callable(getattr(reference, op))
+    assert f"Fn {op};" in (CSRC / "cpu/dispatch.h").read_text(encoding="utf-8")
+
+
+def test_kernel_files_are_named_after_ops() -> None:
+    assert len(OPS) >= 6
+    cuda = {path.stem for path in (CSRC / "cuda").glob("*.cu")}
+    assert cuda <= set(OPS)
+    bindings = {path.stem for path in (CSRC / "bindings").glob("*.cpp")}
+    assert bindings == set(OPS) | {"ops", "checks", "machine"}
+
+
+def test_files_are_named_after_what_they_hold() -> None:
+    vague = {"util", "utils", "helper", "helpers", "misc", "common"}
+    for path in OWN_FILES:
+        parts = [Path(part).stem for part in path.relative_to(ROOT).parts]
+        words = {word for part in parts for word in re.split(r"[-_.]", part.lower())}
+        assert not words & vague, name_of(path)
+
+
+def test_nothing_shadows_torch_or_a_module_of_python() -> None:
+    assert not [name_of(path) for path in CPP_FILES if "torch" in path.relative_to(CSRC).parts]
+    shadows = [
+        name_of(path)
+        for path in OWN_FILES
+        if path.suffix == ".py" and path.stem in sys.stdlib_module_names - {"__main__"}
+    ]
+    assert not shadows
+
+
+def test_no_bare_todo() -> None:
+    marks = re.compile(rf"\b({'|'.join(('TO' + 'DO', 'FIX' + 'ME', 'X' + 'XX'))})\b")
+    code = [path for path in OWN_FILES if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}]
+    assert not [name_of(path) for path in code if marks.search(path.read_text(encoding="utf-8"))]
