@@ -1,8 +1,8 @@
 # make demo, make test: each does all of its set-up, from a fresh clone, in this folder only.
 #
-# Without torch >= 2.11 in $(PYTHON), a .venv is made here, with TORCH first (a bare "torch>=2.11" would bring a CUDA
-# build of several GB). A Python that has torch already (a GPU image, perhaps without network) is used as it is and
-# nothing is installed into it. `make VENV=.venv ...` asks for the .venv whatever $(PYTHON) has.
+# Without torch >= 2.11 in $(PYTHON), a .venv is made here, with TORCH first: left to the other packages' needs, torch
+# would be the newest there is, with CUDA libraries of several GB. A Python that has torch already (a GPU image, perhaps
+# without network) is used as it is and nothing is installed into it; `make VENV=.venv ...` asks for the .venv anyway.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; print(int(tuple(map(int, v('torch').split('.')[:2])) >= (2, 11)))" 2>/dev/null)
@@ -21,7 +21,7 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test bench lint style types format cpp-test cuda-check isa-check wheel clean distclean
+.PHONY: demo test bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
@@ -51,8 +51,8 @@ format: build/.tools-$(KIND)
 
 # The torch-free kernels against plain loops, under the address and undefined-behaviour sanitizers.
 cpp-test: $(READY)
-	$(CMAKE_CONFIGURE) -B build/cpp-test -DCMAKE_BUILD_TYPE=RelWithDebInfo -DKVSELECT_MODULES=OFF \
-	    -DKVSELECT_CPP_TESTS=ON -DKVSELECT_SANITIZE=ON -DKVSELECT_WERROR=ON
+	$(CMAKE_CONFIGURE) -B build/cpp-test -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
+	    -DKVSELECT_MODULES=OFF -DKVSELECT_CPP_TESTS=ON -DKVSELECT_SANITIZE=ON -DKVSELECT_WERROR=ON
 	cmake --build build/cpp-test --parallel $(JOBS)
 	build/cpp-test/tests/cpp/kvselect_tests
 
@@ -66,9 +66,15 @@ cuda-check: $(READY)
 isa-check: build/.built-$(KIND)
 	@objects=$$(find build/cmake-* -path '*kvselect_cpu.dir*' -name 'isa_*.o'); \
 	test -n "$$objects" || { echo "isa-check: no isa_*.o under build/"; exit 1; }; \
-	if nm -C --defined-only $$objects | grep -E ' [WV] '; then \
+	if nm -C --defined-only $$objects | grep -E ' [WVu] '; then \
 	    echo "isa-check: the weak symbols above must go into unnamed namespaces"; exit 1; \
 	else echo "isa-check: no weak symbol in" $$(echo "$$objects" | wc -l) "files"; fi
+
+# The built module on a CPU without AVX-512, if qemu can play one. (torch itself needs more than SSE4.)
+qemu-check: build/.built-$(KIND)
+	@if command -v qemu-x86_64 >/dev/null; then \
+	    OMP_NUM_THREADS=1 qemu-x86_64 -cpu Haswell $(PY) -m pytest -q -p no:cacheprovider tests/test_merge_splits.py; \
+	else echo "qemu-check: no qemu-x86_64 here, nothing checked"; fi
 
 # A wheel, installed into a folder of its own and imported from there: package data and modules are inside it.
 wheel: build/.built-$(KIND)
@@ -76,7 +82,7 @@ wheel: build/.built-$(KIND)
 	$(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
 	$(PIP) install --no-deps --target build/wheel-site build/wheel/kvselect-*.whl
 	cd build/wheel-site && PYTHONPATH=. $(if $(VENV),$(abspath $(PY)),$(PY)) -c \
-	    "import kvselect, pathlib; assert 'wheel-site' in kvselect.__file__; print(kvselect.build_info())"
+	    "import kvselect; assert 'wheel-site' in kvselect.__file__; print(kvselect.build_info())"
 
 ifneq ($(VENV),)
 $(READY):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -255,6 +255,5 @@ def _list_benches(scripts: dict[str, Path]) -> int:
 
 
 def _run_bench(path: Path, arguments: list[str]) -> int:
-    sys.argv = [str(path), *arguments]
-    runpy.run_path(str(path), run_name="__main__")
-    return 0
+    # A process of its own: benches import their neighbours and set threads for everyone.
+    return subprocess.run([sys.executable, str(path), *arguments], check=False).returncode

@@ -7,7 +7,9 @@ The ops are ``torch.ops.kvselect.<name>``; ``csrc/bindings/ops.cpp`` lists their
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from kvselect.checks import require, require_type
 
 __all__ = ["build_info", "cpu_implementation", "cpu_implementations", "set_cpu_implementation"]
+
+Fake = TypeVar("Fake", bound=Callable[..., object])
 
 
 def _load(name: str) -> None:
@@ -25,7 +29,7 @@ def _load(name: str) -> None:
             "Build it with torch >= 2.11 already installed: pip install --no-build-isolation -e ."
         )
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"{path.name} does not load into torch {torch.__version__} ({error}). "
@@ -38,7 +42,13 @@ if torch.version.cuda is not None and Path(__file__).with_name("_C_cuda.abi3.so"
     _load("_C_cuda")
 
 
-@torch.library.register_fake("kvselect::kv_append")
+def _fake(op: str) -> Callable[[Fake], Fake]:
+    """Register the decorated function as the fake kernel of an op; torch's decorator is untyped."""
+    register: Callable[[Fake], Fake] = torch.library.register_fake(f"kvselect::{op}")
+    return register
+
+
+@_fake("kv_append")
 def _kv_append(
     k: Tensor,
     v: Tensor,
@@ -54,7 +64,7 @@ def _kv_append(
     return None
 
 
-@torch.library.register_fake("kvselect::score_tokens")
+@_fake("score_tokens")
 def _score_tokens(
     q: Tensor,
     q_local: Tensor | None,
@@ -89,7 +99,7 @@ def _score_tokens(
     )
 
 
-@torch.library.register_fake("kvselect::select_tokens")
+@_fake("select_tokens")
 def _select_tokens(
     scores: Tensor,
     cache_seqlens: Tensor,
@@ -109,7 +119,7 @@ def _select_tokens(
     return None
 
 
-@torch.library.register_fake("kvselect::sparse_attention")
+@_fake("sparse_attention")
 def _sparse_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -129,14 +139,14 @@ def _sparse_attention(
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("kvselect::merge_splits")
+@_fake("merge_splits")
 def _merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     return partial_out.new_empty(partial_out.shape[1:]), partial_out.new_empty(
         partial_out.shape[1:-1]
     )
 
 
-@torch.library.register_fake("kvselect::recovered_mass")
+@_fake("recovered_mass")
 def _recovered_mass(
     q: Tensor,
     k_cache: Tensor,
@@ -166,10 +176,13 @@ def build_info() -> dict[str, object]:
         ``cpu_implementations``: list of str, slowest first; ``cpu_implementation``: the one in use.
     """
     lines = str(torch.ops.kvselect.build_info()).splitlines()
-    info: dict[str, object] = dict(line.split("=", 1) for line in lines)
+    info: dict[str, object] = {}
+    for line in lines:
+        name, _, value = line.partition("=")
+        info[name] = value
     info["cuda_archs"] = [arch for arch in str(info["cuda_archs"]).split(",") if arch]
     info["cuda_loaded"] = any("_C_cuda" in path for path in torch.ops.loaded_libraries)
-    info["torch"] = torch.__version__
+    info["torch"] = str(torch.__version__)
     info["cuda_runtime"] = torch.version.cuda
     info["python"] = platform.python_version()
     info["cpu_implementations"] = cpu_implementations()

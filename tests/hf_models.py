@@ -1,4 +1,4 @@
-"""Tiny random transformers models whose attention is not uniform, and the policies that tests run them with."""
+"""Tiny random transformers models whose attention is not uniform, and policies to run them with."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
 
 
 def build(settings: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model with random weights; query and key projections are scaled up, norms are not all one."""
+    """A model with random weights: large query and key projections, norms that are not all one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
@@ -115,8 +115,11 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def distinct(batch: int, length: int, vocab_size: int, seed: int = 0) -> Tensor:
-    """Random token ids, no two of a row equal: in a first layer without positions, equal tokens tie exactly, and the
-    last bit of a projection decides between them."""
+    """Random token ids, no two of a row equal.
+
+    In a first layer without positions, equal tokens tie
+    exactly, and the last bit of a projection decides between them.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randperm(vocab_size - 3, generator=generator)[:length] for _ in range(batch)]
     return torch.stack(rows) + 3
@@ -142,7 +145,7 @@ def wide(positions: str = "original", **changes: Any) -> TokenSelect:
 
 
 def listing(positions: str = "original", **changes: Any) -> TokenSelect:
-    """A policy that lists every token: it selects (beyond 24 tokens), yet must equal the stock model."""
+    """A policy that lists every token: it selects, beyond 24 of them, yet leaves nothing out."""
     settings: dict[str, Any] = {
         "topk": 8,
         "num_sink_tokens": 4,

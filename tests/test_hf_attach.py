@@ -1,28 +1,21 @@
-"""attach: exact where nothing is left out, reversible to the bit, and clear about what it refuses."""
+"""attach: exact where nothing is left out, reversible to the bit, clear about other caches."""
 
 from __future__ import annotations
 
-import copy
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import hf_models
 import pytest
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
-from kvselect.checks import UnsupportedModelError
-from kvselect.integrations.hf import CopiedModelError, KVSelectLayer, attach
+from kvselect.integrations.hf import KVSelectLayer, attach, plan
+from kvselect.integrations.hf.masks import read_mask
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
-from kvselect.policies.token_select import TokenSelect
 
-EXACT = 1e-5  # of the largest logit, float32; the stock model's own sdpa and eager differ by as much
+EXACT = 1e-5  # of the largest logit, float32: the model's own sdpa and eager differ by as much
 
 
 def logits_of(model: Any, ids: Tensor, new: Tensor, **kwargs: Any) -> Tensor:
@@ -77,24 +70,28 @@ def test_with_a_budget_of_the_length_logits_are_the_stock_ones(
             assert layer.prefill["num_dense_calls"] != layer.prefill["num_calls"]
 
 
-@pytest.mark.parametrize("positions", hf_models.POSITIONS)
-@pytest.mark.parametrize("policy", [Dense, StreamingLLM])
-def test_other_policies_run(policy: Any, positions: str) -> None:
-    if policy is Dense and positions == "compact":
-        pytest.skip("Dense has the model's own positions")
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Dense(),
+        StreamingLLM(num_recent_tokens=200, positions="original"),
+        StreamingLLM(num_recent_tokens=200, positions="compact"),
+    ],
+    ids=["dense", "streaming-original", "streaming-compact"],
+)
+def test_other_policies_run(policy: Any) -> None:
     model = hf_models.model("llama")
     ids, new = hf_models.tokens(1, 150), hf_models.tokens(1, 4, seed=1)
     expected = logits_of(model, ids, new)
-    settings = {} if policy is Dense else {"num_recent_tokens": 200, "positions": positions}
-    with attach(model, policy(**settings)) as handle:
+    with attach(model, policy) as handle:
         assert error(logits_of(model, ids, new), expected) <= EXACT
-        assert handle.report().to_dict()["policy"]["policy"] == policy.__name__
+        assert handle.report().to_dict()["policy"] == policy.to_dict()
 
 
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)
 @pytest.mark.parametrize("form", ["wide", "listing"])
 def test_left_padded_rows_have_their_own_logits(form: str, positions: str) -> None:
-    """A direct call without position_ids: the stock model counts padding, which changes nothing but rounding."""
+    """Without position_ids the stock model counts padding, which changes nothing but rounding."""
     model = hf_models.model("llama")
     ids, mask = hf_models.left_padded((90, 61, 7), 90)
     new = hf_models.tokens(3, 4, seed=1)
@@ -144,7 +141,7 @@ def test_holes_in_the_padding_run_dense(positions: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)
 def test_half_precision_stays_close(positions: str, dtype: torch.dtype) -> None:
-    """Bound: both runs round every layer's output to the dtype, and compact rotates in float32 (verify.TOLERANCE)."""
+    """The bound and its reasons are those of verify.TOLERANCE."""
     model = hf_models.model("qwen3").to(dtype)
     ids, new = hf_models.tokens(1, 150), hf_models.tokens(1, 4, seed=1)
     expected = logits_of(model, ids, new)
@@ -190,6 +187,34 @@ def test_a_users_mask_runs_dense_or_raises(positions: str) -> None:
         assert handle.report().layers[2].ran_dense == {"a 4-D attention mask": 1}
 
 
+def test_a_cache_may_come_by_position() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 40)
+    with attach(model, hf_models.listing("compact")), torch.no_grad():
+        expected = model.model(ids).last_hidden_state
+        cache = DynamicCache(config=model.config)
+        assert torch.equal(model.model(ids, None, None, cache).last_hidden_state, expected)
+        assert isinstance(cache.layers[0], KVSelectLayer)
+        made = model.model(ids, None, None, None).past_key_values
+        assert isinstance(made.layers[0], KVSelectLayer)
+
+
+def test_masks_are_read_once_per_kind_and_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_models.model("qwen2_mixed")
+    ids, mask = hf_models.left_padded((40, 20), 40)
+    reads = []
+    monkeypatch.setattr(plan, "read_mask", lambda mask: reads.append(mask) or read_mask(mask))
+    with attach(model, hf_models.narrow()), torch.no_grad():
+        cache = model(ids, attention_mask=mask).past_key_values
+        assert len(reads) == 2
+        starts = cache.layers[0].cache.starts
+        for _ in range(3):
+            mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        assert len(reads) == 8
+        assert cache.layers[2].cache.starts is starts  # the very tensor: the cache read it once
+
+
 # --- reversible -----------------------------------------------------------------------------------
 
 
@@ -204,7 +229,9 @@ def test_detach_is_bit_equal(name: str, implementation: str) -> None:
     handle = attach(model, hf_models.narrow("compact"))
     assert fingerprint(model) != before
     changed = logits_of(model, ids, new)
-    assert torch.equal(changed, expected) == (name == "mistral_sliding" and implementation == "sdpa")
+    assert torch.equal(changed, expected) == (
+        name == "mistral_sliding" and implementation == "sdpa"
+    )
     assert handle.attached
     handle.detach()
     handle.detach()
@@ -250,7 +277,7 @@ def test_a_cache_outlives_the_attachment() -> None:
 
 
 def test_attaching_anew_goes_on_with_the_cache() -> None:
-    """Another policy, with another sketch: its state is new, its sketch is built from the stored keys."""
+    """Another policy: its state is new, its sketch is built from the stored keys."""
     ids, new = hf_models.tokens(1, 300), hf_models.tokens(1, 2, seed=1)
     model = hf_models.model("llama")
     expected = logits_of(model, ids, new)[:, 300:]
@@ -261,9 +288,10 @@ def test_attaching_anew_goes_on_with_the_cache() -> None:
         got = [model(token, past_key_values=cache).logits for token in new.split(1, dim=1)]
         assert handle.report().layers[0].decode["num_dense_calls"] == 0
     assert error(torch.cat(got, dim=1), expected) <= EXACT
-    with attach(model, hf_models.listing("compact")), torch.no_grad():
-        with pytest.raises(ValueError, match="got '302 rotated keys', allowed: unrotated keys"):
-            model(new[:, :1], past_key_values=cache)
+    message = "got '302 rotated keys', allowed: unrotated keys"
+    compact = hf_models.listing("compact")
+    with attach(model, compact), torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(new[:, :1], past_key_values=cache)
 
 
 @pytest.mark.filterwarnings("ignore:kvselect. layer . runs dense. a cache layer DynamicLayer")
@@ -302,6 +330,6 @@ def test_static_caches_run_dense_by_their_true_length() -> None:
     with attach(model, hf_models.narrow()) as handle:
         assert torch.equal(model.generate(ids, **settings), expected)
         assert handle.report().layers[0].ran_dense == {"a cache layer StaticLayer": 6}
-    with attach(model, hf_models.narrow("compact")):
-        with pytest.raises(ValueError, match="past_key_values: got 'a StaticLayer', allowed: "):
-            model.generate(ids, **settings)
+    message = "past_key_values: got 'a StaticLayer', allowed: "
+    with attach(model, hf_models.narrow("compact")), pytest.raises(ValueError, match=message):
+        model.generate(ids, **settings)

@@ -1,4 +1,4 @@
-"""KVSelectLayer behaves as transformers' DynamicLayer does, and says when what it held has changed."""
+"""KVSelectLayer behaves as transformers' DynamicLayer does, and says when its tokens changed."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_an_offloading_cache_raises() -> None:
 
 def test_values_of_another_width_raise() -> None:
     keys, values = new_tokens(1, 4)
-    with pytest.raises(ValueError, match="value_states: got .*, allowed: the shape of the keys"):
+    with pytest.raises(ValueError, match=r"value_states: got .*, allowed: the shape of the keys"):
         KVSelectLayer().update(keys, values[..., :16])
 
 
@@ -162,7 +162,9 @@ def test_the_state_of_a_policy_follows_its_rows() -> None:
     layer.update(*new_tokens(2, 1))
     assert layer.state(policy, statistics) is state
     layer.reorder_cache(torch.tensor([1, 0]))
-    assert layer.state(policy, statistics) is state  # its lists are void by version, its counts are not
+    assert (
+        layer.state(policy, statistics) is state
+    )  # its lists are void by version, its counts are not
     layer.batch_repeat_interleave(2)
     assert layer.state(policy, statistics) is not state  # allocated per row
     state = layer.state(policy, statistics)

@@ -1,4 +1,4 @@
-"""generate() of an attached model: the same tokens as the stock model wherever nothing is left out."""
+"""generate() of an attached model: the stock model's tokens wherever nothing is left out."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ CASES = [
     for scenario in SCENARIOS
     for form in ("wide", "listing")
     for positions in hf_models.POSITIONS
-    # generate gives right padding position 0 and counts on from there, which index positions do not follow
-    # (tests/test_hf_attach.py has holes in both modes)
+    # generate gives right padding position 0 and counts on from there, which index positions do not
+    # follow (tests/test_hf_attach.py has holes in both modes)
     if not (scenario in HOLES and positions == "compact")
     and scenario not in REFUSED.get(name, ())
     # other families: every scenario once, in the mode that differs most from the stock model

@@ -96,7 +96,9 @@ def lost_token(handle: Any, patch: pytest.MonkeyPatch) -> None:
 
 def not_a_number(handle: Any, patch: pytest.MonkeyPatch) -> None:
     right = attention.decode_step
-    patch.setattr(attention, "decode_step", lambda *a, **kw: (right(*a, **kw)[0] * float("nan"), None))
+    patch.setattr(
+        attention, "decode_step", lambda *a, **kw: (right(*a, **kw)[0] * float("nan"), None)
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,9 +152,9 @@ def test_verify_leaves_no_trace() -> None:
     ],
 )
 def test_verify_checks_its_arguments(settings: Any, message: str) -> None:
-    with attach(hf_models.model("llama"), hf_models.wide()) as handle:
-        with pytest.raises(ValueError, match=message):
-            handle.verify(**settings)
+    handle = attach(hf_models.model("llama"), hf_models.wide())
+    with pytest.raises(ValueError, match=message):
+        handle.verify(**settings)
 
 
 def test_stock_runs_the_model_as_it_was() -> None:

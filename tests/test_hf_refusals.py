@@ -6,6 +6,7 @@ import copy
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -18,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from kvselect.checks import UnsupportedModelError
 from kvselect.integrations.hf import CopiedModelError, KVSelectLayer, attach
+from kvselect.integrations.hf.stack import trained_length
 from kvselect.policies.token_select import TokenSelect
 
 SMALL: dict[str, Any] = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
@@ -49,12 +51,10 @@ def opt() -> Any:
     )
 
 
-def t5() -> Any:
-    return transformers.T5GemmaConfig()
-
-
-def check_untouched(model: Any, policy: Any, error: type[Exception], message: str, **kw: Any) -> None:
-    """attach raises ``error`` with ``message``, and hooks, configuration and logits are what they were."""
+def check_untouched(
+    model: Any, policy: Any, error: type[Exception], message: str, **kw: Any
+) -> None:
+    """attach raises, and hooks, configuration and logits are what they were."""
     ids = hf_models.tokens(1, 20)
     with torch.no_grad():
         expected = model(ids).logits
@@ -137,16 +137,18 @@ def test_a_stack_that_is_not_a_language_model() -> None:
         attach(bart, hf_models.wide())
 
 
+def test_a_configuration_without_a_trained_length() -> None:
+    message = "SimpleNamespace.max_position_embeddings: got None, allowed: an int"
+    with pytest.raises(UnsupportedModelError, match=message):
+        trained_length(SimpleNamespace())
+
+
 def test_hub_kernels() -> None:
     model = hf_models.model("llama")
     model._use_kernels = True
     message = "LlamaForCausalLM.use_kernels: got True, allowed: False"
     with pytest.raises(UnsupportedModelError, match=message):
         attach(model, hf_models.wide())
-
-
-class NotForUs(nn.Module):
-    """A stack whose attention does not ask for the registered function."""
 
 
 def test_attention_outside_the_interface(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +167,22 @@ def test_attention_that_does_not_call_us(monkeypatch: pytest.MonkeyPatch) -> Non
     message = "layer 1: its attention does not call the registered function"
     check_untouched(model, hf_models.wide(), UnsupportedModelError, message)
     check_untouched(model, hf_models.wide(), UnsupportedModelError, message, strict=False)
+
+
+def test_a_model_that_fails_on_our_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some attention modules index their mask themselves."""
+    model = hf_models.model("llama")
+    inner = model.model.layers[1].self_attn
+    forward = inner.forward
+
+    def indexing(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            attention_mask[0, 0, 6]
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(inner, "forward", indexing)
+    message = "LlamaForCausalLM: got IndexError in a forward pass with the registered"
+    check_untouched(model, hf_models.wide(), UnsupportedModelError, message)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -199,13 +217,19 @@ def test_dense_layers_that_do_not_exist() -> None:
 
 def test_wrong_types() -> None:
     model = hf_models.model("llama")
-    with pytest.raises(TypeError, match="model: got Linear .*, allowed: a transformers PreTrained"):
+    with pytest.raises(
+        TypeError, match=r"model: got Linear .*, allowed: a transformers PreTrained"
+    ):
         attach(nn.Linear(2, 2), hf_models.wide())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="policy: got str 'TokenSelect', allowed: a kvselect policy"):
+    with pytest.raises(
+        TypeError, match="policy: got str 'TokenSelect', allowed: a kvselect policy"
+    ):
         attach(model, "TokenSelect")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="strict: got int 1, allowed: True or False"):
         attach(model, hf_models.wide(), strict=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="policy: got None, allowed: a kvselect policy, or model.config"):
+    with pytest.raises(
+        ValueError, match=r"policy: got None, allowed: a kvselect policy, or model\.config"
+    ):
         attach(model)
 
 
@@ -252,10 +276,12 @@ def test_a_backward_pass_raises() -> None:
     ids = hf_models.tokens(1, 8)
     with attach(model, hf_models.wide()):
         logits = model(ids).logits  # with gradients switched on, as in many a script
-        with pytest.raises(RuntimeError, match="backward: got a gradient through kvselect attention"):
+        with pytest.raises(
+            RuntimeError, match="backward: got a gradient through kvselect attention"
+        ):
             logits.sum().backward()
         model.train()
-        with pytest.raises(ValueError, match="model.training: got True, allowed: False"):
+        with pytest.raises(ValueError, match=r"model\.training: got True, allowed: False"):
             model(ids, labels=ids)
         with torch.no_grad():
             assert torch.equal(model(ids).logits, logits)
@@ -265,9 +291,12 @@ def test_a_backward_pass_raises() -> None:
 def test_dropout_raises() -> None:
     model = hf_models.build(hf_models.config("llama", attention_dropout=0.1))
     model.train()
-    with attach(model, hf_models.wide()), torch.no_grad():
-        with pytest.raises(ValueError, match=r"dropout: got 0.1, allowed: 0 \(kvselect does not train"):
-            model(hf_models.tokens(1, 8))
+    with (
+        attach(model, hf_models.wide()),
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"dropout: got 0.1, allowed: 0 \(kvselect does not train"),
+    ):
+        model(hf_models.tokens(1, 8))
 
 
 # --- copies ---------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ LAYOUTS = [
 ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
-def model_tables(layout: RopeLayout, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def model_tables(
+    layout: RopeLayout, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin as a model with this layout would make them, [1, seqlen, width]."""
     inv_freq = 1.0 / (1e4 ** (torch.arange(layout.num_pairs) / layout.num_pairs))
     angles = positions[..., None].float() * inv_freq
@@ -146,7 +148,7 @@ def test_the_inverse_takes_vectors_back_by_position(layout: RopeLayout, scaling:
 
 
 class Rotary(nn.Module):
-    """A rotary module as transformers' own are, with one set of frequencies per layer type if asked for."""
+    """A rotary module like transformers' own; ``prefix`` names a layer type."""
 
     def __init__(self, prefix: str = "") -> None:
         super().__init__()
@@ -198,7 +200,7 @@ def test_models_are_calibrated(name: str, dtype: torch.dtype) -> None:
 
 
 def test_longrope_is_frozen_in_its_short_state() -> None:
-    """Also when the model has just seen a long prompt, which leaves its rotary module in the long one."""
+    """Also after a long prompt, which leaves the rotary module in the long one."""
     model = hf_models.build(hf_models.config("phi3_longrope"))
     rotary = model.model.rotary_emb
     with torch.no_grad():

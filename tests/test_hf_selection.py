@@ -1,7 +1,8 @@
-"""Attached models that leave tokens out: oracles, rows, drafts, reuse, contexts beyond the trained length.
+"""Attached models that leave tokens out: oracles, rows, drafts, reuse, long contexts.
 
-The oracle needs none of our maths: in a model of one layer, keys and values depend only on each token's own embedding,
-so a query that attends to the tokens S must give what the stock model gives for the text ``tokens[S]``.
+The oracle needs none of our maths: in a model of one layer, keys and values depend only on each
+token's own embedding, so a query that attends to the tokens S must give what the stock model gives
+for the text ``tokens[S]``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvselect import StreamingLLM, TokenSelect, attach
+from kvselect.integrations.hf import attention
 from kvselect.policies.base import register_policy
 
 CONTEXT = 601
@@ -53,7 +55,7 @@ def policy(positions: str, **changes: Any) -> Any:
 
 
 def stock_on(model: Any, ids: Tensor, kept: Tensor, positions: str) -> Tensor:
-    """Last logits of the stock model for the text ``ids[kept]``, at its old places or at new ones."""
+    """Last logits of the stock model for the text ``ids[kept]``, at old places or at new ones."""
     with torch.no_grad():
         places = kept[None] if positions == "original" else None
         return model(ids[kept][None], position_ids=places).logits[0, -1]
@@ -129,7 +131,7 @@ def test_streaming_llm_equals_the_stock_model_on_sinks_and_window(positions: str
     assert error(got, expected) <= ORACLE
 
 
-# --- rows, drafts, turns ----------------------------------------------------------------------------
+# --- rows, drafts, turns --------------------------------------------------------------------------
 
 
 GREEDY: dict[str, Any] = {
@@ -144,7 +146,7 @@ GREEDY: dict[str, Any] = {
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)
 @pytest.mark.parametrize("scope", ["kv_head", "layer"])
 def test_a_row_does_not_depend_on_its_batch(scope: str, positions: str, sketch: str | None) -> None:
-    """Blocks of a sketch count padding: with one, rows are equal where their padding is whole blocks."""
+    """A sketch's blocks count padding: with one, rows agree where padding is whole blocks."""
     lengths = (512, 384, 256) if sketch else (300, 211, 170)
     width = lengths[0]
     settings = {"scope": scope, "sketch": sketch, "num_recent_tokens": 128 if sketch else 12}
@@ -177,11 +179,14 @@ def test_a_draft_is_scored_as_so_many_decode_steps(positions: str) -> None:
 
 
 def test_assisted_decoding_equals_greedy_search() -> None:
-    """The prompt is short: transformers' first forward holds prompt and drafts in one call, and where that call
-    selects, its query blocks mix both. All later drafts are verified by the decode rule.
+    """All later drafts are verified by the decode rule.
 
-    Not with compact positions: there equal tokens have equal keys in the first layer, wherever they stand, and which
-    of them wins depends on the last bit of projections that are computed for four tokens at once or for one.
+    The prompt is short: transformers' first forward holds prompt and drafts in one call, and
+    where that call selects, its query blocks mix both.
+
+    Not with compact positions: there equal tokens have equal keys in the first layer, wherever they
+    stand, and which of them wins depends on the last bit of projections that are computed for four
+    tokens at once or for one.
     """
     model, assistant = hf_models.model("llama"), hf_models.model("llama")
     assistant.generation_config.num_assistant_tokens = 3
@@ -208,7 +213,7 @@ def test_two_runs_give_the_same_bits(positions: str) -> None:
 
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)
 def test_contexts_beyond_the_trained_length(positions: str) -> None:
-    """Compact positions stay inside it: nothing that the last token sees depends on how long the text is."""
+    """Nothing that the last token sees depends on how long the text is."""
     settings = hf_models.config("llama", num_hidden_layers=1, max_position_embeddings=256)
     model = hf_models.build(settings)
     ids = hf_models.tokens(1, 1200)
@@ -231,7 +236,47 @@ def test_dense_prefill_stops_at_the_trained_length() -> None:
             model(hf_models.tokens(1, 257))
 
 
-# --- reuse ------------------------------------------------------------------------------------------
+# --- un-rotated queries ---------------------------------------------------------------------------
+
+
+def test_block_means_do_not_depend_on_where_positions_start() -> None:
+    """Rotary attention knows distances only; so must the selection, whatever position_ids are."""
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(2, 200)
+    places = torch.arange(200)[None]
+    with torch.no_grad():
+        stock = model(ids).logits
+        with attach(model, hf_models.narrow()):
+            plain = model(ids, position_ids=places).logits
+            shifted = model(ids, position_ids=places + torch.tensor([[700], [13]])).logits
+    assert error(plain, stock) > 1e-2
+    assert error(shifted, plain) <= 1e-4  # rotations by other angles round otherwise
+
+
+def test_queries_are_rotated_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_models.model("qwen2")
+    ids = hf_models.tokens(2, 200)
+    with attach(model, hf_models.narrow()), torch.no_grad():
+        expected = model(ids).logits
+        monkeypatch.setattr(attention, "QUERIES_AT_ONCE", 7)
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_yarn"])
+@pytest.mark.parametrize("on", ["unrotated", "rotated"])
+def test_similarity_is_that_of_queries_before_rope(name: str, on: str) -> None:
+    """In one layer a repeated token asks the same query at every step, but for its rotation."""
+    model = hf_models.build(hf_models.config(name, num_hidden_layers=1))
+    settings = {"similarity_threshold": 0.9999, "similarity_on": on}
+    with attach(model, hf_models.narrow(**settings)) as handle, torch.no_grad():
+        cache = model(hf_models.tokens(1, 80)).past_key_values
+        for _ in range(6):
+            model(torch.tensor([[50]]), past_key_values=cache)
+        decode = handle.report().layers[0].decode
+    assert decode["num_hits"] == (10 if on == "unrotated" else 0)  # two lists, five steps
+
+
+# --- reuse ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)

@@ -34,7 +34,7 @@ class Checkpoint:
     Attributes
     ----------
     name : str
-        Folder name, for tables.
+        Of the folder, for tables.
     window_tokens : int
         The context length it was trained for, as its config says.
     speaks_dialect : bool
@@ -113,7 +113,7 @@ def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu
     vocabulary = {word: index for index, word in enumerate(dialect.vocabulary())}
     text_config = model.config.get_text_config()
     return Checkpoint(
-        name=folder.resolve().name,
+        name="Embedded model" if str(path) == EMBEDDED else folder.resolve().name,
         model=model,
         tokenizer=tokenizer,
         window_tokens=int(text_config.max_position_embeddings),

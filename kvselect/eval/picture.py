@@ -62,7 +62,7 @@ def _panel(axes: Any, results: Results, tasks: tuple[str, ...], title: str, *, l
             color=colour,
             marker=marker,
             label=policy,
-            linewidth=2.4 if large else 1.6,
+            linewidth=(2.4 if large else 1.6) + (1.6 if index == 0 else 0.0),  # shows under others
             markersize=7 if large else 4.5,
             markeredgecolor="white",
             markeredgewidth=0.8,

@@ -45,6 +45,8 @@ class Cell:
         Wall time of one decode step, median, all policies interleaved [ms].
     prefill_s : float
         Wall time of reading one context, median [s].
+    cache_bytes : int
+        Memory of keys, values and sketch after the last context, room to grow included.
     """
 
     task: str
@@ -56,6 +58,7 @@ class Cell:
     bytes_ratio: float
     decode_ms: float
     prefill_s: float
+    cache_bytes: int
 
     @property
     def score(self) -> float:
@@ -130,6 +133,7 @@ class Results:
                     "bytes_read_over_dense": cell.bytes_ratio,
                     "decode_ms": cell.decode_ms,
                     "prefill_s": cell.prefill_s,
+                    "cache_bytes": cell.cache_bytes,
                     "outcomes": [int(right) for right in cell.outcomes],
                 }
             )
@@ -168,7 +172,7 @@ def table(results: Results) -> Table:
     samples = f"{min(counts)}–{max(counts)}" if len(counts) > 1 else f"{max(counts, default=0)}"
     caption = "Score: exact match in %, below it the 95 % interval (Wilson). "
     caption += f"{samples} questions per cell"
-    if max(counts, default=0) < CLAIM_SAMPLES:
+    if min(counts, default=0) < CLAIM_SAMPLES:
         caption += f": a demonstration; a claim needs {CLAIM_SAMPLES}"
     caption += (
         ".\nMass, tokens and bytes: per decode step, mean over layers, heads and tasks; "
@@ -185,7 +189,7 @@ def table(results: Results) -> Table:
     shown.add_column("policy", max_width=13)  # wraps into the two lines that a row has anyway
     for task in results.tasks:
         shown.add_column(task.removeprefix("niah_"), justify="right", no_wrap=True)
-    for heading in ("mass\nkept", "tokens\nread", "bytes\nread", "ms per\ntoken"):
+    for heading in ("mass\nkept", "tokens\nread", "bytes\nread", "ms per\ntoken", "cache\nMB"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for length in results.lengths:
         for policy in results.policies:
@@ -206,6 +210,7 @@ def table(results: Results) -> Table:
                 f"{tokens:.0f}",
                 f"{100 * (ratio or 0.0):.0f} %",
                 f"{decode_ms:.1f}",
+                f"{max(cell.cache_bytes for cell in present) / 1e6:.1f}",
             )
         shown.add_section()
     return shown

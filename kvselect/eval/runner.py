@@ -137,6 +137,14 @@ class Session:
             tokens += (layer.tokens_per_step or 0.0) / len(layers)
         return tokens, read / dense if dense else 1.0
 
+    def cache_bytes(self) -> int:
+        """Memory of the session's cache, sketch included."""
+        total = 0
+        for layer in self.cache.layers:
+            own = getattr(layer, "cache", None)  # of the layers that we replaced
+            total += layer.keys.nbytes + layer.values.nbytes if own is None else own.nbytes
+        return total
+
     def crop_to(self, num_tokens: int) -> None:
         """Forget everything after the context."""
         surplus = self.cache.get_seq_length() - num_tokens
@@ -372,6 +380,7 @@ def _run_cell(
                 bytes_ratio=bytes_ratio,
                 decode_ms=1000 * decode_s[session.label],
                 prefill_s=statistics.median(prefill_s[session.label]),
+                cache_bytes=session.cache_bytes(),
             )
         )
     return cells

@@ -32,13 +32,13 @@ class Layer:
     ----------
     q : Tensor, [num_queries, num_q_heads, head_dim], float32
     k : Tensor, [num_tokens, num_kv_heads, head_dim], float32
-    rope : Rope
-        The layer's rotation, for `num_tokens` positions.
+    rope : Rope or None
+        The layer's rotation, for `num_tokens` positions; None: not known.
     """
 
     q: Tensor
     k: Tensor
-    rope: Rope
+    rope: Rope | None
 
 
 def capture(checkpoint: Checkpoint, num_tokens: int, *, task: str, seed: int = 0) -> list[Layer]:
@@ -101,8 +101,10 @@ class Ranking:
         The same, where a token that ties with the last of the exact top-k counts as one of them. A
         word-level model repeats its words, so in its first layer hundreds of keys are equal, and
         which of them are "the" top-k is decided by their positions alone.
+    mass_recall : dict
+        Share of the exact top-k's attention mass that was found: what a missed token weighs.
     mass : dict
-        Attention mass held by what was found, mean.
+        Attention mass held by all that was found, mean.
     heaviest_miss : dict
         Largest score that was missed, over the last score of the exact top-k; the worst of all.
     exact_mass : float
@@ -111,6 +113,7 @@ class Ranking:
 
     set_recall: dict[float, float]
     recall: dict[float, float]
+    mass_recall: dict[float, float]
     mass: dict[float, float]
     heaviest_miss: dict[float, float]
     exact_mass: float
@@ -120,7 +123,7 @@ TIE = 1e-4  # scores closer than this, relatively, tie: equal keys reach them al
 
 
 def rank(
-    layer: Layer, topk: int, *, rotated: bool, sketch: str, factors: tuple[float, ...]
+    layer: Layer, topk: int, *, positions: str | None, sketch: str, factors: tuple[float, ...]
 ) -> Ranking:
     """Compare the sketch's ranking with the exact one, for every query of a layer.
 
@@ -128,14 +131,17 @@ def rank(
     ----------
     topk : int
         Of all tokens; no sinks, no window.
-    rotated : bool
-        Keys at their positions and queries at the last one (``positions="original"``), or as they
-        are (``"compact"``).
+    positions : "original", "compact" or None
+        As a policy of these positions scores: keys at their places and queries at the last one; or
+        keys as they are and queries at a fixed distance of 128. None: neither is rotated.
     """
     num_tokens = layer.k.shape[0] // BLOCK_TOKENS * BLOCK_TOKENS  # every token is in the sketch
     q, k = layer.q, layer.k[:num_tokens]
-    if rotated:
-        q = layer.rope.rotate(q, num_tokens - 1)
+    if positions is not None:
+        assert layer.rope is not None
+        q = layer.rope.rotate(q, num_tokens - 1 if positions == "original" else BLOCK_TOKENS)
+    if positions == "original":
+        assert layer.rope is not None
         k = layer.rope.rotate(k, torch.arange(num_tokens))
     cache = KVCache(1, k.shape[1], k.shape[2], sketch=sketch)
     cache.append(k[None], k[None])
@@ -149,11 +155,14 @@ def rank(
     def held(listed: Tensor) -> float:
         return float((exact * listed).sum(2).mean()) / group_size
 
-    ranking = Ranking(set_recall={}, recall={}, mass={}, heaviest_miss={}, exact_mass=held(best))
+    ranking = Ranking(
+        set_recall={}, recall={}, mass_recall={}, mass={}, heaviest_miss={}, exact_mass=held(best)
+    )
     for factor in factors:
         found = _listed(sketched, topk, factor)
         ranking.set_recall[factor] = float((found & best).sum(2).double().mean()) / topk
         ranking.recall[factor] = float((found & near).sum(2).clamp(max=topk).double().mean()) / topk
+        ranking.mass_recall[factor] = held(best & found) / ranking.exact_mass
         ranking.mass[factor] = held(found)
         missed = exact.masked_fill(found, 0.0).amax(2, keepdim=True) / threshold
         ranking.heaviest_miss[factor] = float(missed.max())

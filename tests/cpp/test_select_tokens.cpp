@@ -165,7 +165,7 @@ TEST(select_tokens_with_16385_ties) {
     select.scores.assign(20000, 0.f);  // nothing but ties
     select.run(ops, __LINE__);
     select.scores.assign(20000, -0.f);
-    for (int i = 0; i < 10000; ++i) select.scores[i] = 0.f;  // -0 ties with 0
+    for (int i = 10000; i < 20000; ++i) select.scores[i] = 0.f;  // -0 ties with a later 0
     select.run(ops, __LINE__);
 }
 

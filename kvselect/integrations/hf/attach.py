@@ -1,4 +1,4 @@
-"""`attach`: make a transformers model run with a selection policy; `Handle`: look at it, check it, take it off."""
+"""`attach` runs a transformers model with a policy; its `Handle` reports, verifies, detaches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
 from kvselect.policies.base import Policy, policy_from_dict
 
 NAME = "kvselect"
-"""Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa", "flex_attention", "/"
-and "|" in them."""
+"""Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
+"flex_attention", "/" and "|" in them."""
 
 
 class Handle:
-    """A policy on a model, from `attach` until `detach`. Also a context manager that detaches at its end."""
+    """A policy on a model, from `attach` until `detach`; as a context manager, until its end."""
 
     def __init__(self, model: PreTrainedModel, plan: StackPlan, undo: ExitStack) -> None:
         self.model = model
@@ -52,7 +52,7 @@ class Handle:
         return self._undo is not None
 
     def report(self) -> Report:
-        """What every layer did since `attach`; ``str()`` of it is a table, ``.to_dict()`` goes into JSON."""
+        """What every layer did since `attach`; ``str()`` is a table, ``.to_dict()`` is for JSON."""
         return make_report(self.model, self._plan)
 
     def verify(
@@ -63,18 +63,19 @@ class Handle:
         tolerance: float | None = None,
         seed: int = 0,
     ) -> VerifyResult:
-        """Compare the model with and without kvselect where they must agree: with a budget of at least the length.
+        """Compare the model with and without kvselect where nothing is left out: they must agree.
 
-        Runs a random prompt and a few decode steps on the model as it was, then with the attached policy widened to
-        keep every token: once by its dense path, once through scores, lists and sparse attention.
+        Runs a random prompt and a few decode steps on the model as it was, then with the attached
+        policy widened to keep every token: once by its dense path, once through scores, lists and
+        sparse attention.
 
         Parameters
         ----------
         prompt_tokens, decode_tokens : int
             Length of the two phases [tokens].
         tolerance : float or None
-            Bound on ``max |difference| / max |stock|`` of the logits and of every layer's attention output; None: by
-            the model's dtype (`verify.TOLERANCE`).
+            Bound on ``max |difference| / max |stock|`` of the logits and of every layer's attention
+            output; None: by the model's dtype (`verify.TOLERANCE`).
         seed : int
             Of the random tokens.
 
@@ -102,7 +103,10 @@ class Handle:
             plan.mode = "select"
 
     def detach(self) -> None:
-        """Remove every hook and restore the attention implementations: logits are bit-equal to before. Idempotent."""
+        """Remove the hooks, restore the attention implementations: logits are bit-equal to before.
+
+        A second call does nothing.
+        """
         if self._undo is not None:
             undo, self._undo = self._undo, None
             undo.close()
@@ -126,12 +130,13 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     Parameters
     ----------
     model : PreTrainedModel
-        Its attention must go through transformers' attention interface (Llama, Qwen2, Qwen3, Mistral and others).
+        Its attention must go through transformers' attention interface (Llama, Qwen2, Qwen3,
+        Mistral and others).
     policy : Policy or None
         None: the dict at ``model.config.kvselect``, written by ``policy.to_dict()``.
     strict : bool
-        True: raise if any layer that should select cannot, naming all of them. False: those layers run dense, and the
-        report says why.
+        True: raise if any layer that should select cannot, naming all of them. False: those layers
+        run dense, and the report says why.
 
     Returns
     -------
@@ -142,15 +147,16 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     UnsupportedModelError
         If kvselect cannot run this model, or (strict) some of its layers.
     ValueError
-        If a policy is attached already, ``output_attentions`` is on, a dense layer does not exist, or the policy's
-        compact positions exceed the length that the model was trained on.
+        If a policy is attached already, ``output_attentions`` is on, a dense layer does not exist,
+        or the policy's compact positions exceed the length that the model was trained on.
     TypeError
         If the model is not a PreTrainedModel or the policy not a Policy.
 
     Notes
     -----
-    A failing attach leaves the model as it was. The first call registers the name "kvselect" with transformers;
-    nothing else outside the model changes. Two forward passes of seven tokens calibrate the rotation of each layer.
+    A failing attach leaves the model as it was. The first call registers the name "kvselect" with
+    transformers; nothing else outside the model changes. Two forward passes of seven tokens
+    calibrate the rotation of each layer.
     """
     require_type(model, PreTrainedModel, "model", "a transformers PreTrainedModel")
     require_bool(strict, "strict")
@@ -165,8 +171,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     config: Any = stack.config
     require(not config.output_attentions, "config.output_attentions", True, "False")
     modules = attention_modules(stack)
-    layers = len(modules)
-    bad = [index for index in policy.dense_layers if not 0 <= index < config.num_hidden_layers]
+    bad = [index for index in policy.dense_layers if index >= config.num_hidden_layers]
     require(
         not bad,
         "dense_layers",
@@ -184,7 +189,14 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     plan.layers = [plan_layer(module, config, plan) for module in modules]
     with ExitStack() as undo:
         _switch_on(model, stack, modules, plan, undo)
-        probes = run_calibration(stack, plan)
+        try:
+            probes = run_calibration(stack, plan)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: got {type(error).__name__} in a forward pass with the "
+                f"registered attention and mask functions ({error}), allowed: models that pass "
+                "keywords on to them and leave the mask to them"
+            ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
         plan.mode = "select"
         return Handle(model, plan, undo.pop_all())
@@ -203,7 +215,7 @@ def _policy_of(model: PreTrainedModel, policy: Policy | None) -> Policy:
 
 
 def _selecting(previous: dict[str, Any]) -> dict[str, Any]:
-    """The form of ``set_attn_implementation`` that moves the stack's configuration, and no other, to our name."""
+    """What moves the stack's configuration, and no other, to our name."""
     return {
         key: _selecting(value) if isinstance(value, dict) else NAME
         for key, value in previous.items()
@@ -222,7 +234,7 @@ def _switch_on(
     AttentionMaskInterface.register(NAME, key_range_mask)
     undo.callback(model.set_attn_implementation, plan.previous)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a class outside the interface is refused below, in our words
+    transformers_logging.set_verbosity_error()  # what it warns of is refused below, in our words
     try:
         model.set_attn_implementation(_selecting(plan.previous))
     finally:
@@ -230,19 +242,23 @@ def _switch_on(
     config: Any = stack.config
     if config._attn_implementation != NAME:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: got attention outside transformers' attention interface, allowed: models whose "
-            "attention implementation can be set (Llama, Qwen2, Qwen3, Mistral, ...)"
+            f"{type(model).__name__}: got attention outside transformers' attention interface, "
+            "allowed: models whose attention implementation can be set (Llama, Qwen2, Qwen3, "
+            "Mistral, ...)"
         )
-    for hook in install_hooks(stack, modules, plan):
-        undo.callback(hook.remove)
     for module in (stack, *modules):
         undo.callback(module.__dict__.pop, PLAN_KEY, None)
+    for hook in install_hooks(stack, modules, plan):
+        undo.callback(hook.remove)
 
 
 def _decide(
     model: PreTrainedModel, plan: StackPlan, problems: dict[int, Problem], strict: bool
 ) -> None:
-    """Which layers select; raises for what must not run, or (strict) for any layer that should select and cannot."""
+    """Settle which layers select.
+
+    Raises for what must not run; with ``strict``, for any layer that should select and cannot.
+    """
     if plan.policy.positions == "original" and not unrotated_phases(plan.policy):
         problems = {index: problem for index, problem in problems.items() if not problem.rotation}
     meant = {layer.index for layer in plan.layers if layer.selects}
@@ -255,9 +271,9 @@ def _decide(
         lines = "".join(f"\n  layer {index}: {problem.text}" for index, problem in raised.items())
         fatal = any(problem.fatal for problem in raised.values())
         advice = "" if fatal else "\nstrict=False runs these layers dense."
-        allowed = "plain causal softmax attention with RoPE"
         raise UnsupportedModelError(
-            f"{type(model).__name__}: got layers that cannot select, allowed: {allowed}{lines}{advice}"
+            f"{type(model).__name__}: got layers that cannot select, allowed: plain causal softmax "
+            f"attention with RoPE{lines}{advice}"
         )
     last = max((layer.index for layer in plan.layers), default=-1)
     plan.sketches = [None] * (last + 1)

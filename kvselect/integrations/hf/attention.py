@@ -16,6 +16,9 @@ from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
 from kvselect.prefill import prefill
 
+QUERIES_AT_ONCE = 2048
+"""Queries that are rotated back at once in prefill: bounds the float32 copies."""
+
 
 def kvselect_attention(
     module: nn.Module,
@@ -54,11 +57,15 @@ def kvselect_attention(
     Raises
     ------
     ValueError
-        If the model is not attached or trains, for dropout, and for softmax variants that we do not compute.
+        If the model is not attached or trains, for dropout, and for softmax variants that we do not
+        compute.
     """
     if kvselect is None:
-        allowed = "a model with a policy: call kvselect.attach(model, policy)"
-        raise ValueError(f"attn_implementation: got 'kvselect', allowed: {allowed}")
+        raise ValueError(
+            "attn_implementation: got 'kvselect', allowed: a model with a policy: call "
+            "kvselect.attach(model, policy) (a model that shares its configuration object with an "
+            "attached one needs a copy of it)"
+        )
     softmax_scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
     if kvselect.plan.stack.recorder is not None:
         options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
@@ -111,6 +118,7 @@ def _attend(
     if plan.reason is None:
         reason = _why_dense(keys, layer)
         if reason is None:
+            assert isinstance(keys, KeyRange)
             return _select(query, key, value, context, keys, softmax_scale)
         plan.ran_dense(reason)
         if plan.rotates_itself:
@@ -138,67 +146,81 @@ def _select(
     key: Tensor,
     value: Tensor,
     context: LayerContext,
-    keys: KeyRange | Tensor,
+    keys: KeyRange,
     softmax_scale: float,
 ) -> Tensor:
     """One decode step or prefill call through the attached policy."""
-    plan, layer = context.plan, context.layer
-    stack = plan.stack
-    policy = plan.policy
+    plan, layer, policy = context.plan, context.layer, context.plan.policy
     assert policy is not None
     if layer is not None:
         cache: KVCache = layer.cache
         state = layer.state(policy, plan.statistics)
     else:  # no cache: the state lasts one call
-        assert isinstance(keys, KeyRange)
-        cache = KVCache(
-            key.shape[0],
-            key.shape[1],
-            key.shape[3],
-            dtype=key.dtype,
-            device=key.device,
-            capacity=key.shape[2],
-            sketch=policy.required_sketch,
-        )
-        cache.set_starts(keys.starts)
-        cache.append(key.transpose(1, 2), value.transpose(1, 2))
+        cache = _one_call_cache(key, value, keys, policy.required_sketch)
         state = policy.new_state(cache)
         state.prefill, state.decode = plan.statistics
+    plan.nonfinite = cache.num_nonfinite
     q = query.transpose(1, 2)
     seqlen_q = q.shape[1]
+    filled = cache.max_seqlen > seqlen_q
+    stepwise = filled and seqlen_q <= policy.tail_q_block_size  # each query selects by itself
+    if stepwise:
+        plan.num_lists += cache.batch * cache.num_kv_heads * seqlen_q
+
     rope, q_unrotated = None, None
     if plan.rotates_itself:
-        rope = stack.table(plan, max(policy.capacity, cache.max_seqlen), q.device)
-    elif seqlen_q == 1:
+        rope = plan.stack.table(plan, max(policy.capacity, cache.max_seqlen), q.device)
+    elif filled and seqlen_q == 1:
         if "decode" in plan.needs_unrotated:
             assert context.cos is not None and context.sin is not None
-            q_unrotated = stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
-            rope = stack.table(plan, 1, q.device)
-    elif "prefill" in plan.needs_unrotated:
-        # By index, not by position_ids: the policy rotates block means to their index, and these two must cancel
-        # for the means to meet the rotated keys, whatever positions a row starts at.
-        inverse = stack.inverse(plan, q.device)
-        q_unrotated = inverse.rotate_at(q, -_index(cache, seqlen_q)).to(q.dtype)
-        rope = stack.table(plan, 1, q.device)
-    plan.nonfinite = cache.num_nonfinite
-    filled = cache.max_seqlen > seqlen_q
-    if filled and seqlen_q <= max(policy.tail_q_block_size, 1):
-        plan.num_lists += cache.batch * cache.num_kv_heads * seqlen_q
-    if filled and seqlen_q == 1:
-        out, _ = decode_step(
-            q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
-        )
-    else:
-        out, _ = prefill(
-            q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
-        )
+            q_unrotated = plan.stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
+            rope = plan.stack.table(plan, 1, q.device)
+    elif "prefill" in plan.needs_unrotated and not stepwise:
+        longest = max(cache.num_real_tokens)
+        if not policy.is_dense("prefill", longest - 1, longest, None):
+            q_unrotated = _rotated_back(plan, q, cache)
+            rope = plan.stack.table(plan, 1, q.device)
+
+    step = decode_step if filled and seqlen_q == 1 else prefill
+    out, _ = step(
+        q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
+    )
     return out
 
 
-def _index(cache: KVCache, seqlen_q: int) -> Tensor:
-    """Real tokens before each of the last ``seqlen_q`` ones, [batch or 1, seqlen_q]."""
-    place = torch.arange(cache.max_seqlen - seqlen_q, cache.max_seqlen, device=cache.device)[None]
-    return place if cache.starts is None else place - cache.starts[:, None]
+def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | None) -> KVCache:
+    """A cache for a call without one: ``key`` and ``value`` are all there is."""
+    batch, num_kv_heads, seqlen_k, head_dim = key.shape
+    cache = KVCache(
+        batch,
+        num_kv_heads,
+        head_dim,
+        dtype=key.dtype,
+        device=key.device,
+        capacity=seqlen_k,
+        sketch=sketch,
+    )
+    cache.set_starts(keys.starts)
+    cache.append(key.transpose(1, 2), value.transpose(1, 2))
+    return cache
+
+
+def _rotated_back(plan: LayerPlan, q: Tensor, cache: KVCache) -> Tensor:
+    """The queries of a prefill call before RoPE, in their dtype.
+
+    By index, not by position_ids: the policy rotates block means to their index, and the two must
+    cancel for the means to meet the rotated keys, whatever positions a row starts at.
+    """
+    inverse = plan.stack.inverse(plan, q.device)
+    seqlen_q = q.shape[1]
+    index = torch.arange(cache.max_seqlen - seqlen_q, cache.max_seqlen, device=q.device)[None]
+    if cache.starts is not None:
+        index = index - cache.starts[:, None]
+    back = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    for begin in range(0, seqlen_q, QUERIES_AT_ONCE):
+        part = slice(begin, begin + QUERIES_AT_ONCE)
+        back[:, part] = inverse.rotate_at(q[:, part], -index[:, part])
+    return back
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -211,5 +233,6 @@ class _ForwardOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "backward: got a gradient through kvselect attention, allowed: forward only (call handle.detach() to train)"
+            "backward: got a gradient through kvselect attention, allowed: forward only (call "
+            "handle.detach() to train)"
         )

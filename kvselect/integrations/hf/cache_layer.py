@@ -1,7 +1,8 @@
 """A transformers cache layer over `kvselect.KVCache`: appends in place and shows zero-copy views.
 
-``DynamicLayer.update`` concatenates the whole cache at every step; this layer writes only the new tokens. Everything
-that a selection policy remembers about a layer lives here too, so that it follows the rows of the cache.
+``DynamicLayer.update`` concatenates the whole cache at every step; this layer writes only the new
+tokens. Everything that a selection policy remembers about a layer lives here too, so that it
+follows the rows of the cache.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ RopeState = Literal["rotated", "unrotated"]
 
 
 class KVSelectLayer(DynamicLayer):
-    """Keys and values of one layer in a `KVCache`, shown to transformers as ``[batch, heads, seqlen, head_dim]``.
+    """One layer's keys and values in a `KVCache`, shown as ``[batch, heads, seqlen, head_dim]``.
 
     Parameters
     ----------
     sketch : {"int4", "int8", None}
-        Format of the scoring keys that the cache keeps; None where the layer does not select by sketch.
+        Format of the scoring keys that the cache keeps; None where the layer does not select by
+        sketch.
 
     Attributes
     ----------
@@ -35,9 +37,11 @@ class KVSelectLayer(DynamicLayer):
     rope_state : {"rotated", "unrotated"} or None
         How the stored keys are; set by the first append.
     validity : Tensor, [batch, tokens], bool, or None
-        Which keys count, where the padding of the last call with several queries had holes; younger tokens count.
+        Which keys count, where the padding of the last call with several queries had holes; younger
+        tokens count.
     version : int
-        Moves with everything except an append: what a policy remembered at another version is stale.
+        Moves with everything except an append: what a policy remembered at another version is
+        stale.
     """
 
     def __init__(self, sketch: str | None = None) -> None:
@@ -52,7 +56,9 @@ class KVSelectLayer(DynamicLayer):
         self._state_policy: Policy | None = None
         self._announced: RopeState | None = None
         self._starts: Tensor | None = None
-        self._stores: tuple[Tensor, Tensor] | None = None  # all room, [batch, heads, capacity, head_dim]
+        self._stores: tuple[Tensor, Tensor] | None = (
+            None  # all room, [batch, heads, capacity, head_dim]
+        )
         self._past_versions = 0
 
     def __repr__(self) -> str:
@@ -69,7 +75,8 @@ class KVSelectLayer(DynamicLayer):
         ----------
         rope_state : {"rotated", "unrotated"}
         sketch : {"int4", "int8", None}
-            Format that the attached policy wants; the sketch of a filled layer is rebuilt if it has another.
+            Format that the attached policy wants; the sketch of a filled layer is rebuilt if it has
+            another.
         starts : Tensor, [batch], int32, or None
             First real token of each row; None: leave them as they are.
 
@@ -86,7 +93,7 @@ class KVSelectLayer(DynamicLayer):
     def state(
         self, policy: Policy, statistics: tuple[PhaseStatistics, PhaseStatistics]
     ) -> PolicyState:
-        """What ``policy`` remembers about this layer; made anew for another policy, with these counters."""
+        """What ``policy`` remembers about this layer; made anew for another policy."""
         assert self.cache is not None
         if self._state is None or self._state_policy is not policy:
             self._state, self._state_policy = policy.new_state(self.cache), policy
@@ -94,7 +101,7 @@ class KVSelectLayer(DynamicLayer):
         return self._state
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the shape, dtype and device of the first keys ``[batch, heads, n, head_dim]``."""
+        """Allocate as the first keys are, ``[batch, heads, n, head_dim]``."""
         require(
             key_states.shape == value_states.shape,
             "value_states",
@@ -110,13 +117,13 @@ class KVSelectLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append ``[batch, heads, n, head_dim]`` and return views of all keys and values, in the same layout.
+        """Append ``[batch, heads, n, head_dim]``; return views of everything stored, so laid out.
 
         Raises
         ------
         ValueError
-            If the layer holds un-rotated keys and the caller is not an attached model: a model that rotates its
-            queries would meet them without their positions.
+            If the layer holds un-rotated keys and the caller is not an attached model: a model that
+            rotates its queries would meet them without their positions.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -129,6 +136,8 @@ class KVSelectLayer(DynamicLayer):
         ):  # before the append, which it must not look like an interruption of
             self.cache.set_starts(self._starts)
             self._starts = None
+        if key_states.requires_grad or value_states.requires_grad:  # our ops have no gradient
+            key_states, value_states = key_states.detach(), value_states.detach()
         self.cache.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
         return self._show()
 
@@ -172,7 +181,7 @@ class KVSelectLayer(DynamicLayer):
         self._take_rows(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
-        """Forget all tokens and what was remembered about them; the next `update` allocates anew."""
+        """Forget all tokens and what was remembered of them; the next `update` allocates."""
         self._past_versions = self.version + 1
         self.cache = self.keys = self.values = None
         self.rope_state = self.validity = self._state = self._state_policy = None
@@ -210,11 +219,13 @@ class KVSelectLayer(DynamicLayer):
         if self.rope_state in (None, rope_state) or self.get_seq_length() == 0:
             return
         got = f"{self.get_seq_length()} {self.rope_state} keys"
-        allowed = f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)"
+        allowed = (
+            f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)"
+        )
         require(False, "cache layer", got, allowed)
 
     def _change_sketch(self, sketch: str | None) -> None:
-        """Rebuild the cache with another sketch format: another policy was attached since it was filled."""
+        """Rebuild a cache that was filled under a policy with another sketch format."""
         self.sketch = sketch
         old = self.cache
         if old is None:
@@ -255,8 +266,8 @@ def upgrade_cache(
     Parameters
     ----------
     cache : Cache
-        Its type stays, so that every check in ``generate`` passes. Layers of any other type, and filled ones, stay
-        as they are.
+        Its type stays, so that every check in ``generate`` passes. Layers of any other type, and
+        filled ones, stay as they are.
     sketches : list of str or None
         Sketch format of each layer of the decoder stack.
     foreign_layers : frozenset of int
@@ -270,7 +281,8 @@ def upgrade_cache(
     require(not cache.offloading, "past_key_values.offloading", True, "False")
     layers = cache.layers
     if cache.layer_class_to_replicate is DynamicLayer:
-        # Layers of a cache made without a config appear during the forward pass; the hooks need them before.
+        # Layers of a cache made without a config appear during the forward pass; the hooks need
+        # them before.
         layers.extend(DynamicLayer() for _ in sketches[len(layers) :])
     for index, sketch in enumerate(sketches[: len(layers)]):
         layer = layers[index]

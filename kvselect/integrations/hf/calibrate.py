@@ -1,4 +1,4 @@
-"""Two short runs of the decoder stack that show what each layer does with its queries, keys and positions."""
+"""Two short runs of the decoder stack show what each layer does with queries, keys, positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from kvselect.integrations.hf.rope_fit import (
     FIT_TOLERANCE,
     NO_ROPE,
     Frequencies,
-    RopeLayout,
     fit_layout,
     freeze_frequencies,
     frequencies_match,
@@ -46,7 +45,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Probe:
-    """What one layer showed: its call in the run as it is, and its queries and keys in the run without rotation."""
+    """What one layer showed: its call as it is, and its queries and keys without rotation."""
 
     query: Tensor
     key: Tensor
@@ -58,14 +57,23 @@ class Probe:
 
 
 def run_calibration(stack: nn.Module, plan: StackPlan) -> dict[int, Probe]:
-    """Run the stack twice on a few random tokens, hooks installed; the model and the random state stay as they are.
+    """Run the stack twice on a few random tokens; hooks are installed, random state stays as it is.
 
-    The second run replays the attention outputs of the first, so that each layer sees the same input twice.
+    The second run replays the attention outputs of the first, so that each layer sees the same
+    input twice.
     """
     probes: dict[int, Probe] = {}
 
-    def record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, context: LayerContext,
-               softmax_scale: float, options: dict[str, Any]) -> Tensor:  # fmt: skip
+    def record(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        context: LayerContext,
+        softmax_scale: float,
+        options: dict[str, Any],
+    ) -> Tensor:
         index = context.plan.index
         if plan.identity:
             probes[index].unrotated = (query.detach(), key.detach())
@@ -133,9 +141,10 @@ def _problem(
 
 
 def fit_layers(stack: nn.Module, plan: StackPlan, probes: dict[int, Probe]) -> dict[int, Problem]:
-    """Give each layer its layout and frozen frequencies; returns why layers cannot select, by index.
+    """Give layers their layout and frozen frequencies; returns why layers cannot select, by index.
 
-    Must follow `run_calibration` at once: some rotary modules change their frequencies with the positions they see.
+    Must follow `run_calibration` at once: some rotary modules change their frequencies with the
+    positions they see.
     """
     rotary = getattr(stack, "rotary_emb", None)
     frozen: dict[str | None, Frequencies | None] = {}

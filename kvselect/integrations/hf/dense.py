@@ -1,4 +1,4 @@
-"""Dense attention for the layers and calls that do not select: torch's SDPA with a mask made a few queries at a time."""
+"""Dense attention for layers and calls that do not select: SDPA, masked some queries at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The two hooks of an attached model: one on the decoder stack, one on every attention module.
 
-They are plain functions that find their plan in ``module.__dict__``: a bound method or a closure would carry the
-original's plan into a copy of the model unnoticed.
+They are plain functions that find their plan in ``module.__dict__``: a bound method or a closure
+would carry the original's plan into a copy of the model unnoticed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from kvselect.integrations.hf.plan import PLAN_KEY, LayerContext, LayerPlan, Sta
 
 
 def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the decoder stack: make a missing cache, upgrade its empty layers, refuse what we cannot give.
+    """Before the decoder stack: make a missing cache, upgrade its empty layers, refuse.
 
     Raises
     ------
     ValueError
-        For ``output_attentions=True`` (the weights are never formed; transformers would return an empty tuple
-        without a word) and for caches that offload their layers.
+        For ``output_attentions=True`` (the weights are never formed; transformers would return an
+        empty tuple without a word) and for caches that offload their layers.
     """
     plan: StackPlan = plan_of(module)
     if plan.mode != "select":
@@ -40,7 +40,11 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     use_cache = kwargs.get("use_cache")
     config: Any = module.config
-    if cache is not None or use_cache is False or (use_cache is None and not config.use_cache):
+    if (
+        cache is not None
+        or use_cache is False
+        or (use_cache is None and not getattr(config, "use_cache", True))
+    ):
         return None
     cache = DynamicCache(config=config)
     upgrade_cache(cache, plan.sketches, plan.foreign_layers)
@@ -50,9 +54,10 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before an attention module: hand the layer's cache, cos, sin and plan to the attention function.
+    """Before an attention module: hand cache layer, cos, sin and plan to the attention function.
 
-    With compact positions a selecting layer gets cos = 1 and sin = 0, so that its keys are cached un-rotated.
+    With compact positions a selecting layer gets cos = 1 and sin = 0, so that its keys are cached
+    un-rotated.
     """
     plan: LayerPlan = plan_of(module)
     stack = plan.stack
@@ -78,7 +83,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
 def _announce(
     plan: LayerPlan, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotates_itself: bool
 ) -> None:
-    """Tell the cache layer what comes; raise, before anything is stored, for what compact positions cannot do."""
+    """Tell the cache layer what comes; raise, before anything is stored, for what cannot be."""
     plan.cache_class = "none" if layer is None else type(layer).__name__
     ours = type(layer) is KVSelectLayer
     if not ours and not rotates_itself:
@@ -91,7 +96,7 @@ def _announce(
         if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if hidden_states.shape[1] == 1:
-                starts = None  # a decode step reads nothing back; a row's padding is known since its first call
+                starts = None  # a decode step reads nothing back; padding is known since prefill
         sketch = plan.stack.sketches[plan.index]
         layer.announce("unrotated" if rotates_itself else "rotated", sketch, starts)
 
@@ -103,7 +108,7 @@ def _require_compact(
         allowed = "a 2-D padding mask or None (positions='compact')"
         require(False, "attention_mask", "a 4-D mask", allowed)
     if layer is not None and type(layer) is not KVSelectLayer:
-        allowed = "a cache of plain dynamic layers that is empty or was filled by this model (positions='compact')"
+        allowed = "a cache of dynamic layers, empty or filled by this model (positions='compact')"
         require(False, "past_key_values", f"a {plan.cache_class}", allowed)
     if not isinstance(kwargs.get("position_embeddings"), tuple):
         require(False, "position_embeddings", None, "a pair (cos, sin) by keyword")
@@ -126,7 +131,7 @@ def install_hooks(
 
 
 def remove_copied_hooks(model: nn.Module) -> StackPlan | None:
-    """Clean a copy of an attached model of the hooks and plans that came along; returns the original's stack plan."""
+    """Clean a copy of an attached model; returns the original's plan, or None if it is no copy."""
     found: StackPlan | None = None
     for module in model.modules():
         plan = module.__dict__.get(PLAN_KEY)

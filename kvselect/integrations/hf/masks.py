@@ -1,8 +1,8 @@
 """What each query may see, in a form whose size never grows with queries times keys.
 
-``key_range_mask`` is registered with transformers as the mask function of the name "kvselect"; ``read_mask``
-turns what arrives at the attention function back into words; ``visible_block`` spells it out as a boolean mask
-for a few queries at a time, for layers that run dense.
+``key_range_mask`` is registered with transformers as the mask function of the name "kvselect";
+``read_mask`` turns what arrives at the attention function back into words; ``visible_block`` spells
+it out as a boolean mask for a few queries at a time, for layers that run dense.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class KeyRange:
     starts : Tensor, [batch], int32, contiguous
         First valid key: left padding ends here and sinks count from here [tokens].
     ends : Tensor, [batch], int32
-        Number of keys written. Never taken from the keys' shape: a static cache shows its whole capacity.
+        Number of keys written. Never taken from the keys' shape: a static cache shows its whole
+        capacity.
     validity : Tensor, [batch, seqlen_k], bool, or None
         Given only when padding has holes (right or middle padding): which keys count.
     """
@@ -40,9 +41,10 @@ class KeyRange:
 def mask_kind(mask_function: Callable[..., Any]) -> MaskKind:
     """Recognise the pattern that transformers asks for.
 
-    The composed patterns are anonymous closures, so the sliding one is recognised by its parts: exactly a
-    sliding-window overlay and the causal function. Everything else (chunked, packed, bidirectional, user overlays)
-    is foreign. tests/test_hf_masks.py guards this reading against changes in transformers.
+    The composed patterns are anonymous closures, so the sliding one is recognised by its parts:
+    exactly a sliding-window overlay and the causal function. Everything else (chunked, packed,
+    bidirectional, user overlays) is foreign. tests/test_hf_masks.py guards this reading against
+    changes in transformers.
     """
     if mask_function is causal_mask_function:
         return "causal"
@@ -88,16 +90,17 @@ def key_range_mask(
     Returns
     -------
     Tensor
-        int32 ``[batch, 1, 1, 2]``: start and end of each row in coordinates of the shown keys; or int32
-        ``[batch, 1, 1, 2 + kv_length]``: the same, then the validity of each key; or, for a foreign pattern, bool
-        ``[batch, 1, q_length, kv_length]``.
+        int32 ``[batch, 1, 1, 2]``: start and end of each row in coordinates of the shown keys; or
+        int32 ``[batch, 1, 1, 2 + kv_length]``: the same, then the validity of each key; or, for a
+        foreign pattern, bool ``[batch, 1, q_length, kv_length]``.
 
     Notes
     -----
-    The result has four dimensions because ``generate`` may build it before the forward pass, which lets only 4-D
-    masks through untouched; it is int32 because boolean and float masks of any shape may come from elsewhere.
-    Holes are looked for only when ``q_length > 1``: that reads one flag back from the device, which a decode step
-    must not do. The cache layer remembers the holes of its rows (`KVSelectLayer.validity`).
+    The result has four dimensions because ``generate`` may build it before the forward pass, which
+    lets only 4-D masks through untouched; it is int32 because boolean and float masks of any shape
+    may come from elsewhere. Holes are looked for only when ``q_length > 1``: that reads one flag
+    back from the device, which a decode step must not do. The cache layer remembers the holes of
+    its rows (`KVSelectLayer.validity`).
     """
     kind = mask_kind(mask_function)
     if kind == "foreign":
@@ -125,7 +128,8 @@ def key_range_mask(
         return _pack(torch.zeros_like(ends), ends, None)
 
     width = attention_mask.shape[-1]
-    # argmax says 0 for a row without a real token, which in chunked prefill may well be all padding so far.
+    # argmax says 0 for a row without a real token, which in chunked prefill may well be all padding
+    # so far.
     first = torch.where(attention_mask.any(-1), attention_mask.int().argmax(-1), width)
     starts = (first - kv_offset).clamp(min=0).to(torch.int32)
     ends = torch.zeros_like(starts) + end
@@ -162,16 +166,14 @@ def read_mask(attention_mask: Tensor | None) -> KeyRange | Tensor:
     Raises
     ------
     TypeError
-        If the mask is not a 4-D tensor: then our mask function was not asked, and padding would be ignored.
+        If the mask is not a 4-D tensor: then our mask function was not asked, and padding would be
+        ignored.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 4:
-        shape = (
-            list(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
-        raise TypeError(f"attention_mask: got {shape}, allowed: the 4-D mask of the kvselect mask function, or a 4-D "
-                        "bool or float tensor")  # fmt: skip
+        shape = getattr(attention_mask, "shape", None)
+        got = type(attention_mask).__name__ if shape is None else f"shape {tuple(shape)}"
+        allowed = "what the mask function of the name kvselect gives, or a 4-D bool or float tensor"
+        raise TypeError(f"attention_mask: got {got}, allowed: {allowed}")
     if attention_mask.dtype != torch.int32 or attention_mask.shape[1:3] != (1, 1):
         return attention_mask
     rows = attention_mask[:, 0, 0]
@@ -192,7 +194,8 @@ def visible_block(
     Returns
     -------
     Tensor, [batch, 1, end - begin, seqlen_k], bool
-        True where ``start <= key <= position of the query``, the key counts, and it lies in the sliding window.
+        True where ``start <= key <= position of the query``, the key counts, and it lies in the
+        sliding window.
     """
     device = keys.starts.device
     key = torch.arange(seqlen_k, dtype=torch.int32, device=device)

@@ -1,4 +1,4 @@
-"""What an attached model keeps beside its modules: a plan for the decoder stack, and one for each attention layer."""
+"""What an attached model keeps beside its modules: a plan for the stack, one for each layer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
@@ -22,6 +23,8 @@ from kvselect.rope import Rope
 PLAN_KEY = "_kvselect_plan"
 """Where a plan sits in ``module.__dict__``."""
 
+KEPT_MASKS = 3
+"""Older masks that stay known: a forward has one per kind of layer."""
 MIN_TABLE_ROWS = 1024
 """First size of a rotation table [positions]."""
 
@@ -29,7 +32,7 @@ Recorder = Callable[..., Tensor]
 
 
 class CopiedModelError(RuntimeError):
-    """The model is a copy of an attached one: its hooks came along, its plan belongs to the original."""
+    """The model is a copy of an attached one: hooks came along, but the plan is the original's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,11 +42,13 @@ class StackPlan:
     Attributes
     ----------
     mode : {"calibrate", "select", "stock"}
-        "calibrate": layers only show their queries and keys to ``recorder``; "stock": hooks do nothing.
+        "calibrate": layers only show their queries and keys to ``recorder``; "stock": hooks do
+        nothing.
     trained_length : int
         Positions that the model was trained on [tokens]; compact positions stay below it.
     previous : dict
-        Attention implementation of each sub-config before, in the form of ``set_attn_implementation``.
+        Attention implementation of each sub-config before, in the form of
+        ``set_attn_implementation``.
     """
 
     owner: weakref.ref[nn.Module]
@@ -59,7 +64,7 @@ class StackPlan:
     cache_argument: int = (
         -1
     )  # place of past_key_values among the positional arguments of the stack's forward
-    _mask: tuple[weakref.ref[Tensor], KeyRange] | None = None
+    _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
     _ones: tuple[Tensor, Tensor, Tensor] | None = None
     _unrotation: tuple[weakref.ref[Tensor], RopeLayout, Unrotation] | None = None
     _tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
@@ -69,17 +74,23 @@ class StackPlan:
 
     def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
         """`read_mask`, once per forward: all layers of a kind get the same mask object."""
-        if self._mask is not None and self._mask[0]() is attention_mask:
-            return self._mask[1]
-        keys = read_mask(attention_mask)
-        if isinstance(keys, KeyRange) and attention_mask is not None:
-            last = self._mask[1].starts if self._mask is not None else None
-            # A step's starts are a new tensor with the old values; the cache reads values only of a tensor it does
-            # not know. Comparing here costs one read per step instead of one per layer, and none off the CPU.
-            if last is not None and last.device.type == "cpu" and torch.equal(last, keys.starts):
-                keys = KeyRange(last, keys.ends, keys.validity)
-            self._mask = (weakref.ref(attention_mask), keys)
-        return keys
+        for mask, keys in self._masks:
+            if mask() is attention_mask:
+                return keys
+        read = read_mask(attention_mask)
+        if isinstance(read, Tensor):
+            return read
+        # A step's starts are a new tensor with the old values; a cache reads values only of a
+        # tensor that it does not know. Comparing here costs one read per step instead of one per
+        # layer, and none off the CPU.
+        for _, keys in self._masks:
+            on_cpu = keys.starts.device.type == read.starts.device.type == "cpu"
+            if on_cpu and torch.equal(keys.starts, read.starts):
+                read = KeyRange(keys.starts, read.ends, read.validity)
+                break
+        assert attention_mask is not None
+        self._masks = [(weakref.ref(attention_mask), read), *self._masks[:KEPT_MASKS]]
+        return read
 
     def no_rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Ones and zeros in the form of ``cos`` and ``sin``, made once per shape."""
@@ -94,7 +105,7 @@ class StackPlan:
         return kept[0], kept[1]
 
     def table(self, layer: LayerPlan, num_positions: int, device: torch.device) -> Rope:
-        """The layer's rotation for ``num_positions`` positions or more, but never beyond the trained length.
+        """The layer's rotation for ``num_positions`` positions or more, up to the trained length.
 
         Layers with the same rotation share a table; it grows by doubling.
         """
@@ -114,7 +125,7 @@ class StackPlan:
         return rope
 
     def unrotate(self, layer: LayerPlan, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``q`` before RoPE, from this call's cos and sin; the factors are made once per forward."""
+        """``q`` before RoPE, from this call's cos and sin; factors are made once per forward."""
         kept = self._unrotation
         if kept is None or kept[0]() is not cos or kept[1] != layer.layout:
             factors = layer.layout.unrotation(cos, sin, q.shape[-1])
@@ -157,7 +168,8 @@ class LayerPlan:
     statistics : pair of PhaseStatistics
         Of prefill and decode: shared by every cache that the layer meets while attached.
     num_lists : int
-        Queries of decode steps so far, times rows, times KV heads: what the decode counts are summed over.
+        Queries of decode steps so far, times rows, times KV heads: what the decode counts are
+        summed over.
     nonfinite : Tensor, [batch, num_kv_heads], int64, or None
         Counter of the last cache.
     cache_class : str
@@ -243,9 +255,9 @@ def unrotated_phases(policy: Policy) -> frozenset[Phase]:
         policy, "dense_prefill", False
     ):
         phases.add("prefill")
-    if getattr(policy, "similarity_threshold", None) is not None:
-        if getattr(policy, "similarity_on", None) == "unrotated":
-            phases.add("decode")
+    reuses = getattr(policy, "similarity_threshold", None) is not None
+    if reuses and getattr(policy, "similarity_on", None) == "unrotated":
+        phases.add("decode")
     return frozenset(phases)
 
 
@@ -260,7 +272,7 @@ def plan_of(module: nn.Module) -> Any:
     plan = module.__dict__[PLAN_KEY]
     if plan.owner() is not module:
         raise CopiedModelError(
-            f"{type(module).__name__}: this model is a copy of an attached model; call kvselect.attach on the copy "
-            "to re-attach it"
+            f"{type(module).__name__}: got a copy of an attached model, allowed: the original, or "
+            "a copy after kvselect.attach(copy, policy) (re-attach)"
         )
     return plan

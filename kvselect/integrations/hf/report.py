@@ -33,13 +33,16 @@ class LayerReport:
     ran_dense : dict
         Calls that should have selected but could not, by reason.
     bytes_read, dense_bytes_read : float
-        Modelled traffic of keys, values and sketch, prefill and decode together, and that of dense attention [bytes].
+        Modelled traffic of keys, values and sketch, prefill and decode together, and that of dense
+        attention [bytes].
     nonfinite_cached : int
         Tokens of the last cache whose key or value held NaN or inf, summed over KV heads.
     nonfinite_scored : int
-        Tokens and query vectors met by the scores that held NaN or inf, once per call that met them.
+        Tokens and query vectors met by the scores that held NaN or inf, once per call that met
+        them.
     tokens_per_step, context_per_step : float or None
-        Mean tokens that a query of a decode step attended to, per row and KV head, and what dense would have.
+        Mean tokens that a query of a decode step attended to, per row and KV head, and what dense
+        would have.
     prefill, decode : dict
         Counts of `PhaseStatistics`.
     """
@@ -76,7 +79,8 @@ class Report:
     trained_length : int
         Of the model [tokens].
     revocable, query_aware : bool
-        Whether a token that is not kept now may come back, and whether the query decides: which tasks can pass.
+        Whether a token that is not kept now may come back, and whether the query decides: which
+        tasks can pass.
     kernel : str
         Device, and on the CPU the implementation in use.
     layers : tuple of LayerReport
@@ -94,7 +98,7 @@ class Report:
 
     @property
     def bytes_ratio(self) -> float | None:
-        """Modelled bytes read by all selecting layers, against dense; None before the first call."""
+        """Modelled bytes read by all selecting layers, over dense; None before the first call."""
         dense = sum(layer.dense_bytes_read for layer in self.layers)
         return sum(layer.bytes_read for layer in self.layers) / dense if dense else None
 
@@ -110,7 +114,8 @@ class Report:
         words = [
             f"{self.model}: {self.policy['policy']}, {self.mode}, {self.positions} positions "
             f"(trained length {self.trained_length} tokens), kernels {self.kernel}",
-            f"revocable: {_yes(self.revocable)} (may a token come back?), query-aware: {_yes(self.query_aware)}",
+            f"revocable: {_yes(self.revocable)} (may a token come back?), "
+            f"query-aware: {_yes(self.query_aware)}",
         ]
         if self.bytes_ratio is not None:
             words.append(

@@ -1,8 +1,9 @@
-"""Which rotation a layer applies to its queries and keys: measured, never looked up by the model's name.
+"""Which rotation a layer applies to its queries and keys: measured, never looked up by name.
 
-A layer is run twice on the same input, once as it is and once with cos = 1 and sin = 0 (`calibrate`). The layout
-that turns the un-rotated queries and keys into the rotated ones is the layer's layout; where none does, what the
-layer does is not a plain rotation, and un-rotated keys cannot be had from it.
+A layer is run twice on the same input, once as it is and once with cos = 1 and sin = 0
+(`calibrate`). The layout that turns the un-rotated queries and keys into the rotated ones is the
+layer's layout; where none does, what the layer does is not a plain rotation, and un-rotated keys
+cannot be had from it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from kvselect.rope import Rope
 
 FIT_TOLERANCE = 2e-2
-"""Largest relative error of a fit. A correct one has 1e-6 in float32, 1e-3 in float16, 6e-3 in bfloat16 (the model
-rotates in its own dtype, we in float32); the smallest seen where no layout fits is 0.32."""
+"""Largest relative error of a fit.
+
+A correct one has 1e-6 in float32, 1e-3 in float16, 6e-3 in bfloat16 (the model rotates in its own
+dtype, we in float32); the smallest seen where no layout fits is 0.32.
+"""
 
 CosLayout = Literal["cat", "repeat", "half"]
 
@@ -29,14 +33,15 @@ class RopeLayout:
     Attributes
     ----------
     interleaved : bool
-        Pair ``i`` is channels ``(2i, 2i + 1)`` of the rotated span; otherwise ``(i, i + num_pairs)``.
+        Pair ``i`` is channels ``(2i, 2i + 1)`` of the rotated span; otherwise ``(i, i +
+        num_pairs)``.
     start : int
         First rotated channel.
     num_pairs : int
         0: the layer has no rotation (NoPE).
     cos_layout : {"cat", "repeat", "half"}
-        The model's cos holds every frequency twice, one half after the other ("cat") or side by side ("repeat"), or
-        once ("half").
+        The model's cos holds every frequency twice, one half after the other ("cat") or side by
+        side ("repeat"), or once ("half").
     """
 
     interleaved: bool = False
@@ -68,7 +73,7 @@ class RopeLayout:
         )
 
     def unrotation(self, cos: Tensor, sin: Tensor, head_dim: int) -> Unrotation:
-        """What takes queries of a call back to before RoPE, from the cos and sin of the same call."""
+        """What takes the queries of a call back to before RoPE, from its cos and sin."""
         cos, sin = self.pairs(cos), self.pairs(sin)
         norm = cos.square() + sin.square()  # the attention scaling, squared (YaRN, longrope)
         rope = Rope(
@@ -83,7 +88,7 @@ class RopeLayout:
 
 
 class Unrotation(NamedTuple):
-    """Factors of `Rope.turn` that undo a call's rotation, [batch or 1, seqlen, 1, head_dim]; layers share them."""
+    """Factors of `Rope.turn` that undo a call's rotation, [batch or 1, seqlen, 1, head_dim]."""
 
     rope: Rope
     own: Tensor
@@ -94,7 +99,8 @@ class Unrotation(NamedTuple):
 
         Notes
         -----
-        Relative error at most 3e-7 in float32 and 6e-3 in bfloat16 (what the model's own rounding left).
+        Relative error at most 3e-7 in float32 and 6e-3 in bfloat16 (what the model's own rounding
+        left).
         """
         return self.rope.turn(q, self.own, self.other)
 
@@ -103,7 +109,7 @@ NO_ROPE = RopeLayout()
 
 
 def candidate_layouts(width: int, head_dim: int) -> list[RopeLayout]:
-    """All layouts that a cos of ``width`` channels and a head of ``head_dim`` channels allow, the simplest first."""
+    """All layouts that ``width`` channels of cos and ``head_dim`` of the head allow."""
     spans: tuple[tuple[CosLayout, int], ...] = (
         ("cat", width),
         ("repeat", width),
@@ -134,7 +140,8 @@ def fit_layout(
     -------
     layout : RopeLayout
     error : float
-        ``max |difference| / max |true|``, the larger of queries and keys; the caller compares it to `FIT_TOLERANCE`.
+        ``max |difference| / max |true|``, the larger of queries and keys; the caller compares it to
+        `FIT_TOLERANCE`.
     """
     head_dim = rotated[0].shape[-1]
     layouts = candidate_layouts(cos.shape[-1], head_dim)
@@ -176,7 +183,7 @@ class Frequencies:
         return self._rope(layout, num_positions, self.scaling, device)
 
     def inverse(self, layout: RopeLayout, device: torch.device) -> Rope:
-        """The rotation that takes a vector at position ``p`` back to 0 when asked for ``rotate_at(x, -p)``."""
+        """What takes a vector at position ``p`` back to position 0 by ``rotate_at(x, -p)``."""
         return self._rope(layout, 1, 1.0 / self.scaling, device)
 
     def _rope(
@@ -195,8 +202,8 @@ class Frequencies:
 def freeze_frequencies(rotary: nn.Module | None, layer_type: str | None) -> Frequencies | None:
     """A copy of what the rotary module uses now, or None if it keeps no frequencies.
 
-    To be called right after calibration: its few small positions put ``dynamic`` and ``longrope`` scaling into their
-    short state, the one that compact positions stay in.
+    To be called right after calibration: its few small positions put ``dynamic`` and ``longrope``
+    scaling into their short state, the one that compact positions stay in.
     """
     prefix = f"{layer_type}_" if layer_type and hasattr(rotary, f"{layer_type}_inv_freq") else ""
     inv_freq = getattr(rotary, f"{prefix}inv_freq", None)
@@ -209,7 +216,7 @@ def freeze_frequencies(rotary: nn.Module | None, layer_type: str | None) -> Freq
 def frequencies_match(
     frequencies: Frequencies, layout: RopeLayout, cos: Tensor, positions: Tensor
 ) -> bool:
-    """Whether frozen frequencies give the cos ``[1, seqlen, width]`` that the model gave at ``positions``.
+    """Whether frozen frequencies give the model's own cos ``[1, seqlen, width]`` at ``positions``.
 
     Exact: the same product in float32, rounded to the model's dtype.
     """

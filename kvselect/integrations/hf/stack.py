@@ -1,4 +1,4 @@
-"""Reading a transformers model: its decoder stack, its attention modules, which layers are meant to select."""
+"""Reading a transformers model: its decoder stack, attention modules, layers meant to select."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def find_stack(model: PreTrainedModel) -> nn.Module:
     Raises
     ------
     UnsupportedModelError
-        If there is none (GPT-2 and its like call them ``h``), the model has an encoder, or runs hub kernels.
+        If there is none (GPT-2 and its like call them ``h``), the model has an encoder, or runs hub
+        kernels.
     """
     name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
@@ -35,8 +36,8 @@ def find_stack(model: PreTrainedModel) -> nn.Module:
         if isinstance(layers, nn.ModuleList) and getattr(module, "config", None) is text_config:
             return module
     raise UnsupportedModelError(
-        f"{name}: got no decoder stack, allowed: a module with `layers` and the model's text configuration "
-        "(Llama, Qwen2, Qwen3, Mistral, ...)"
+        f"{name}: got no decoder stack, allowed: a module with `layers` and the model's text "
+        "configuration (Llama, Qwen2, Qwen3, Mistral, ...)"
     )
 
 
@@ -59,16 +60,17 @@ def attention_modules(stack: nn.Module) -> list[nn.Module]:
                 break
     if not found:
         raise UnsupportedModelError(
-            f"{type(stack).__name__}: got no attention modules, allowed: layers with a module ...Attention that has a "
-            "layer_idx"
+            f"{type(stack).__name__}: got no attention modules, allowed: layers with a module "
+            "...Attention that has a layer_idx"
         )
     return found
 
 
 def plan_layer(module: nn.Module, config: Any, plan: StackPlan) -> LayerPlan:
-    """The plan of an attention module before calibration: by design it slides, is excluded by the policy, or selects.
+    """The plan before calibration: by design a layer slides, is excluded by the policy, or selects.
 
-    A layer of any other type than full and sliding attention is meant to select: calibration finds out that it cannot.
+    A layer of any other type than full and sliding attention is meant to select: calibration finds
+    out that it cannot.
     """
     index: Any = module.layer_idx
     layer = LayerPlan(weakref.ref(module), plan, index)
@@ -83,7 +85,7 @@ def plan_layer(module: nn.Module, config: Any, plan: StackPlan) -> LayerPlan:
 
 
 def implementation_keys(model: PreTrainedModel, stack_config: Any) -> dict[str, Any]:
-    """The stack's present attention implementation, in the form of ``set_attn_implementation`` that touches no other.
+    """The stack's attention implementation, as ``set_attn_implementation`` takes it for no other.
 
     The key ``""`` is the top configuration, others name sub-configurations.
     """
@@ -105,23 +107,27 @@ def implementation_keys(model: PreTrainedModel, stack_config: Any) -> dict[str, 
 
 
 def trained_length(config: Any) -> int:
-    """Positions that the model was trained on as its frozen frequencies are [tokens].
+    """Positions that the model was trained on, as its frozen frequencies are [tokens].
 
-    ``max_position_embeddings``; with longrope the length of its short state, which compact positions stay in.
+    ``max_position_embeddings``; with longrope the length of its short state, which compact
+    positions stay in.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the configuration does not say.
     """
+    length = getattr(config, "max_position_embeddings", None)
     parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = (
-        [parameters]
-        if "rope_type" in parameters
-        else [p for p in parameters.values() if isinstance(p, dict)]
-    )
-    for kind in kinds:
-        if kind.get("rope_type") == "longrope":
-            short = kind.get("original_max_position_embeddings")
-            return int(
-                short
-                or getattr(
-                    config, "original_max_position_embeddings", config.max_position_embeddings
-                )
-            )
-    return int(config.max_position_embeddings)
+    # One set of parameters, or one per layer type.
+    sets = [parameters] if "rope_type" in parameters else list(parameters.values())
+    for rope in sets:
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope":
+            short = getattr(config, "original_max_position_embeddings", None)
+            length = rope.get("original_max_position_embeddings") or short or length
+    if not isinstance(length, int):
+        name = type(config).__name__
+        raise UnsupportedModelError(
+            f"{name}.max_position_embeddings: got {length}, allowed: an int"
+        )
+    return length

@@ -18,9 +18,12 @@ from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest ``max |difference| / max |stock|``. Half precision is looser for two reasons: both sides round every layer's
-output to it, differently ordered sums and all; and with compact positions we rotate in float32 where the model rotates
-in its own dtype."""
+"""Largest ``max |difference| / max |stock|``.
+
+Half precision is looser for two reasons: both sides
+round every layer's output to it, differently ordered sums and all; and with compact positions we
+rotate in float32 where the model rotates in its own dtype.
+"""
 
 
 class VerificationError(RuntimeError):
@@ -95,8 +98,9 @@ def verify_attachment(
                 else "after the last layer"
             )
             raise VerificationError(
-                f"{type(model).__name__} with {policy!r}: got a relative error of {logit_error[name]:.2g} in the logits, "
-                f"{where}, allowed: {bound:.2g} ({name} run, {dtype}, {prompt_tokens} + {decode_tokens} tokens)"
+                f"{type(model).__name__} with {policy!r}: got a relative error of "
+                f"{logit_error[name]:.2g} in the logits, {where}, allowed: {bound:.2g} "
+                f"({name} run, {dtype}, {prompt_tokens} + {decode_tokens} tokens)"
             )
     return VerifyResult(bound, logit_error, layer_error)
 
@@ -104,8 +108,9 @@ def verify_attachment(
 def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
     """Forms of a policy that keep every one of ``length`` tokens.
 
-    "dense": by its dense path. "lists": by selection, with an over-selection so large that every candidate is picked,
-    while the rule for short contexts, which goes by ``topk``, still says that there is something to select.
+    "dense": by its dense path. "lists": by selection, with an over-selection so large that every
+    candidate is picked, while the rule for short contexts, which goes by ``topk``, still says that
+    there is something to select.
     """
     fields = {field.name for field in dataclasses.fields(policy)}
     forms: dict[str, dict[str, Any]] = {"dense": {}}
@@ -137,7 +142,8 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
 def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
     """Run another policy for a while, with counters of its own."""
     before = [
-        (layer.policy, layer.statistics, layer.num_lists, layer.nonfinite) for layer in plan.layers
+        (layer.policy, layer.needs_unrotated, layer.statistics, layer.num_lists, layer.nonfinite)
+        for layer in plan.layers
     ]
     try:
         for layer in plan.layers:
@@ -146,7 +152,8 @@ def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
         yield
     finally:
         for layer, kept in zip(plan.layers, before):
-            layer.policy, layer.statistics, layer.num_lists, layer.nonfinite = kept
+            layer.policy, layer.needs_unrotated, layer.statistics = kept[:3]
+            layer.num_lists, layer.nonfinite = kept[3:]
 
 
 def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens: int) -> _Trace:

@@ -1,0 +1,61 @@
+"""Does the embedded model retrieve from 16 times its window, and what is lost inside the window?
+
+The demo's policies on all six tasks at 1 and 16 trained windows, with as many questions as a claim
+needs. Some 30 minutes on two cores; partial results are in the JSON at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from rich.console import Console
+from rich.progress import Progress
+from side_by_side import RESULTS, print_table
+
+from kvselect.eval import report, runner
+from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+from kvselect.eval.demo import demo_request
+from kvselect.eval.tasks import TASKS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--samples", type=int, default=500, help="questions per cell (500)")
+    parser.add_argument(
+        "--max-contexts", type=int, default=200, help="contexts per cell at most (200)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the contexts (1)")
+    options = parser.parse_args()
+
+    checkpoint = load_checkpoint(EMBEDDED)
+    request = demo_request(checkpoint.window_tokens, options.samples, options.seed)
+    request = dataclasses.replace(
+        request,
+        tasks=tuple(TASKS.values()),
+        lengths=(request.lengths[0], request.lengths[-1]),
+        max_contexts=options.max_contexts,
+        timed_steps=30,
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=runner.total_progress(request))
+        results = runner.run(
+            checkpoint,
+            request,
+            on_progress=lambda what, amount: progress.update(bar, description=what, advance=amount),
+            on_cells=lambda partial: partial.save(RESULTS / "retrieval.json"),
+        )
+    Console(width=120).print(report.table(results))
+    rows = []
+    for cell in results.cells:
+        difference = results.difference(cell)
+        if difference is not None:
+            points = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * part for part in difference))
+            right = f"{sum(cell.outcomes)} of {len(cell.outcomes)}"
+            rows.append([cell.task, str(cell.length.tokens), cell.policy, right, points])
+    columns = ["task", "context", "policy", "right", "points against Dense (paired, 95 %)"]
+    print_table("Difference to dense attention on the same questions", columns, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kvselect import cli, doctor, ops
+from kvselect.eval import demo
+from kvselect.eval.checkpoint import CheckpointError, embedded_model_path, load_checkpoint
+from kvselect.eval.tasks.words import ADJECTIVES, NOUNS
+
+
+def run(*arguments: str) -> int:
+    return cli.main(list(arguments))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"kvselect {ops.build_info()['version']}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--help")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("doctor", "demo", "eval", "bench"))
+
+
+# ---- doctor
+
+
+def test_doctor_is_well_and_forces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    in_use = ops.cpu_implementation()
+    assert run("doctor") == 0
+    assert ops.cpu_implementation() == in_use
+    text = capsys.readouterr().out
+    assert "all well" in text and "sparse_attention" in text
+    assert all(name in text for name in ops.cpu_implementations())
+
+
+def test_doctor_notices_a_wrong_op(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = doctor.recovered_mass
+    monkeypatch.setattr(doctor, "recovered_mass", lambda *arguments: real(*arguments) * 1.001)
+    assert run("doctor") == 1
+    text = capsys.readouterr().out
+    assert "not healthy" in text and "recovered_mass" in text and "allowed: 2e-06" in text
+
+
+# ---- eval and demo
+
+
+def test_eval_writes_json_and_picture_and_prints_a_table(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code = run(
+        *("eval", "--model", "embedded", "--tasks", "niah_multikey,vt", "--lengths", "128"),
+        *("--policies", "dense", "token_select:topk=8,sketch=none,num_recent_tokens=16"),
+        *("--samples", "6", "--out", str(out)),
+    )
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == ["results.json", "score.png"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"] and len(results["cells"]) == 4
+    assert results["config"]["rendering"] == "dialect"
+    assert results["versions"]["torch"] and "commit" in results and results["machine"]["cores"] >= 1
+    assert all(cell["num_samples"] == 6 for cell in results["cells"])
+    assert results["cells"][0]["score"] == 1.0
+    text = capsys.readouterr().out
+    assert "multikey" in text and "results.json" in text
+
+
+def test_demo_shows_four_policies(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "WINDOWS", (1,))
+    assert run("demo", "--samples", "2", "--out", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["policies"]) == list(demo.demo_policies())
+    assert {cell["task"] for cell in results["cells"]} == set(demo.TASKS)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Dense" in text and "a demonstration; a claim needs 500" in text
+
+
+def test_eval_asks_other_checkpoints_in_prose(tmp_path: Path) -> None:
+    """A random model with a tokenizer of its own: nothing is right, everything is counted."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [f"The registered number of the {a} {b} is 1234567." for a, b in zip(ADJECTIVES, NOUNS)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        text, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    folder = tmp_path / "random"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config("llama", vocab_size=500)).save_pretrained(folder)
+    code = run(
+        *("eval", "--model", str(folder), "--tasks", "niah_multikey,chain", "--lengths", "700"),
+        *("--policies", "dense", "streaming_llm", "--samples", "3", "--out", str(tmp_path / "out")),
+    )
+    assert code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["model"] == "random" and results["config"]["rendering"] == "prose"
+    assert all(cell["num_correct"] == 0 for cell in results["cells"])
+    dense = results["cells"][0]
+    assert 550 < dense["tokens_attended"] <= 700
+
+
+EMBEDDED = ("--model", "embedded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "/no/such/place"), "model: got '/no/such/place', which is not a folder"),
+        ((*EMBEDDED, "--tasks", "niah"), "tasks: got 'niah', allowed: each once of niah_single"),
+        ((*EMBEDDED, "--policies", "sparse"), "policies: got 'sparse', allowed: dense, "),
+        ((*EMBEDDED, "--policies", "dense:k=1"), "settings of Dense: got ['k']"),
+        ((*EMBEDDED, "--policies", "token_select:topk=x"), "topk: got str 'x', allowed: an int"),
+        ((*EMBEDDED, "--lengths", "soon"), "lengths: got 'soon', allowed: tokens (4096)"),
+        ((*EMBEDDED, "--samples", "0"), "samples: got 0, allowed: an int >= 1"),
+        ((*EMBEDDED, "--seed", "-1"), "seed: got -1, allowed: an int >= 0"),
+        (
+            (*EMBEDDED, "--lengths", "9", "--policies", "dense", "--tasks", "chain"),
+            "chain at 9: length: got 4, allowed: an int >= 10",
+        ),
+        (
+            (*EMBEDDED, "--policies", "token_select:positions=compact"),
+            "token_select positions=compact: policy.capacity: got",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert run("eval", *arguments, "--out", str(out)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"kvselect eval: error: {message}")
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_out_may_not_be_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert run("demo", "--out", str(taken)) == 2
+    assert "which is a file, allowed: a folder" in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+
+
+# ---- damaged checkpoints
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(embedded_model_path(), folder, ignore=shutil.ignore_patterns("*.py", "__*"))
+    return folder
+
+
+def drop_a_tensor(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.2.self_attn.k_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def change_a_size(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 256', '"intermediate_size": 64'))
+
+
+def cut(name: str, length: int) -> object:
+    def damage(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:length])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_a_tensor, "lack or misshape 1 tensors, first 'model.layers.2.self_attn.k_proj"),
+        (change_a_size, "which does not load"),
+        (cut("model.safetensors", 100_000), "which does not load"),
+        (cut("config.json", 40), "which does not load"),
+        (cut("tokenizer.json", 100), "which does not load"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "which does not load"),
+        (lambda folder: (folder / "config.json").unlink(), "which has no config.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_as_such(copy: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    assert load_checkpoint(copy).speaks_dialect
+    damage(copy)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        load_checkpoint(copy)
+    assert str(refused.value).startswith(f"model: got '{copy}'") and "\n" not in str(refused.value)
+
+
+def test_another_folder_is_loaded_by_its_name(copy: Path) -> None:
+    checkpoint = load_checkpoint(copy, dtype="bfloat16")
+    assert checkpoint.name == "checkpoint" and checkpoint.window_tokens == 512
+    assert str(checkpoint.model.dtype) == "torch.bfloat16"
+
+
+# ---- bench
+
+
+def test_bench_lists_questions_and_refuses_unknown_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("bench") == 0
+    assert "retrieval" in capsys.readouterr().out
+    assert run("bench", "nothing") == 2
+    assert "bench: got 'nothing', allowed: " in capsys.readouterr().err
+
+
+def test_bench_runs_a_script(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", "retrieval", "--help") == 0
+    assert "--samples" in capfd.readouterr().out

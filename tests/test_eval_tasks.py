@@ -1,0 +1,275 @@
+"""Task generators: seeded, of exact length, every question with one right answer; grading."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvselect.eval.tasks import (
+    TASKS,
+    Question,
+    Sample,
+    dialect,
+    dialect_sample,
+    find_tasks,
+    grade_text,
+    grade_words,
+    prose_sample,
+)
+from kvselect.eval.tasks.problems import (
+    draw_chains,
+    draw_multivalue,
+    draw_needles,
+    draw_variables,
+)
+from kvselect.eval.tasks.prose import largest
+from kvselect.eval.tasks.words import (
+    ADJECTIVES,
+    FILLER_ENDINGS,
+    FILLER_OBJECTS,
+    FILLER_SUBJECTS,
+    FILLER_VERBS,
+    NOUNS,
+)
+
+LENGTHS = (64, 511, 512, 2048)
+
+
+class WordTokenizer:
+    """Words, numbers and marks, one token each; a first token as many tokenizers add one."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        pieces = re.findall(r"\w+|[^\w\s]", text)
+        return [1] * add_special_tokens + [2 + hash(piece) % 1000 for piece in pieces]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def as_text(sample: Sample) -> list[str]:
+    words = dialect.vocabulary()
+    return [words[token] for token in sample.context]
+
+
+# ---- the dialect
+
+
+def test_the_vocabulary_has_512_different_words() -> None:
+    words = dialect.vocabulary()
+    assert len(set(words)) == dialect.VOCAB_SIZE == 512
+    assert words[dialect.BOS] == "<bos>" and words[dialect.SET] == "SET"
+    assert words[dialect.SHOW] == "SHOW" and words[dialect.FIRST_NAME] == "k0"
+    assert words[dialect.FIRST_VALUE] == "v0" and words[dialect.FIRST_NOISE] == "n0"
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("task", TASKS)
+def test_context_question_and_answer_fill_the_length_exactly(task: str, length: int) -> None:
+    sample = dialect_sample(TASKS[task], length)
+    for question in sample.questions:
+        assert len(sample.context) + len(question.tokens) + len(question.answer) == length
+    assert sample.total_tokens() == length
+    assert sample.context[0] == dialect.BOS and (sample.context[1:] >= 3).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_seed_gives_the_same_sample(task: str) -> None:
+    def sample(**changes: int) -> Sample:
+        return dialect_sample(TASKS[task], 512, **({"seed": 3, "index": 5} | changes))
+
+    assert (sample().context == sample().context).all()
+    assert [q.answer for q in sample().questions] == [q.answer for q in sample().questions]
+    for changes in ({"seed": 4}, {"index": 6}):
+        assert (sample(**changes).context != sample().context).any()
+
+
+def test_the_number_of_questions_changes_only_their_number() -> None:
+    few = dialect_sample(TASKS["chain"], 512, max_questions=3)
+    assert len(few.questions) == 3
+    assert len(dialect_sample(TASKS["niah_single"], 512).questions) == 1
+
+
+def test_a_length_that_is_too_short_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"length: got 7, allowed: an int >= \d+"):
+        dialect_sample(TASKS["chain"], 12)
+
+
+@pytest.mark.parametrize("bare_words", [0.0, 0.15])
+def test_scatter_keeps_statements_whole_and_in_order(bare_words: float) -> None:
+    statements = np.arange(600, 600 + 2 * 7 * 3).reshape(2, 7, 3)
+    context = dialect.scatter(rng(), statements, 64, bare_words)
+    assert context.shape == (2, 64)
+    for row, told in zip(context, statements, strict=True):
+        assert (row[row >= 600] == told.ravel()).all()
+        places = np.flatnonzero(np.isin(row, told[:, 0]))
+        assert (row[places[:, None] + np.arange(3)] == told).all()
+
+
+def test_scatter_fills_a_context_without_noise() -> None:
+    statements = np.full((1, 5, 3), 700)
+    assert (dialect.scatter(rng(), statements, 16)[0, 1:] == 700).all()
+    with pytest.raises(ValueError, match="length: got 15, allowed: an int >= 16"):
+        dialect.scatter(rng(), statements, 15)
+
+
+def test_bare_words_appear_in_noise_only_when_asked_for() -> None:
+    plain = dialect.noise(rng(), 1, 4000)
+    assert ((plain >= dialect.FIRST_NOISE) & (plain < dialect.FIRST_NAME)).all()
+    share = (dialect.noise(rng(), 1, 4000, 0.15) >= dialect.FIRST_NAME).mean()
+    assert 0.12 < share < 0.18
+
+
+# ---- problems: the answer follows from the statements, and from them alone
+
+
+def told(problem: Any) -> list[tuple[int, ...]]:
+    return [tuple(int(word) for word in row) for row in problem.statements[0]]
+
+
+@pytest.mark.parametrize("key_words", [1, 2])
+def test_needles_have_one_value_per_key(key_words: int) -> None:
+    problem = draw_needles(rng(), 1, 40, 12, key_words=key_words, value_words=3)
+    facts = {row[1 : 1 + key_words]: row[1 + key_words :] for row in told(problem)}
+    assert len(facts) == 40
+    for row in problem.questions[0]:
+        key, answer = tuple(row[1 : 1 + key_words]), tuple(row[1 + key_words :])
+        assert row[0] == dialect.GET and facts[key] == answer
+    assert len({tuple(row) for row in problem.questions[0]}) == 12
+
+
+def test_needles_of_distinct_digits() -> None:
+    problem = draw_needles(rng(), 3, 4, 4, value_words=5, digits=True, distinct_values=True)
+    values = problem.questions[:, :, 2:] - dialect.FIRST_VALUE
+    assert values.max() < dialect.NUM_DIGITS
+    assert all(len(set(value)) == 5 for value in values.reshape(-1, 5).tolist())
+
+
+def test_chains_follow_links() -> None:
+    problem = draw_chains(rng(), 1, 9, 4, 9)
+    links = {row[1]: row[2] for row in told(problem)}
+    assert len(links) == 36
+    for row in problem.questions[0]:
+        stop = int(row[1])
+        for expected in row[2:]:
+            stop = links[stop]
+            assert stop == expected
+        assert stop not in links
+
+
+def test_multivalue_asks_for_every_value_of_a_key() -> None:
+    problem = draw_multivalue(rng(), 1, 8, 3, 8)
+    assert problem.any_order
+    values: dict[int, set[int]] = {}
+    for _, key, value in told(problem):
+        values.setdefault(key, set()).add(value)
+    for row in problem.questions[0]:
+        assert set(row[2:].tolist()) == values[int(row[1])] and len(values[int(row[1])]) == 3
+
+
+def test_variables_lead_to_their_root() -> None:
+    problem = draw_variables(rng(), 1, 6, 2, 18)
+    value_of: dict[int, int] = {}
+    for relation, name, source in told(problem):  # a source is always told before its copies
+        assert name not in value_of
+        value_of[name] = source if relation == dialect.LET else value_of[source]
+    assert len(value_of) == len(problem.questions[0]) == 18
+    assert all(value_of[int(row[1])] == row[2] for row in problem.questions[0])
+
+
+# ---- prose
+
+
+@pytest.mark.parametrize("length", [400, 1024, 3000])
+@pytest.mark.parametrize("task", TASKS)
+def test_prose_fits_and_fills_the_length(task: str, length: int) -> None:
+    sample = prose_sample(TASKS[task], length, WordTokenizer(), seed=2)
+    assert length - 30 < sample.total_tokens() <= length
+
+
+class Recorder(WordTokenizer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.texts.append(text)
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prose_tells_the_gold_strings_and_answers_grade_as_right(task: str) -> None:
+    tokenizer = Recorder()
+    sample = prose_sample(TASKS[task], 1500, tokenizer, seed=2)
+    context = tokenizer.texts[-1]
+    for question in sample.questions:
+        assert all(gold in context for gold in question.answer)
+        right = " " + " and then ".join(question.answer) + "."
+        assert grade_text(question, right)
+        assert not grade_text(question, right.replace(question.answer[0], "nothing"))
+
+
+def test_prose_is_seeded() -> None:
+    first, again, other = (
+        prose_sample(TASKS["vt"], 800, WordTokenizer(), seed=seed) for seed in (1, 1, 2)
+    )
+    assert (first.context == again.context).all()
+    assert [q.answer for q in first.questions] == [q.answer for q in again.questions]
+    assert [q.answer for q in first.questions] != [q.answer for q in other.questions]
+
+
+def test_prose_that_cannot_fit_says_what_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"length: got 60, allowed: an int >= \d+"):
+        prose_sample(TASKS["niah_multikey"], 60, WordTokenizer())
+
+
+def test_filler_shares_no_word_with_names() -> None:
+    filler = (*FILLER_SUBJECTS, *FILLER_VERBS, *FILLER_OBJECTS, *FILLER_ENDINGS)
+    words = {word for phrase in filler for word in phrase.split()}
+    assert not words & {*ADJECTIVES, *NOUNS}
+    assert len(set(ADJECTIVES)) * len(set(NOUNS)) >= dialect.NUM_NAMES
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 7, 12, 99])
+def test_bisection_finds_the_largest_that_fits(limit: int) -> None:
+    assert largest(lambda count: count <= limit, 12) == min(limit, 12)
+
+
+# ---- grading and names
+
+
+def question(*answer: str, any_order: bool = False) -> Question:
+    return Question(np.zeros(1, np.int64), answer, len(answer), any_order)
+
+
+def test_words_match_exactly() -> None:
+    assert grade_words(question("v1", "v2"), ["v1", "v2"])
+    assert not grade_words(question("v1", "v2"), ["v2", "v1"])
+    assert not grade_words(question("v1"), ["v1", "v1"])
+
+
+def test_sets_match_in_any_order() -> None:
+    wanted = question("v1", "v2", "v3", any_order=True)
+    assert grade_words(wanted, ["v3", "v1", "v2"])
+    assert not grade_words(wanted, ["v3", "v1", "v1"])
+    assert grade_text(question("12", "34", any_order=True), "34, then 12")
+
+
+def test_text_matches_whole_words_in_order() -> None:
+    assert grade_text(question("1234567"), " 1234567.")
+    assert not grade_text(question("1234567"), " 12345678")
+    assert grade_text(question("amber mill", "old bridge"), "the Amber mill, the old bridge")
+    assert not grade_text(question("amber mill", "old bridge"), "old bridge, amber mill")
+
+
+def test_tasks_are_found_by_name() -> None:
+    assert [task.name for task in find_tasks(["vt", "chain"])] == ["vt", "chain"]
+    allowed = "niah_single, niah_multikey, niah_pairkey, niah_multivalue, chain, vt"
+    with pytest.raises(ValueError, match=f"tasks: got 'nia', allowed: each once of {allowed}"):
+        find_tasks(["vt", "nia"])
+    with pytest.raises(ValueError, match="tasks: got 'vt', allowed: each once"):
+        find_tasks(["vt", "vt"])
+    with pytest.raises(ValueError, match="tasks: got none, allowed: at least one"):
+        find_tasks([])
