@@ -80,7 +80,7 @@ def test_eval_writes_json_and_picture_and_prints_a_table(
     assert all(cell["num_samples"] == 6 for cell in results["cells"])
     assert results["cells"][0]["score"] == 1.0
     text = capsys.readouterr().out
-    assert "multikey" in text and "results.json" in text
+    assert "multi" in text and "results.json" in text
 
 
 def test_demo_shows_four_policies(

@@ -215,6 +215,14 @@ def test_masks_are_read_once_per_kind_and_forward(monkeypatch: pytest.MonkeyPatc
         assert cache.layers[2].cache.starts is starts  # the very tensor: the cache read it once
 
 
+def test_a_missing_mask_is_not_taken_for_a_forgotten_one() -> None:
+    model = hf_models.model("llama")
+    with attach(model, hf_models.narrow()) as handle, torch.no_grad():
+        model(hf_models.tokens(1, 5))
+        with pytest.raises(TypeError, match="attention_mask: got NoneType, allowed: "):
+            handle._plan.mask(None)
+
+
 # --- reversible -----------------------------------------------------------------------------------
 
 

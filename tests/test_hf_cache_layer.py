@@ -61,7 +61,8 @@ def test_any_sequence_of_operations_equals_dynamic_layer(
             assert torch.equal(got[1], expected[1])
         elif name == "crop":
             ours.crop(-number)
-            theirs.crop(-number)
+            if theirs.is_initialized:  # older versions fail on an empty layer
+                theirs.crop(-number)
         elif name == "reorder":
             rows = torch.randint(0, batch, (batch,), generator=draw)
             ours.reorder_cache(rows)
@@ -122,6 +123,13 @@ def test_a_positive_crop_raises() -> None:
     with pytest.raises(ValueError, match="tokens_to_remove: got 2, allowed: 0 or a negative int"):
         layer.crop(2)
     assert layer.get_seq_length() == 4
+
+
+def test_crop_takes_a_number_in_a_tensor() -> None:
+    layer = KVSelectLayer()
+    layer.update(*new_tokens(1, 4))
+    layer.crop(torch.tensor(-3))  # type: ignore[arg-type]
+    assert layer.get_seq_length() == 1
 
 
 def test_crop_of_more_than_there_is_leaves_nothing() -> None:

@@ -157,6 +157,33 @@ def test_verify_checks_its_arguments(settings: Any, message: str) -> None:
         handle.verify(**settings)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TokenSelect.paper_compat(topk=64),
+        hf_models.narrow(scope="layer", pool_width=5, similarity_threshold=0.5),
+        hf_models.narrow("compact", similarity_threshold=0.5, normalise_over="candidates"),
+        hf_models.narrow(dense_prefill=True, dense_layers=(1,), aggregate="max_vote"),
+        hf_models.narrow(average_queries="after_rope", window_anchor="block_end", q_block_size=12),
+    ],
+    ids=["paper", "layer", "reuse", "dense_prefill", "block_end"],
+)
+def test_verify_passes_with_other_settings(policy: Any) -> None:
+    with attach(hf_models.model("llama"), policy) as handle:
+        assert set(handle.verify().logit_error) == {"dense", "lists"}
+
+
+@pytest.mark.parametrize("positions", hf_models.POSITIONS)
+@pytest.mark.parametrize("length", [64, 150, 256])
+def test_verify_fits_models_trained_on_little(length: int, positions: str) -> None:
+    model = hf_models.build(hf_models.config("llama", max_position_embeddings=length))
+    settings = {"q_block_size": 16, "tail_q_block_size": 8, "max_age": 8, "topk": 4}
+    policy = hf_models.narrow(positions, **settings)
+    assert policy.capacity <= length
+    with attach(model, policy) as handle:
+        assert set(handle.verify().logit_error) == {"dense", "lists"}
+
+
 def test_stock_runs_the_model_as_it_was() -> None:
     model = hf_models.model("llama")
     ids, new = hf_models.tokens(1, 60), hf_models.tokens(1, 3, seed=1)

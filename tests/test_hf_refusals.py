@@ -256,6 +256,16 @@ def test_the_name_without_attach() -> None:
         model(hf_models.tokens(1, 5))
 
 
+def test_another_implementation_while_attached() -> None:
+    model = hf_models.model("llama")
+    with attach(model, hf_models.wide("compact")), torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        message = "attn_implementation: got 'sdpa', allowed: 'kvselect' while attached"
+        with pytest.raises(ValueError, match=message):
+            model(hf_models.tokens(1, 5))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_detached_handle() -> None:
     handle = attach(hf_models.model("llama"), hf_models.wide())
     handle.detach()

@@ -19,13 +19,11 @@ from transformers import DynamicCache
 
 from kvselect import StreamingLLM, TokenSelect, attach
 from kvselect.integrations.hf import attention
-from kvselect.policies.base import register_policy
 
 CONTEXT = 601
 ORACLE = 2e-6  # of the largest logit, float32
 
 
-@register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded(TokenSelect):
     """TokenSelect that keeps its last lists where the test finds them."""

@@ -16,7 +16,7 @@ from kvselect.integrations.hf.attention import kvselect_attention
 from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
 from kvselect.integrations.hf.hooks import install_hooks, remove_copied_hooks
 from kvselect.integrations.hf.masks import key_range_mask
-from kvselect.integrations.hf.plan import PLAN_KEY, StackPlan, unrotated_phases
+from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_phases
 from kvselect.integrations.hf.report import Report, make_report
 from kvselect.integrations.hf.stack import (
     attention_modules,
@@ -27,10 +27,6 @@ from kvselect.integrations.hf.stack import (
 )
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
 from kvselect.policies.base import Policy, policy_from_dict
-
-NAME = "kvselect"
-"""Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
-"flex_attention", "/" and "|" in them."""
 
 
 class Handle:
@@ -58,7 +54,7 @@ class Handle:
     def verify(
         self,
         *,
-        prompt_tokens: int = 192,
+        prompt_tokens: int | None = None,
         decode_tokens: int = 4,
         tolerance: float | None = None,
         seed: int = 0,
@@ -72,7 +68,8 @@ class Handle:
         Parameters
         ----------
         prompt_tokens, decode_tokens : int
-            Length of the two phases [tokens].
+            Length of the two phases [tokens]; None: a prompt of 192, less for a model trained on
+            fewer.
         tolerance : float or None
             Bound on ``max |difference| / max |stock|`` of the logits and of every layer's attention
             output; None: by the model's dtype (`verify.TOLERANCE`).

@@ -157,6 +157,7 @@ class KVSelectLayer(DynamicLayer):
         ValueError
             For a positive number, which once meant the final length.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted decoding may count in a 0-d tensor
         require(tokens_to_remove <= 0, "tokens_to_remove", tokens_to_remove, "0 or a negative int")
         dropped = min(-tokens_to_remove, self.get_seq_length())
         if dropped == 0 or self.cache is None:

@@ -16,7 +16,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvselect.checks import require
 from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
 from kvselect.integrations.hf.masks import KeyRange
-from kvselect.integrations.hf.plan import PLAN_KEY, LayerContext, LayerPlan, StackPlan, plan_of
+from kvselect.integrations.hf.plan import (
+    NAME,
+    PLAN_KEY,
+    LayerContext,
+    LayerPlan,
+    StackPlan,
+    plan_of,
+)
 
 
 def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -26,12 +33,17 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     ------
     ValueError
         For ``output_attentions=True`` (the weights are never formed; transformers would return an
-        empty tuple without a word) and for caches that offload their layers.
+        empty tuple without a word), for caches that offload their layers, and if somebody changed
+        the attention implementation since `attach` (un-rotated keys would meet it).
     """
     plan: StackPlan = plan_of(module)
     if plan.mode != "select":
         return None
     require(not kwargs.get("output_attentions"), "output_attentions", True, "False")
+    config: Any = module.config
+    implementation = config._attn_implementation
+    allowed = f"{NAME!r} while attached; call handle.detach() first"
+    require(implementation == NAME, "attn_implementation", implementation, allowed)
     place = plan.cache_argument
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
@@ -39,7 +51,6 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         upgrade_cache(cache, plan.sketches, plan.foreign_layers)
         return None
     use_cache = kwargs.get("use_cache")
-    config: Any = module.config
     if (
         cache is not None
         or use_cache is False

@@ -20,6 +20,10 @@ from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 
+NAME = "kvselect"
+"""Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
+"flex_attention", "/" and "|" in them."""
+
 PLAN_KEY = "_kvselect_plan"
 """Where a plan sits in ``module.__dict__``."""
 
@@ -61,11 +65,9 @@ class StackPlan:
     identity: bool = False  # calibration's second run: every layer gets cos = 1, sin = 0
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
-    cache_argument: int = (
-        -1
-    )  # place of past_key_values among the positional arguments of the stack's forward
+    cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
-    _ones: tuple[Tensor, Tensor, Tensor] | None = None
+    _ones: tuple[Tensor, Tensor] | None = None
     _unrotation: tuple[weakref.ref[Tensor], RopeLayout, Unrotation] | None = None
     _tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
@@ -75,7 +77,7 @@ class StackPlan:
     def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
         """`read_mask`, once per forward: all layers of a kind get the same mask object."""
         for mask, keys in self._masks:
-            if mask() is attention_mask:
+            if attention_mask is not None and mask() is attention_mask:
                 return keys
         read = read_mask(attention_mask)
         if isinstance(read, Tensor):
@@ -101,8 +103,8 @@ class StackPlan:
             or kept[0].dtype != cos.dtype
             or kept[0].device != cos.device
         ):
-            self._ones = kept = (torch.ones_like(cos), torch.zeros_like(sin), cos)
-        return kept[0], kept[1]
+            self._ones = kept = (torch.ones_like(cos), torch.zeros_like(sin))
+        return kept
 
     def table(self, layer: LayerPlan, num_positions: int, device: torch.device) -> Rope:
         """The layer's rotation for ``num_positions`` positions or more, up to the trained length.
@@ -236,9 +238,7 @@ class LayerContext(NamedTuple):
     """What the attention hook hands to the attention function, as the keyword ``kvselect``."""
 
     layer: Any  # the cache layer, or None without a cache
-    cos: (
-        Tensor | None
-    )  # None: the model does not pass position_embeddings by keyword (calibration finds out)
+    cos: Tensor | None  # None: the model passes no pair position_embeddings by keyword
     sin: Tensor | None
     plan: LayerPlan
 
@@ -251,9 +251,8 @@ def unrotated_phases(policy: Policy) -> frozenset[Phase]:
     if policy.positions != "original":
         return frozenset()
     phases: set[Phase] = set()
-    if getattr(policy, "average_queries", None) == "before_rope" and not getattr(
-        policy, "dense_prefill", False
-    ):
+    selects = not getattr(policy, "dense_prefill", False)
+    if selects and getattr(policy, "average_queries", None) == "before_rope":
         phases.add("prefill")
     reuses = getattr(policy, "similarity_threshold", None) is not None
     if reuses and getattr(policy, "similarity_on", None) == "unrotated":

@@ -16,14 +16,20 @@ from kvselect.checks import require, require_int
 from kvselect.integrations.hf.plan import StackPlan
 from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.sketch import BLOCK_TOKENS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest ``max |difference| / max |stock|``.
 
-Half precision is looser for two reasons: both sides
-round every layer's output to it, differently ordered sums and all; and with compact positions we
-rotate in float32 where the model rotates in its own dtype.
+Half precision is looser for two reasons: both sides round every layer's output to it, differently
+ordered sums and all; and with compact positions we rotate in float32 where the model rotates in
+its own dtype.
 """
+
+PROMPT_TOKENS = 192
+"""Default length of the prompt [tokens]."""
+QUERY_BLOCK = 32
+"""Query blocks of the run through lists [queries]: a prompt of 192 has some that select."""
 
 
 class VerificationError(RuntimeError):
@@ -65,25 +71,28 @@ def verify_attachment(
     model: PreTrainedModel,
     plan: StackPlan,
     stock: Callable[[], AbstractContextManager[None]],
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     decode_tokens: int,
     tolerance: float | None,
     seed: int,
 ) -> VerifyResult:
     """See `Handle.verify`. Counters, caches and the random state of the caller stay as they are."""
-    require_int(prompt_tokens, "prompt_tokens", 1)
     require_int(decode_tokens, "decode_tokens", 0)
+    if prompt_tokens is None:
+        room = plan.trained_length - decode_tokens - QUERY_BLOCK
+        prompt_tokens = max(min(PROMPT_TOKENS, room), 1)
+    require_int(prompt_tokens, "prompt_tokens", 1)
     length = prompt_tokens + decode_tokens
     allowed = f"at most {plan.trained_length} tokens (the trained length), decode included"
     require(length <= plan.trained_length, "prompt_tokens", length, allowed)
-    dtype = next(model.parameters()).dtype
-    bound = TOLERANCE[dtype] if tolerance is None else tolerance
     config: Any = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(model.device)
 
     with stock():
         expected = _run(model, plan, tokens, prompt_tokens)
+    dtype = expected.logits.dtype
+    bound = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) if tolerance is None else tolerance
     logit_error, layer_error = {}, {}
     for name, policy in widened_policies(plan.policy, length).items():
         with _using(plan, policy):
@@ -108,9 +117,9 @@ def verify_attachment(
 def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
     """Forms of a policy that keep every one of ``length`` tokens.
 
-    "dense": by its dense path. "lists": by selection, with an over-selection so large that every
+    "dense": by its dense path. "lists": by selection, with so large an over-selection that every
     candidate is picked, while the rule for short contexts, which goes by ``topk``, still says that
-    there is something to select.
+    there is something to select. Its lists are no longer than the context and a query block.
     """
     fields = {field.name for field in dataclasses.fields(policy)}
     forms: dict[str, dict[str, Any]] = {"dense": {}}
@@ -118,21 +127,18 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
         forms["dense"] = {"topk": length, "overselect": 1.0}
     elif "num_recent_tokens" in fields:
         forms["dense"] = {"num_recent_tokens": length}
-    settings: Any = policy
-    if {
-        "topk",
-        "overselect",
-        "num_sink_tokens",
-        "num_recent_tokens",
-        "dense_below_tokens",
-    } <= fields:
-        recent = min(settings.num_recent_tokens, 128 if policy.required_sketch is not None else 32)
+    if {"topk", "overselect", "num_sink_tokens", "num_recent_tokens", "q_block_size"} <= fields:
+        settings: Any = policy
+        shortest = BLOCK_TOKENS if policy.required_sketch is not None else QUERY_BLOCK
+        recent = min(settings.num_recent_tokens, shortest)
         sinks = min(settings.num_sink_tokens, 4)
         forms["lists"] = {
             "topk": 1,
-            "overselect": float(length),
+            "overselect": float(max(length - recent - sinks, 1)),
             "num_recent_tokens": recent,
             "num_sink_tokens": sinks,
+            "q_block_size": min(settings.q_block_size, recent, QUERY_BLOCK),
+            "max_age": 1,
             "dense_below_tokens": 0,
         }
     return {name: dataclasses.replace(policy, **changes) for name, changes in forms.items()}
@@ -178,7 +184,7 @@ def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens:
             for chunk in (tokens[:, :prompt_tokens], *(tokens[:, i : i + 1] for i in steps)):
                 result = model(input_ids=chunk, past_key_values=cache, use_cache=True)
                 cache = result.past_key_values
-                logits.append(result.logits.float())
+                logits.append(result.logits)
     finally:
         for handle in handles:
             handle.remove()
@@ -191,5 +197,5 @@ def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens:
 
 def _error(got: Tensor, expected: Tensor) -> float:
     """``max |difference| / max |expected|``; infinite where anything is NaN."""
-    error = float((got - expected).abs().max() / expected.abs().max())
+    error = float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
     return error if error == error else float("inf")
