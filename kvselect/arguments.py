@@ -26,6 +26,9 @@ def require_queries(q: object, cache: object) -> None:
     assert isinstance(cache, KVCache)
     require_tensor(q, "q", (cache.batch, None, None, cache.head_dim), (cache.dtype,), cache.device)
     assert isinstance(q, Tensor)
+    tracked = q.requires_grad and torch.is_grad_enabled()
+    allowed = "no gradient: the ops have none (use torch.no_grad() or q.detach())"
+    require(not tracked, "q", "a tensor that requires grad", allowed)
     num_q_heads, num_kv_heads = q.shape[2], cache.num_kv_heads
     if num_q_heads == 0 or num_q_heads % num_kv_heads:
         allowed = f"a multiple of num_kv_heads = {num_kv_heads}"
@@ -38,6 +41,8 @@ def require_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
         return float(head_dim**-0.5)
     scale = require_float(softmax_scale, "softmax_scale", "None or a float > 0")
     require(scale > 0.0, "softmax_scale", scale, "None or a float > 0")
+    in_range = 1.2e-38 < scale < 3.4e38
+    require(in_range, "softmax_scale", scale, "None or a float > 0 that float32 can hold")
     return scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS, block_bytes, encode, o
 from kvselect.storage import ForeignPages, HeadMajorRows, OwnPages, Storage, grown
 
 __all__ = ["KVCache"]
+
+
+_SERIALS = count()
 
 
 class KVCache:
@@ -83,7 +87,7 @@ class KVCache:
         else:
             storage = OwnPages(batch, num_kv_heads, head_dim, dtype, device, page_block_size)
         self._set_up(storage, batch, page_block_size, sketch)
-        self._make_room([capacity] * batch)
+        self._make_room([capacity] * batch, exactly=True)
 
     def _set_up(
         self, storage: Storage, batch: int, page_block_size: int | None, sketch: str | None
@@ -96,8 +100,12 @@ class KVCache:
         self._lengths = [0] * batch
         self._cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=self._device)
         self._starts: Tensor | None = None
+        self._given_starts: tuple[Tensor, int] | None = (
+            None  # as set_starts got them, and their state
+        )
         self._host_starts = [0] * batch
         self._version = self._num_appended = 0
+        self._serial = next(_SERIALS)
         shape: tuple[int, ...] = (batch, self._num_kv_heads)
         self._num_nonfinite = torch.zeros(shape, dtype=torch.int64, device=self._device)
         self._sketch_format = sketch
@@ -157,14 +165,12 @@ class KVCache:
         cache._make_room(lengths)
         cache._lengths = lengths
         cache._cache_seqlens = cache_seqlens.clone()
-        k, v = pages.tokens(lengths)
-        finite = k.isfinite().all(-1) & v.isfinite().all(-1)  # zeros behind shorter rows are
-        cache._num_nonfinite = (~finite).sum(1)
-        if sketch is not None and cache._sketch_data is not None:
-            for row, length in enumerate(lengths):
-                whole = length // BLOCK_TOKENS
-                blocks = k[row, : whole * BLOCK_TOKENS].view(whole, BLOCK_TOKENS, *k.shape[2:])
-                cache._sketch_data[row, :, :whole] = encode(blocks.permute(2, 0, 1, 3), sketch)
+        for row, length in enumerate(lengths):
+            k = pages.row_keys(row, 0, length)
+            v = pages.row_values(row, 0, length)
+            finite = k.isfinite().all(-1) & v.isfinite().all(-1)
+            cache._num_nonfinite[row] = (~finite).sum(0)
+        cache._sketch_rows()
         return cache
 
     # --- what is stored ---------------------------------------------------------------------------
@@ -258,6 +264,11 @@ class KVCache:
         return self._version
 
     @property
+    def serial(self) -> int:
+        """Which cache of this process it is; a copy has the number of its original."""
+        return self._serial
+
+    @property
     def num_appended(self) -> int:
         """Tokens of the last append, the most of any row; 0 after any other change."""
         return self._num_appended
@@ -339,6 +350,7 @@ class KVCache:
                 self._sketch_data,
                 op_format(self._sketch_format),
                 self._num_nonfinite,
+                self._starts,
             )
             self._lengths = lengths
         self._num_appended = longest
@@ -385,6 +397,7 @@ class KVCache:
         self._num_nonfinite = self._num_nonfinite[picked]
         if self._starts is not None:
             self._starts = self._starts[picked]
+        self._given_starts = None
         self._lengths = lengths
         self._host_starts = [self._host_starts[row] for row in rows]
         self._changed()
@@ -395,6 +408,7 @@ class KVCache:
         self._cache_seqlens = torch.zeros_like(self._cache_seqlens)
         self._num_nonfinite = torch.zeros_like(self._num_nonfinite)
         self._starts, self._host_starts = None, [0] * self.batch
+        self._given_starts = None
         self._storage.release(self._lengths)
         self._changed()
 
@@ -413,30 +427,55 @@ class KVCache:
         ValueError, TypeError
             If it is no list of such numbers.
         """
-        if starts is self._starts:
+        if self._are_starts(starts):
             return
         values = [0] * self.batch if starts is None else _read_ints(starts, "starts", self.batch)
         require(all(start >= 0 for start in values), "starts", values, "ints >= 0")
-        if isinstance(starts, Tensor):
-            self._starts = starts.to(device=self._device, dtype=torch.int32).contiguous()
-        elif starts is not None:
+        self._starts = None
+        if starts is not None:
             self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
-        else:
-            self._starts = None
+        self._given_starts = None
+        if isinstance(starts, Tensor) and not starts.is_inference():
+            self._given_starts = (starts, starts._version)
         if values != self._host_starts:
             self._host_starts = values
+            self._sketch_rows()
             self._changed()
+
+    def _are_starts(self, starts: Sequence[int] | Tensor | None) -> bool:
+        """Whether these are the very starts that are set, unchanged since: nobody reads them."""
+        if starts is None or not isinstance(starts, Tensor):
+            return starts is None and self._starts is None
+        if starts is self._starts:
+            return True
+        given = self._given_starts
+        return given is not None and starts is given[0] and starts._version == given[1]
+
+    def _sketch_rows(self) -> None:
+        """Sketch all whole blocks anew; they count from each row's first real token."""
+        if self._sketch_data is None or self._sketch_format is None:
+            return
+        for row, (start, length) in enumerate(zip(self._host_starts, self._lengths)):
+            whole = max(length - start, 0) // BLOCK_TOKENS
+            if whole:
+                keys = self._storage.row_keys(row, start, start + whole * BLOCK_TOKENS)
+                blocks = keys.reshape(whole, BLOCK_TOKENS, *keys.shape[1:])
+                records = encode(blocks.permute(2, 0, 1, 3), self._sketch_format)
+                self._sketch_data[row, :, :whole] = records
 
     def _changed(self) -> None:
         self._version += 1
         self._num_appended = 0
 
-    def _make_room(self, lengths: list[int]) -> None:
-        self._storage.make_room(lengths)
-        if self._sketch_data is not None:
-            num_blocks = self._storage.capacity // BLOCK_TOKENS
-            if num_blocks > self._sketch_data.shape[2]:
-                self._sketch_data = grown(self._sketch_data, 2, num_blocks)
+    def _make_room(self, lengths: list[int], exactly: bool = False) -> None:
+        self._storage.make_room(lengths, exactly)
+        if self._sketch_data is None:
+            return
+        needed = max(lengths, default=0) // BLOCK_TOKENS
+        if needed > self._sketch_data.shape[2]:  # pages may have a table far longer than any row
+            num_blocks = needed if exactly else needed + max(needed // 8, 1)
+            num_blocks = min(num_blocks, max(self._storage.capacity // BLOCK_TOKENS, needed))
+            self._sketch_data = grown(self._sketch_data, 2, num_blocks)
 
 
 def _read_ints(values: Sequence[int] | Tensor, name: str, size: int | None) -> list[int]:

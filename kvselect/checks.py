@@ -72,11 +72,12 @@ def _shown(value: object) -> str:
 
 
 def require_int(value: object, name: str, minimum: int, allowed: str | None = None) -> None:
-    """TypeError unless an int, ValueError unless at least ``minimum``."""
+    """TypeError unless an int, ValueError unless at least ``minimum`` and below 2^31 (int32)."""
     allowed = allowed or f"an int >= {minimum}"
     require_type(value, int, name, allowed)
     assert isinstance(value, int)
     require(value >= minimum, name, value, allowed)
+    require(value < 2**31, name, value, f"{allowed}, below 2^31")
 
 
 def require_float(value: object, name: str, allowed: str) -> float:

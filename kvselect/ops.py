@@ -60,6 +60,7 @@ def _kv_append(
     sketch: Tensor | None,
     sketch_format: str,
     num_nonfinite: Tensor,
+    starts: Tensor | None = None,
 ) -> None:
     return None
 

@@ -210,7 +210,8 @@ class Rope:
 @lru_cache(maxsize=64)
 def _partners(start: int, num_pairs: int, interleaved: bool, head_dim: int, device: str) -> Tensor:
     """For every channel the other of its pair; channels that do not rotate are their own."""
-    channels = torch.arange(head_dim)
+    with torch.inference_mode(False):  # kept: it must serve calls that track gradients, too
+        channels = torch.arange(head_dim)
     span = channels[start : start + 2 * num_pairs].clone()
     pairs = span.view(num_pairs, 2) if interleaved else span.view(2, num_pairs).T
     channels[pairs[:, 0]], channels[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]

@@ -51,7 +51,8 @@ class SelectionCache:
         self.age: Tensor | None = None  # [batch, num_lists] int32, steps since the refresh
         self.expected_seqlens: Tensor | None = None  # [batch] int32; -1: the row's lists are void
         self.lists: Lists | None = None  # one block; extended in place by hits
-        self._version: int | None = None
+        self._version: tuple[int, int] | None = None
+        self.num_nonfinite: Tensor | None = None  # [batch, num_lists] int64, at the last step
 
     def direction(self, q: Tensor) -> Tensor:
         """Queries as `lookup` and `store` take them: unit vectors, whose products are cosines.
@@ -86,7 +87,7 @@ class SelectionCache:
             self.anchor_query is None
             or self.expected_seqlens is None
             or self.age is None
-            or self._version != cache.version
+            or self._version != (cache.serial, cache.version)
             or cache.num_appended != 1
             or self.anchor_query.shape != direction.shape
         ):
@@ -100,6 +101,7 @@ class SelectionCache:
         hit = similar >= self.similarity_threshold
         hit &= self.age < self.max_age
         hit &= (self.expected_seqlens == cache.cache_seqlens)[:, None]
+        hit &= self._nonfinite(cache, hit.shape[1]) == self.num_nonfinite
         return hit.int()
 
     def store(
@@ -132,7 +134,16 @@ class SelectionCache:
         if void is not None:
             self.expected_seqlens.masked_fill_(void, -1)
         self.lists = lists
-        self._version = cache.version
+        self._version = (cache.serial, cache.version)
+        self.num_nonfinite = self._nonfinite(cache, direction.shape[1])
+
+    @staticmethod
+    def _nonfinite(cache: KVCache, num_lists: int) -> Tensor:
+        """Defects that each list's heads met, [batch, num_lists]; a new one forces a miss."""
+        counts = cache.num_nonfinite
+        if num_lists == counts.shape[1]:
+            return counts.clone()
+        return counts.view(counts.shape[0], num_lists, -1).sum(-1)
 
     def clear(self) -> None:
         """Forget everything: the next step misses."""

@@ -34,8 +34,11 @@ class Storage(Protocol):
     @property
     def block_table(self) -> Tensor | None: ...
 
-    def make_room(self, lengths: list[int]) -> None:
-        """Room for ``lengths`` tokens in each row; ValueError if there is none."""
+    def make_room(self, lengths: list[int], exactly: bool = False) -> None:
+        """Room for ``lengths`` tokens in each row; ValueError if there is none.
+
+        What must grow for it grows by an eighth more, unless ``exactly``.
+        """
         ...
 
     def release(self, lengths: list[int]) -> None:
@@ -50,10 +53,18 @@ class Storage(Protocol):
         """Keys and values as [batch, max(lengths), num_kv_heads, head_dim]."""
         ...
 
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        """Keys of positions [begin, end) of one row, [end - begin, num_kv_heads, head_dim]."""
+        ...
 
-def grown_capacity(capacity: int, needed: int) -> int:
-    """At least twice what there was, so that appending costs constant time per token."""
-    return -(-max(needed, 2 * capacity) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+def grown_capacity(needed: int) -> int:
+    """An eighth more than is needed now, so that appending costs constant time per token.
+
+    No more than that: this is most of a long context's memory, and a prompt that just filled its
+    rows must not double it with the first token that follows.
+    """
+    return -(-(needed + max(needed // 8, 1)) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
 def grown(store: Tensor, dim: int, size: int) -> Tensor:
@@ -94,10 +105,11 @@ class HeadMajorRows:
     def block_table(self) -> None:
         return None
 
-    def make_room(self, lengths: list[int]) -> None:
+    def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         if longest > self.capacity:
-            capacity = grown_capacity(self.capacity, longest)
+            capacity = longest if exactly else grown_capacity(longest)
+            capacity = -(-capacity // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self._k, self._v = grown(self._k, 2, capacity), grown(self._v, 2, capacity)
 
     def release(self, lengths: list[int]) -> None:
@@ -117,6 +129,10 @@ class HeadMajorRows:
         """Views."""
         used = max(lengths, default=0)
         return self._k[:, :, :used].transpose(1, 2), self._v[:, :, :used].transpose(1, 2)
+
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        """A view."""
+        return self._k[row, :, begin:end].transpose(0, 1)
 
 
 class ForeignPages:
@@ -145,7 +161,7 @@ class ForeignPages:
     def block_table(self) -> Tensor:
         return self._table
 
-    def make_room(self, lengths: list[int]) -> None:
+    def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         allowed = f"at most {self.capacity} tokens per row (foreign pages do not grow)"
         require(longest <= self.capacity, "capacity", longest, allowed)
@@ -162,6 +178,20 @@ class ForeignPages:
         """Gathered copies; zeros behind shorter rows."""
         return self._gathered(self._k, lengths), self._gathered(self._v, lengths)
 
+    def row_keys(self, row: int, begin: int, end: int) -> Tensor:
+        """A gathered copy."""
+        return self._gathered_row(self._k, row, begin, end)
+
+    def row_values(self, row: int, begin: int, end: int) -> Tensor:
+        """A gathered copy of the values, as `row_keys`."""
+        return self._gathered_row(self._v, row, begin, end)
+
+    def _gathered_row(self, store: Tensor, row: int, begin: int, end: int) -> Tensor:
+        first = begin // store.shape[1]
+        pages = self._table[row, first : self.num_pages(end)].long()
+        skipped = first * store.shape[1]
+        return store[pages].flatten(0, 1)[begin - skipped : end - skipped]
+
     def num_pages(self, length: int) -> int:
         """Pages that ``length`` tokens fill."""
         return -(-length // self._k.shape[1])
@@ -169,8 +199,7 @@ class ForeignPages:
     def _gathered(self, store: Tensor, lengths: list[int]) -> Tensor:
         tokens = store.new_zeros((len(lengths), max(lengths, default=0), *store.shape[2:]))
         for row, length in enumerate(lengths):
-            pages = self._table[row, : self.num_pages(length)].long()
-            tokens[row, :length] = store[pages].flatten(0, 1)[:length]
+            tokens[row, :length] = self._gathered_row(store, row, 0, length)
         return tokens
 
 
@@ -198,10 +227,11 @@ class OwnPages(ForeignPages):
     def capacity(self) -> int:
         return self._capacity
 
-    def make_room(self, lengths: list[int]) -> None:
+    def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         if longest > self._capacity:
-            self._capacity = grown_capacity(self._capacity, longest)
+            capacity = longest if exactly else grown_capacity(longest)
+            self._capacity = -(-capacity // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
             self._table = grown(self._table, 1, self.num_pages(self._capacity))
         missing = [self.num_pages(n) - len(pages) for n, pages in zip(lengths, self._owned)]
         needed = sum(max(count, 0) for count in missing)

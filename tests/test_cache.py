@@ -117,7 +117,7 @@ def test_grows_and_never_truncates(page_block_size: int | None) -> None:
     for begin in range(0, 300, 60):
         cache.append(k[:, begin : begin + 60], v[:, begin : begin + 60])
     assert torch.equal(cache.k, k) and torch.equal(cache.v, v)
-    assert cache.capacity == 512  # doubled twice: copies cost constant time per token
+    assert cache.capacity == 384  # an eighth more than was needed, in whole sketch blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -390,3 +390,56 @@ def test_changes_are_checked(
     with pytest.raises(error, match=message):
         call(cache)
     assert cache.version == version and cache.lengths == (3, 2)
+
+
+def test_a_prompt_leaves_room_for_its_answer_and_no_more() -> None:
+    cache = KVCache(1, HEADS, DIM, sketch=None)
+    k, v = tokens(1, 1024), tokens(1, 1024)
+    cache.append(k, v)
+    assert cache.capacity == 1152
+    before = cache.k_pages.data_ptr()
+    cache.append(k[:, :100], v[:, :100])
+    assert cache.capacity == 1152 and cache.k_pages.data_ptr() == before
+
+
+def test_the_sketch_of_pages_is_as_long_as_the_longest_row() -> None:
+    pool = torch.zeros(40, 16, HEADS, DIM)
+    table = torch.zeros(2, 4096, dtype=torch.int32)
+    table[0, :40] = torch.arange(40)
+    cache = KVCache.from_pages(
+        pool, pool.clone(), table, torch.tensor([300, 16], dtype=torch.int32)
+    )
+    assert cache.sketch_data is not None and cache.sketch_data.shape[2] <= 3
+
+
+def test_starts_are_not_shared_with_the_caller() -> None:
+    cache = KVCache(1, HEADS, DIM)
+    starts = torch.tensor([3], dtype=torch.int32)
+    cache.set_starts(starts)
+    cache.append(tokens(1, 200), tokens(1, 200))
+    version = cache.version
+    cache.set_starts(starts)
+    assert cache.version == version
+    starts[0] = 100
+    assert cache.starts is not None and cache.starts.tolist() == [3]
+    cache.set_starts(starts)
+    assert cache.starts.tolist() == [100] and cache.num_real_tokens == (100,)
+    assert cache.version == version + 1
+
+
+@pytest.mark.parametrize("page_block_size", LAYOUTS)
+def test_sketch_blocks_count_from_the_first_real_token(page_block_size: int | None) -> None:
+    k, v = tokens(1, 400), tokens(1, 400, seed=1)
+    padded = KVCache(1, HEADS, DIM, page_block_size=page_block_size)
+    padded.set_starts([30])
+    for begin, end in ((0, 20), (20, 200), (200, 201), (201, 400)):
+        padded.append(k[:, begin:end], v[:, begin:end])
+    alone = KVCache(1, HEADS, DIM)
+    alone.append(k[:, 30:], v[:, 30:])
+    assert padded.sketch_data is not None and alone.sketch_data is not None
+    assert torch.equal(padded.sketch_data[:, :, :2], alone.sketch_data[:, :, :2])
+    late = KVCache(1, HEADS, DIM, page_block_size=page_block_size)
+    late.append(k, v)
+    late.set_starts([30])
+    assert late.sketch_data is not None
+    assert torch.equal(late.sketch_data[:, :, :2], alone.sketch_data[:, :, :2])

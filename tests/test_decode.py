@@ -285,3 +285,66 @@ def test_grad_modes_may_change_between_steps(policy: Policy, page_block_size: in
             cache.append(k[:, :1], v[:, :1])
             cache.set_starts([1, 0])
     assert out.isfinite().all() and state.decode.num_calls == 16
+
+
+def test_a_defect_is_not_listed_by_a_reused_list() -> None:
+    policy = TokenSelect(
+        topk=16, num_sink_tokens=4, num_recent_tokens=32, sketch=None, similarity_threshold=0.5
+    )
+    q, k, v = make_qkv(1, 1, 310, 4, 2, 32)
+    cache = KVCache(1, 2, 32, sketch=None)
+    state = policy.new_state(cache)
+    cache.append(k[:, :300], v[:, :300])
+    for t in range(300, 304):
+        broken = k[:, t : t + 1].clone()
+        if t == 302:
+            broken[..., 3] = torch.nan
+        cache.append(broken, v[:, t : t + 1])
+        out, info = decode_step(q, cache, policy, state)
+        assert out.isfinite().all()
+        assert info.selection is not None
+        assert not (info.selection.indices == 302).any()
+        expected = None if t == 300 else torch.full((1, 2), int(t != 302))
+        assert info.hit is None if expected is None else torch.equal(info.hit, expected.int())
+
+
+def test_a_key_of_minus_infinity_is_not_listed() -> None:
+    policy = TokenSelect(topk=16, num_sink_tokens=4, num_recent_tokens=32, sketch=None)
+    q, k, v = make_qkv(1, 1, 300, 4, 2, 32)
+    q[..., 0] = 1.0
+    k[:, 50, :, 0] = -torch.inf
+    cache = KVCache(1, 2, 32, sketch=None)
+    cache.append(k, v)
+    state = policy.new_state(cache)
+    out, info = decode_step(q, cache, policy, state)
+    assert info.selection is not None and out.isfinite().all()
+    assert not (info.selection.indices == 50).any()
+    assert state.decode.num_nonfinite == 2
+
+
+def test_lists_of_one_cache_are_not_reused_on_another() -> None:
+    policy = TokenSelect(
+        topk=16, num_sink_tokens=4, num_recent_tokens=32, sketch=None, similarity_threshold=0.5
+    )
+    q, k, v = make_qkv(1, 1, 301, 4, 2, 32)
+    first, second = KVCache(1, 2, 32, sketch=None), KVCache(1, 2, 32, sketch=None)
+    first.append(k[:, :300], v[:, :300])
+    second.append(-k[:, :299], v[:, :299])
+    second.append(-k[:, 299:300], v[:, 299:300])
+    state = policy.new_state(first)
+    decode_step(q, first, policy, state)
+    second.append(k[:, 300:], v[:, 300:])
+    _, info = decode_step(q, second, policy, state)
+    assert info.hit is None
+
+
+def test_queries_that_want_a_gradient_are_refused() -> None:
+    q, k, v = make_qkv(1, 1, 40, 4, 2, 32)
+    cache = KVCache(1, 2, 32, sketch=None)
+    cache.append(k, v)
+    q.requires_grad_()
+    policy = TokenSelect(sketch=None)
+    with pytest.raises(ValueError, match="q: got 'a tensor that requires grad', allowed: no grad"):
+        decode_step(q, cache, policy, policy.new_state(cache))
+    with torch.no_grad():
+        decode_step(q, cache, policy, policy.new_state(cache))

@@ -253,7 +253,7 @@ def small_budget(
 
 
 def test_variable_tracking_at_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TINY's regression: topk 16, 4 sinks, 32 recent, blocks of 32 queries, one mean query."""
+    """The classical setting: topk 16, 4 sinks, 32 recent, blocks of 32 queries, one mean query."""
     assert small_budget(monkeypatch, Unrotated(**UNROTATED)).score >= 0.95
     assert small_budget(monkeypatch, UnrotatedWrongHeadMap(**UNROTATED)).score <= 0.92
     assert small_budget(monkeypatch, Unrotated(**UNROTATED), raw=True).score <= 0.85

@@ -207,7 +207,7 @@ def test_masks_are_read_once_per_kind_and_forward(monkeypatch: pytest.MonkeyPatc
     with attach(model, hf_models.narrow()), torch.no_grad():
         cache = model(ids, attention_mask=mask).past_key_values
         assert len(reads) == 2
-        starts = cache.layers[0].cache.starts
+        starts = cache.layers[2].cache.starts
         for _ in range(3):
             mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)

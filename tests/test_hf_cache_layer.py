@@ -83,7 +83,7 @@ def test_any_sequence_of_operations_equals_dynamic_layer(
             batch = count if held else batch
         elif name == "reset":
             ours.reset()
-            theirs.reset()
+            theirs = DynamicLayer()  # older versions only zero what they hold
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
         assert ours.get_max_length() == theirs.get_max_length()

@@ -319,3 +319,69 @@ def test_a_crop_voids_what_was_selected() -> None:
         model(other[:, :40], past_key_values=fresh)
         model(other[:, 40:80], past_key_values=fresh)
         assert torch.equal(got, model(other[:, 80:], past_key_values=fresh).logits)
+
+
+def test_a_hole_in_the_padding_of_a_single_token_step_counts() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 31)
+    mask = torch.ones(1, 31, dtype=torch.int64)
+    mask[0, 5:25] = 0
+
+    def last_step() -> Tensor:
+        with torch.no_grad():
+            cache = model(ids[:, :30]).past_key_values
+            step = model(ids[:, 30:], attention_mask=mask, past_key_values=cache)
+            return step.logits
+
+    stock = last_step()
+    with attach(model, TokenSelect()) as handle:
+        assert error(last_step(), stock) <= 1e-5
+        assert "holes" in str(handle.report())
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_left_padding_does_not_move_the_sketch(positions: str) -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 630)
+    padded = torch.cat((torch.zeros(1, 70, dtype=ids.dtype), ids), dim=1)
+    mask = (torch.arange(700) >= 70).long()[None]
+    settings = {"num_recent_tokens": 128, "topk": 64, "num_sink_tokens": 4, "max_age": 1}
+    with attach(model, TokenSelect(positions=positions, **settings)), torch.no_grad():
+        alone = model(ids)
+        place = (torch.arange(700) - 70).clamp(min=0)[None]  # as generate gives them
+        together = model(padded, attention_mask=mask, position_ids=place)
+        alone = model(ids[:, :1], past_key_values=alone.past_key_values).logits
+        mask = torch.cat((mask, mask.new_ones(1, 1)), dim=1)
+        together = model(
+            ids[:, :1],
+            attention_mask=mask,
+            position_ids=torch.tensor([[630]]),
+            past_key_values=together.past_key_values,
+        )
+        assert error(together.logits, alone) <= 1e-5
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 12)
+    with attach(model, hf_models.narrow("compact")):
+        with torch.inference_mode():
+            first = model(ids).logits.clone()
+        assert torch.equal(model(ids).logits, first)
+
+
+def test_a_failed_pass_does_not_mislabel_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 12)
+    cache = DynamicCache(config=model.config)
+
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("planted")
+
+    with attach(model, hf_models.narrow("compact")), monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[0].self_attn.v_proj, "forward", broken)
+        with pytest.raises(RuntimeError, match="planted"), torch.no_grad():
+            model(ids, past_key_values=cache)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert [layer.rope_state for layer in cache.layers] == ["rotated"] * len(cache.layers)

@@ -97,3 +97,11 @@ def test_parts_of_a_context_make_the_whole(cuts: tuple[int, ...]) -> None:
 def test_error_messages(out: Tensor, lse: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge(out, lse)
+
+
+@pytest.mark.parametrize("lse", [[torch.nan], [torch.nan, -torch.inf], [0.0, torch.nan]])
+def test_a_part_that_is_not_a_number_shows(cpu_implementation: str, lse: list[float]) -> None:
+    out, merged = torch.ops.kvselect.merge_splits(
+        torch.ones(len(lse), 1, 32), torch.tensor(lse)[:, None]
+    )
+    assert out.isnan().all() and merged.isnan().all()

@@ -141,6 +141,7 @@ def mass_arguments() -> dict[str, Any]:
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_append": ("kv_append", append_arguments()),
     "kv_append paged bf16": ("kv_append", append_arguments(paged=True, dtype=torch.bfloat16)),
+    "kv_append left-padded": ("kv_append", append_arguments() | {"starts": int32(3, 0)}),
     "kv_append without sketch": (
         "kv_append",
         append_arguments() | {"sketch": None, "sketch_format": "none", "num_valid": None},

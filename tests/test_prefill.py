@@ -382,3 +382,34 @@ def test_bad_input_is_named(
     }
     with pytest.raises(error, match=message):
         prefill(**(arguments | change))
+
+
+def test_a_defect_inside_a_query_block_is_not_listed_by_it() -> None:
+    policy = TokenSelect(topk=16, num_sink_tokens=4, num_recent_tokens=32, sketch=None)
+    q, k, v = make_qkv(1, 600, 600, 4, 2, 32)
+    k[0, 340] = torch.nan
+    cache = KVCache(1, 2, 32, sketch=None)
+    cache.append(k, v)
+    state = policy.new_state(cache)
+    out, _ = prefill(q, cache, policy, state)
+    first = policy.budget + policy.q_block_size  # blocks before it are dense, as stock attention
+    assert out[0, first:].isfinite().all()
+    assert state.prefill.num_nonfinite > 0
+
+
+def test_lists_have_room_for_tail_blocks_larger_than_the_others() -> None:
+    policy = TokenSelect(
+        topk=128,
+        sketch=None,
+        overselect=1.0,
+        num_recent_tokens=128,
+        q_block_size=8,
+        max_age=8,
+        num_sink_tokens=184,
+    )
+    assert policy.capacity == 184 + 128 + 128 + 16
+    q, k, v = make_qkv(1, 600, 600, 4, 2, 32)
+    cache = KVCache(1, 2, 32, sketch=None)
+    cache.append(k, v)
+    out, _ = prefill(q, cache, policy, policy.new_state(cache))
+    assert out.isfinite().all()

@@ -10,7 +10,7 @@ namespace kvselect::bindings {
 
 void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
                OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
-               StringArg sketch_format, Tensor num_nonfinite) {
+               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts) {
     const std::string format = take_string(sketch_format);
     const TensorArg k_arg("k", k), v_arg("v", v), k_cache_arg("k_cache", k_cache),
         v_cache_arg("v_cache", v_cache), seqlens_arg("cache_seqlens", cache_seqlens),
@@ -35,6 +35,7 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
         .require_contiguous();
     const int32_t* seqlens = row_numbers("cache_seqlens", cache_seqlens, batch);
     const int32_t* valid = row_numbers("num_valid", num_valid, batch);
+    const int32_t* first_real = row_numbers("starts", starts, batch);
 
     // Room for every row, before the first one is written.
     int64_t longest = 0;
@@ -53,7 +54,10 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                   " tokens in row ", row, ", allowed: at most 2^31 - 1");
         // A block that these tokens complete is sketched from its first token on, so its older
         // pages are read too.
-        const int64_t first_read = sketch ? before - before % kSketchBlockTokens : before;
+        const int64_t start = first_real ? first_real[row] : 0;
+        KVS_CHECK(start >= 0, "starts: got ", start, " in row ", row, ", allowed: an int >= 0");
+        const int64_t in_block = before > start ? (before - start) % kSketchBlockTokens : 0;
+        const int64_t first_read = sketch ? before - in_block : before;
         require_pages(keys, row, first_read, after);
         longest = std::max(longest, after);
     }
@@ -75,6 +79,7 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
     }
     p.num_valid = valid;
     p.seqlens_before = seqlens;
+    p.starts = first_real;
     p.k_cache = keys.view;
     p.v_cache = values.view;
     p.sketch = sketch_view;

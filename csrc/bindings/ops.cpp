@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def(
         "kv_append(Tensor k, Tensor v, Tensor? num_valid, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor? block_table, Tensor(c!) cache_seqlens, Tensor(d!)? sketch, str sketch_format, "
-        "Tensor(e!) num_nonfinite) -> ()");
+        "Tensor(e!) num_nonfinite, Tensor? starts=None) -> ()");
     m.def(
         "score_tokens(Tensor q, Tensor? q_local, Tensor k_cache, Tensor? block_table, "
         "Tensor cache_seqlens, Tensor? starts, Tensor? sketch, str sketch_format, "

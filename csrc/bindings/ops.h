@@ -9,7 +9,7 @@ namespace kvselect::bindings {
 
 void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
                OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
-               StringArg sketch_format, Tensor num_nonfinite);
+               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts);
 
 std::tuple<Tensor, Tensor, Tensor> score_tokens(
     Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,

@@ -184,12 +184,20 @@ inline bool all_finite(const float* x, int64_t count) {
 
 // Turns a row of logits into exp(logit - max) in place; returns max and the sum. NaN entries are
 // ignored by the maximum but not by the sum: a defect makes the result NaN, never a wrong number.
-inline float exp_in_place(float* logits, int64_t count, float* sum) {
+// `lowest` receives the smallest logit.
+inline float exp_in_place(float* logits, int64_t count, float* sum, float* lowest = nullptr) {
     const int64_t whole = count / kLanes * kLanes;
-    F32 top = broadcast(-INFINITY);
-    for (int64_t i = 0; i < whole; i += kLanes) top = max(load(logits + i), top);
-    float peak = reduce_max(top);
-    for (int64_t i = whole; i < count; ++i) peak = logits[i] > peak ? logits[i] : peak;
+    F32 top = broadcast(-INFINITY), bottom = broadcast(INFINITY);
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        top = max(load(logits + i), top);
+        bottom = min(load(logits + i), bottom);
+    }
+    float peak = reduce_max(top), least = -reduce_max(sub(broadcast(0.f), bottom));
+    for (int64_t i = whole; i < count; ++i) {
+        peak = logits[i] > peak ? logits[i] : peak;
+        least = logits[i] < least ? logits[i] : least;
+    }
+    if (lowest) *lowest = least;
     if (peak == -INFINITY) {  // nothing visible: weights 0, not exp(-inf - -inf)
         bool defect = false;  // every logit is -inf or NaN: what is not a number must show
         for (int64_t i = 0; i < count; ++i) {

@@ -14,7 +14,9 @@ void sketch_block(const KvAppendParams& p, int64_t row, int64_t kv_head, int64_t
     uint8_t* codes_out = record + 4 * head_dim;
 
     const T* rows[kSketchBlockTokens];
-    row_pointers(p.k_cache, row, index * kSketchBlockTokens, kSketchBlockTokens, kv_head, rows);
+    const int64_t start = p.starts ? p.starts[row] : 0;
+    row_pointers(p.k_cache, row, start + index * kSketchBlockTokens, kSketchBlockTokens, kv_head,
+                 rows);
     float lo[kMaxHeadDim], divisor[kMaxHeadDim];
     bool usable = true;
     for (int64_t d = 0; d < head_dim; d += kLanes) {
@@ -92,8 +94,10 @@ void kv_append_of(const KvAppendParams& p, int64_t begin, int64_t end) {
         }
         p.num_nonfinite[row * p.num_kv_heads + kv_head] += nonfinite;
         if (p.sketch.data == nullptr) continue;
-        const int64_t complete = (before + count) / kSketchBlockTokens;
-        for (int64_t block = before / kSketchBlockTokens; block < complete; ++block)
+        const int64_t start = p.starts ? p.starts[row] : 0;
+        const int64_t first = before > start ? (before - start) / kSketchBlockTokens : 0;
+        const int64_t complete = (before + count - start) / kSketchBlockTokens;
+        for (int64_t block = first; block < complete; ++block)
             sketch_block<T>(p, row, kv_head, block);
     }
 }

@@ -3,12 +3,19 @@
 void merge_splits(const MergeSplitsParams& p, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         float peak = -INFINITY;
+        bool defect = false;
         for (int64_t s = 0; s < p.num_splits; ++s) {
             const float lse = p.partial_lse[s * p.num_rows + row];
             peak = lse > peak ? lse : peak;
+            defect = defect || lse != lse;
         }
         float* out = p.out + row * p.head_dim;
         for (int64_t d = 0; d < p.head_dim; ++d) out[d] = 0.f;
+        if (defect) {  // a part that is not a number makes the whole not a number
+            for (int64_t d = 0; d < p.head_dim; ++d) out[d] = NAN;
+            p.lse[row] = NAN;
+            continue;
+        }
         if (peak == -INFINITY) {
             p.lse[row] = -INFINITY;
             continue;

@@ -46,7 +46,8 @@ inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const Score
     const int64_t seqlen = p.blocks.cache_seqlens[s.row];
     int64_t position = s.range.sink_end;
     while (position < s.cand_end) {
-        const int64_t index = position / kSketchBlockTokens, first = index * kSketchBlockTokens;
+        const int64_t index = (position - s.range.start) / kSketchBlockTokens;
+        const int64_t first = s.range.start + index * kSketchBlockTokens;
         const int64_t next = first + kSketchBlockTokens;
         const int64_t stop = next < s.cand_end ? next : s.cand_end;
         const uint8_t* record = next <= seqlen ? p.sketch.block(s.row, s.kv_head, index) : nullptr;
@@ -113,8 +114,9 @@ inline int64_t drop_nonfinite_tokens(const ScoreItem& s, float* scores) {
 inline bool weigh(const ScoreItem& s) {
     bool finite = true;
     for (int64_t c = 0; c < s.num_columns; ++c) {
-        s.peak[c] = exp_in_place(s.logits + c * s.stride, s.visible, s.total + c);
-        finite = finite && element::is_finite(s.total[c]);
+        float lowest;
+        s.peak[c] = exp_in_place(s.logits + c * s.stride, s.visible, s.total + c, &lowest);
+        finite = finite && element::is_finite(s.total[c]) && lowest != -INFINITY;
     }
     return finite;
 }
@@ -195,6 +197,17 @@ void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, flo
         float* row_scores = p.scores + (block_index * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
         std::memset(row_scores, 0, sizeof(float) * static_cast<size_t>(p.max_seqlen_k));
         float* scores = row_scores + s.range.start;
+
+        // Tokens of the block itself, which have no score: a defect there must not be listed
+        // either.
+        for (int64_t i = visible_end; i < s.range.end; ++i) {
+            float key[kMaxHeadDim];
+            const T* from = key_row<T>(p.keys, s.row, i, s.kv_head);
+            for (int64_t d = 0; d < p.head_dim; d += kLanes) store(key + d, load(from + d));
+            if (all_finite(key, p.head_dim)) continue;
+            row_scores[i] = NAN;
+            ++nonfinite;
+        }
 
         // A defect shows in the sums, which are needed anyway; only then are the logits made again
         // and looked at.

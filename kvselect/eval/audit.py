@@ -72,7 +72,7 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
 
     With compact positions a candidate that is not listed has no position; as the policies' scores
     do, the audit meets candidates at the fixed distance ``num_recent_tokens``, and sinks and recent
-    tokens at their ranks (METHODS 1.5).
+    tokens at their ranks.
     """
     indices, topk_length = selection.with_blocks()
     if policy.positions == "original":

@@ -172,7 +172,8 @@ class TokenSelect(Policy):
         require(overselect >= 1.0, "overselect", self.overselect, "a float >= 1")
         if self.score_scale is not None:
             scale = require_float(self.score_scale, "score_scale", "None or a float > 0")
-            require(scale > 0.0, "score_scale", self.score_scale, "None or a float > 0")
+            in_range = 1.2e-38 < scale < 3.4e38
+            require(in_range, "score_scale", self.score_scale, "None or a float > 0")
         if self.dense_below_tokens is not None:
             allowed = "None or an int >= 0"
             require_int(self.dense_below_tokens, "dense_below_tokens", 0, allowed)
@@ -240,7 +241,8 @@ class TokenSelect(Policy):
     @property
     def capacity(self) -> int:
         """Most tokens in one list: sinks, picked, window, what reuse or a query block adds."""
-        window = self.num_recent_tokens + max(self.max_age, self.q_block_size)
+        tail = self.tail_q_block_size if self.num_tail_tokens else 0
+        window = self.num_recent_tokens + max(self.max_age, self.q_block_size, tail)
         return self.num_sink_tokens + self.keep + window
 
     def dense_limit(self, rope: Rope | None) -> int:

@@ -127,16 +127,20 @@ def sketched_keys(cache: CacheLike, row: int, kv_head: int) -> Tensor:
     keys = cache.k[row, :seqlen, kv_head].double()
     if cache.sketch_format is None or cache.sketch_data is None:
         return keys
-    for block in range(seqlen // BLOCK_TOKENS):
+    start = 0 if cache.starts is None else int(cache.starts[row])
+    for block in range(max(seqlen - start, 0) // BLOCK_TOKENS):
         data = cache.sketch_data[row, kv_head, block]
         decoded = decode_block(data, cache.sketch_format, keys.shape[-1])
         if decoded is not None:
-            keys[block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS] = decoded
+            first = start + block * BLOCK_TOKENS
+            keys[first : first + BLOCK_TOKENS] = decoded
     return keys
 
 
 def kv_append(cache: CacheLike, k: Tensor, v: Tensor, seqlens: Tensor | None = None) -> PlainCache:
     """Append new tokens to every row, and sketch the 128-token blocks that are complete.
+
+    Blocks count from each row's first real token: padding never shares one with a real token.
 
     Parameters
     ----------
@@ -176,8 +180,10 @@ def kv_append(cache: CacheLike, k: Tensor, v: Tensor, seqlens: Tensor | None = N
         num_nonfinite[row] = (~finite).sum(0)
         if sketch_data is None or cache.sketch_format is None:
             continue
-        for block in range(total // BLOCK_TOKENS):
-            keys = new_k[row, block * BLOCK_TOKENS : (block + 1) * BLOCK_TOKENS]
+        start = 0 if cache.starts is None else int(cache.starts[row])
+        for block in range(max(total - start, 0) // BLOCK_TOKENS):
+            first = start + block * BLOCK_TOKENS
+            keys = new_k[row, first : first + BLOCK_TOKENS]
             for head in range(num_kv_heads):
                 sketch_data[row, head, block] = encode_block(keys[:, head], cache.sketch_format)
     return PlainCache(

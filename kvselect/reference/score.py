@@ -68,7 +68,8 @@ def score_query_blocks(
     BlockScores
         0 where not visible. A query vector of a head that holds NaN or inf has weight 0, lse -inf,
         and counts once in num_nonfinite. A token that makes a finite vector's logit NaN or inf has
-        score NaN and weight 0, and counts once per KV head.
+        score NaN and weight 0, and counts once per KV head; so does a token of the block itself
+        (``[visible_end, end)``, which has no score) whose key is not finite.
     """
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads, max_seqlen = cache.k.shape[2], cache.k.shape[1]
@@ -120,6 +121,9 @@ def score_query_blocks(
                     votes.append(vote)
                 together = torch.stack(votes)
                 score = together.amax(0) if max_vote else together.sum(0)
+                own = torch.zeros(seqlen, dtype=torch.bool)
+                own[at.visible_end : at.end] = True  # the block's own tokens have no score
+                bad |= own & ~exact.isfinite().all(-1)
                 scores[row, block, g, :seqlen] = score.where(~bad, torch.nan)
                 num_nonfinite[row, block, g] += bad.sum()
     return BlockScores(scores, lse, num_nonfinite)

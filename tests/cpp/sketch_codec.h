@@ -88,9 +88,11 @@ inline Channel channel(const uint8_t* record, int64_t head_dim, SketchFormat for
     return {half_value(step), half_value(lo), code};
 }
 
-// The sketch of a filled cache: records of its complete blocks.
+// The sketch of a filled cache: records of its complete blocks, counted from each row's first real
+// token; memory without a record holds 0xab.
 struct Sketch {
-    Sketch(Cache& cache, SketchFormat format) : format(format), head_dim(cache.head_dim) {
+    Sketch(Cache& cache, SketchFormat format, const std::vector<int32_t>& starts)
+        : format(format), head_dim(cache.head_dim) {
         int64_t longest = 0;
         for (int32_t length : cache.seqlens) longest = std::max<int64_t>(longest, length);
         const int64_t max_blocks = longest / kSketchBlockTokens,
@@ -100,17 +102,20 @@ struct Sketch {
                      0xab);
         view = SketchView{bytes.data(), format, cache.num_kv_heads * max_blocks * block_bytes,
                           max_blocks * block_bytes, block_bytes};
-        for (int64_t row = 0; row < static_cast<int64_t>(cache.seqlens.size()); ++row)
+        for (int64_t row = 0; row < static_cast<int64_t>(cache.seqlens.size()); ++row) {
+            const int64_t start = starts.empty() ? 0 : starts[row];
+            const int64_t num_blocks = (cache.seqlens[row] - start) / kSketchBlockTokens;
             for (int64_t h = 0; h < cache.num_kv_heads; ++h)
-                for (int64_t block = 0; block < cache.seqlens[row] / kSketchBlockTokens; ++block) {
+                for (int64_t block = 0; block < num_blocks; ++block) {
                     std::vector<float> keys;
                     for (int64_t t = 0; t < kSketchBlockTokens; ++t)
                         for (int64_t d = 0; d < head_dim; ++d)
                             keys.push_back(static_cast<float>(
-                                cache.key(row, block * kSketchBlockTokens + t, h, d)));
+                                cache.key(row, start + block * kSketchBlockTokens + t, h, d)));
                     const std::vector<uint8_t> record = encode(keys, head_dim, format);
                     std::copy(record.begin(), record.end(), view.block(row, h, block));
                 }
+        }
     }
     SketchFormat format;
     int64_t head_dim;

@@ -70,7 +70,8 @@ struct Append {
 // Fills a cache of 300 and 131 tokens in ragged steps and checks every byte of it and of its
 // sketch.
 void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchFormat format,
-                        Layout layout, int64_t head_dim, bool with_nonfinite) {
+                        Layout layout, int64_t head_dim, bool with_nonfinite,
+                        const std::vector<int32_t>& starts = {}) {
     Random random(static_cast<uint64_t>(head_dim) + (with_nonfinite ? 1 : 0));
     Cache cache(dtype, layout, {300, 131}, 2, head_dim);
     Cache want(dtype, layout, {300, 131}, 2, head_dim);
@@ -86,6 +87,7 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
         ++want_nonfinite[2];
     }
     Append append(cache, format);
+    if (!starts.empty()) append.p.starts = starts.data();
     int64_t step = 1;
     while (append.before[0] < 300 || append.before[1] < 131) {
         NewTokens tokens(cache, step);
@@ -111,23 +113,8 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
     EXPECT(cache.v.bytes() == want.v.bytes(), "values");
     EXPECT(append.num_nonfinite == want_nonfinite);
     if (format == SketchFormat::kNone) return;
-    for (int64_t row = 0; row < 2; ++row)
-        for (int64_t h = 0; h < 2; ++h)
-            for (int64_t block = 0; block < append.max_blocks; ++block) {
-                const uint8_t* got = append.p.sketch.block(row, h, block);
-                const bool complete = (block + 1) * kSketchBlockTokens <= cache.seqlens[row];
-                std::vector<uint8_t> record(append.block_bytes, 0xab);  // untouched
-                if (complete) {
-                    std::vector<float> keys;
-                    for (int64_t t = 0; t < kSketchBlockTokens; ++t)
-                        for (int64_t d = 0; d < head_dim; ++d)
-                            keys.push_back(static_cast<float>(
-                                want.key(row, block * kSketchBlockTokens + t, h, d)));
-                    record = encode(keys, head_dim, format);
-                }
-                EXPECT(std::equal(record.begin(), record.end(), got), "record of row ", row,
-                       ", head ", h, ", block ", block, ", head_dim ", head_dim);
-            }
+    const Sketch defined(want, format, starts);
+    EXPECT(append.sketch == defined.bytes, "sketch, head_dim ", head_dim);
 }
 
 }  // namespace
@@ -140,6 +127,14 @@ TEST(kv_append_stores_every_byte_and_the_defined_sketch) {
     for (int64_t head_dim : kHeadDims)
         for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
             append_and_compare(ops, DType::kBFloat16, format, Layout::kPaged, head_dim, false);
+}
+
+// Left padding shares no block with real tokens; row 1 is all padding in the second case.
+TEST(kv_append_counts_sketch_blocks_from_the_first_real_token) {
+    for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
+        for (const std::vector<int32_t>& starts :
+             {std::vector<int32_t>{5, 3}, {44, 300}, {172, 0}, {173, 131}})
+            append_and_compare(ops, DType::kBFloat16, format, Layout::kPaged, 64, false, starts);
 }
 
 TEST(kv_append_counts_what_is_not_finite_and_marks_its_block) {

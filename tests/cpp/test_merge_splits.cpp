@@ -48,6 +48,14 @@ TEST(merge_splits_equals_the_formula) {
             }
 }
 
+TEST(merge_splits_shows_a_part_that_is_not_a_number) {
+    const std::vector<float> parts(2 * 40, 1.f), lses{0.f, NAN};
+    std::vector<float> out(40, 7.f), lse(1, 7.f);
+    ops.merge_splits({2, 1, 40, parts.data(), lses.data(), out.data(), lse.data()}, 0, 1);
+    for (float x : out) EXPECT(std::isnan(x));
+    EXPECT(std::isnan(lse[0]));
+}
+
 TEST(merge_splits_of_nothing_is_zero) {
     const std::vector<float> parts(2 * 40, NAN), lses(2, -INFINITY);
     std::vector<float> out(40, 7.f), lse(1, 7.f);

@@ -110,9 +110,9 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line,
                 std::vector<double> want(got.columns, 0.0);
                 std::vector<bool> bad(got.columns, false);
                 int64_t want_nonfinite = 0;
-                for (int64_t t = r.start; t < visible_end; ++t) {
+                for (int64_t t = r.start; t < r.end; ++t) {
                     const bool candidate = t >= sink_end && t < cand_end;
-                    if (c.normalise_candidates_only && !candidate) continue;
+                    if (c.normalise_candidates_only && !candidate && t < visible_end) continue;
                     for (int64_t d = 0; d < c.head_dim; ++d)
                         if (!std::isfinite(cache.key(row, t, kv_head, d))) bad[t] = true;
                     want_nonfinite += bad[t];
@@ -237,6 +237,16 @@ TEST(score_tokens_marks_what_is_not_finite) {
         score_and_compare(
             ops, {.seqlens = {90}, .num_vectors = 2, .sinks = 2, .recent = 5, .max_vote = max_vote},
             __LINE__, true);
+    // Token 40 is a query of the block that looks at it, and a candidate of the next block.
+    for (WindowRule rule : {WindowRule::kBlockStart, WindowRule::kBlockEnd})
+        score_and_compare(ops,
+                          {.seqlens = {90},
+                           .seqlen_q = 60,
+                           .offsets = {0, 30, 60},
+                           .rule = rule,
+                           .sinks = 2,
+                           .recent = 5},
+                          __LINE__, true);
 }
 
 TEST(score_tokens_leaves_hits_alone) {
@@ -275,7 +285,7 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
             // One token of block 1, head 0 is not finite: the block is scored from its keys, the
             // token dropped.
             cache.k.set(cache.keys().offset(0, 200, 0) + 3, kNaN);
-            Sketch sketch(cache, format);
+            Sketch sketch(cache, format, c.starts);
             const Scored got(ops, c, cache, &sketch.view);
             for (int64_t row = 0; row < got.batch; ++row)
                 for (int64_t h = 0; h < 2; ++h) {
@@ -286,8 +296,10 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
                             EXPECT(std::isnan(score));
                             continue;
                         }
-                        const int64_t at = got.q_at(row, 0, 0, h), block = t / kSketchBlockTokens;
-                        const bool complete = (block + 1) * kSketchBlockTokens <= c.seqlens[row];
+                        const int64_t at = got.q_at(row, 0, 0, h);
+                        const int64_t place = t - c.starts[row], block = place / kSketchBlockTokens;
+                        const bool complete =
+                            (block + 1) * kSketchBlockTokens <= c.seqlens[row] - c.starts[row];
                         const uint8_t* record =
                             complete ? sketch.view.block(row, h, block) : nullptr;
                         const bool exact =
@@ -300,7 +312,7 @@ TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {
                                 continue;
                             }
                             const Channel stored =
-                                channel(record, head_dim, format, t % kSketchBlockTokens, d);
+                                channel(record, head_dim, format, place % kSketchBlockTokens, d);
                             const double centre = static_cast<double>(sketch_levels(format)) / 2;
                             logit += x * stored.value();
                             spread += (stored.code - centre) * (stored.code - centre);

@@ -15,6 +15,7 @@ struct KvAppendParams {
     const int32_t*
         num_valid;  // [batch] how many of num_new tokens count (the first ones), or nullptr: all
     const int32_t* seqlens_before;  // [batch]
+    const int32_t* starts;  // [batch] first real token: sketch blocks count from it; or nullptr: 0
     KVView k_cache, v_cache;
     SketchView sketch;
     int64_t*

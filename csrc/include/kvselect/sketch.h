@@ -39,7 +39,8 @@ constexpr int64_t kSketchSubBlockTokens = 16;
 }
 
 // The sketch of a cache, [batch, num_kv_heads, max_blocks, block_bytes] uint8, last dim contiguous.
-// Blocks follow logical positions (block i = tokens [128 i, 128 i + 128)), whatever pages the keys
+// Blocks follow logical positions: block i of a row holds its real tokens [128 i, 128 i + 128),
+// counted from the first one (left padding never shares a block with them), whatever pages the keys
 // lie in.
 struct SketchView {
     uint8_t* data;  // nullptr: no sketch

@@ -196,6 +196,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
         plan.mode = "select"
+        undo.callback(plan.withdraw)
         return Handle(model, plan, undo.pop_all())
 
 

@@ -101,7 +101,7 @@ def _attend(
     stack = plan.stack
     keys = stack.mask(attention_mask)
     if type(layer) is KVSelectLayer and isinstance(keys, KeyRange):
-        if query.shape[2] > 1:
+        if query.shape[2] > 1 or keys.validity is not None:
             layer.validity = keys.validity
         elif layer.validity is not None:
             keys = KeyRange(keys.starts, keys.ends, layer.validity_of(key.shape[2]))

@@ -90,6 +90,10 @@ class KVSelectLayer(DynamicLayer):
         if sketch != self.sketch:
             self._change_sketch(sketch)
 
+    def withdraw(self) -> None:
+        """Take back what was announced: the forward pass that it was for failed."""
+        self._announced = self._starts = None
+
     def state(
         self, policy: Policy, statistics: tuple[PhaseStatistics, PhaseStatistics]
     ) -> PolicyState:

@@ -110,6 +110,7 @@ def _announce(
                 starts = None  # a decode step reads nothing back; padding is known since prefill
         sketch = plan.stack.sketches[plan.index]
         layer.announce("unrotated" if rotates_itself else "rotated", sketch, starts)
+        plan.stack.announced.add(layer)
 
 
 def _require_compact(

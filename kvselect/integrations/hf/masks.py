@@ -98,9 +98,9 @@ def key_range_mask(
     -----
     The result has four dimensions because ``generate`` may build it before the forward pass, which
     lets only 4-D masks through untouched; it is int32 because boolean and float masks of any shape
-    may come from elsewhere. Holes are looked for only when ``q_length > 1``: that reads one flag
-    back from the device, which a decode step must not do. The cache layer remembers the holes of
-    its rows (`KVSelectLayer.validity`).
+    may come from elsewhere. Off the CPU, holes are looked for only when ``q_length > 1``: that
+    reads one flag back from the device, which a decode step must not do. The cache layer remembers
+    the holes of its rows (`KVSelectLayer.validity`).
     """
     kind = mask_kind(mask_function)
     if kind == "foreign":
@@ -137,7 +137,10 @@ def key_range_mask(
     wide = (
         kind == "sliding"
         or too_short
-        or (q_length > 1 and _has_holes(attention_mask, first, q_offset, q_length))
+        or (
+            (q_length > 1 or attention_mask.device.type == "cpu")
+            and _has_holes(attention_mask, first, q_offset, q_length)
+        )
     )
     if not wide:
         return _pack(starts, ends, None)

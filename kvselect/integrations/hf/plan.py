@@ -66,6 +66,7 @@ class StackPlan:
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
+    announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
     _ones: tuple[Tensor, Tensor] | None = None
     _unrotation: tuple[weakref.ref[Tensor], RopeLayout, Unrotation] | None = None
@@ -73,6 +74,11 @@ class StackPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:
         return self  # a copied module finds that it is not the owner
+
+    def withdraw(self) -> None:
+        """No cache layer waits for this model's keys any more."""
+        for layer in self.announced:
+            layer.withdraw()
 
     def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
         """`read_mask`, once per forward: all layers of a kind get the same mask object."""
@@ -102,6 +108,7 @@ class StackPlan:
             or kept[0].shape != cos.shape
             or kept[0].dtype != cos.dtype
             or kept[0].device != cos.device
+            or (kept[0].is_inference() and not torch.is_inference_mode_enabled())
         ):
             self._ones = kept = (torch.ones_like(cos), torch.zeros_like(sin))
         return kept
