@@ -166,7 +166,23 @@ def _demo(options: argparse.Namespace) -> Job:
     require_int(options.seed, "seed", 0)
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, samples, options.seed)
-    return _run(checkpoint, request, options.out)
+    return _on_one_thread(_run(checkpoint, request, options.out))
+
+
+def _on_one_thread(job: Job) -> Job:
+    """A model as small as the embedded one loses more by waiting for threads than it gains."""
+
+    def run() -> int:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return job()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 def _eval(options: argparse.Namespace) -> Job:
