@@ -130,6 +130,28 @@ inline void dot_rows(const T* const* rows, int64_t count, const float* q, int64_
     if (c < num_columns) columns(std::integral_constant<int, 1>{}, c);
 }
 
+// Calls fn(rows, tokens, position, upcoming) for every tile of positions [begin, end), in order;
+// the next tile's rows are known by then, for prefetching.
+template <typename T, typename Fn>
+inline void for_each_key_tile(const KVView& keys, int64_t row, int64_t kv_head, int64_t begin,
+                              int64_t end, int64_t head_dim, Fn fn) {
+    const T* tiles[2][kTileTokens];
+    const auto point_at = [&](int64_t position, const T** rows) {
+        const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
+        if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
+        return left;
+    };
+    int64_t tokens = point_at(begin, tiles[0]), next = 0, turn = 0;
+    for (int64_t position = begin; position < end;
+         position += kTileTokens, tokens = next, turn ^= 1) {
+        next = point_at(position + kTileTokens, tiles[turn ^ 1]);
+        const Upcoming upcoming{
+            {as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * int64_t{sizeof(T)}};
+        const T* const* rows = tiles[turn];
+        fn(rows, tokens, position, upcoming);
+    }
+}
+
 // Scaled logits of positions [begin, end) of one (row, kv_head) with exact keys: out[c * stride +
 // position - begin]. With a rope table the key of `position` is first rotated to `position +
 // shift`.
@@ -138,38 +160,27 @@ inline void key_logits(const KVView& keys, int64_t row, int64_t kv_head, int64_t
                        const float* q, int64_t q_stride, int64_t num_columns, int64_t head_dim,
                        float scale, const RopeView* rope, int64_t shift, float* out,
                        int64_t stride) {
-    const T* tiles[2][kTileTokens];
-    const auto point_at = [&](int64_t position, const T** rows) {
-        const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
-        if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
-        return left;
-    };
-    int64_t count = point_at(begin, tiles[0]), turn = 0;
-    for (int64_t position = begin; position < end; position += kTileTokens, turn ^= 1) {
-        const T* const* rows = tiles[turn];
-        const int64_t next = point_at(position + kTileTokens, tiles[turn ^ 1]);
-        const Upcoming upcoming{
-            {as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * int64_t{sizeof(T)}};
-        const int64_t tokens = count;
-        count = next;
-        float* tile_out = out + (position - begin);
-        if (rope == nullptr) {
-            dot_rows(rows, tokens, q, q_stride, num_columns, head_dim, scale, upcoming, tile_out,
-                     stride);
-            continue;
-        }
-        for (int64_t t = 0; t < tokens; t += 4) {  // four rotated rows at a time stay in L1
-            float rotated[4][kMaxHeadDim];
-            const float* rotated_rows[4];
-            const int64_t some = tokens - t < 4 ? tokens - t : 4;
-            for (int64_t i = 0; i < some; ++i) {
-                rotate_row(rows[t + i], *rope, position + t + i + shift, head_dim, rotated[i]);
-                rotated_rows[i] = rotated[i];
+    for_each_key_tile<T>(
+        keys, row, kv_head, begin, end, head_dim,
+        [&](const T* const* rows, int64_t tokens, int64_t position, const Upcoming& upcoming) {
+            float* tile_out = out + (position - begin);
+            if (rope == nullptr) {
+                dot_rows(rows, tokens, q, q_stride, num_columns, head_dim, scale, upcoming,
+                         tile_out, stride);
+                return;
             }
-            dot_rows(rotated_rows, some, q, q_stride, num_columns, head_dim, scale, Upcoming{},
-                     tile_out + t, stride);
-        }
-    }
+            for (int64_t t = 0; t < tokens; t += 4) {  // four rotated rows at a time stay in L1
+                float rotated[4][kMaxHeadDim];
+                const float* rotated_rows[4];
+                const int64_t some = tokens - t < 4 ? tokens - t : 4;
+                for (int64_t i = 0; i < some; ++i) {
+                    rotate_row(rows[t + i], *rope, position + t + i + shift, head_dim, rotated[i]);
+                    rotated_rows[i] = rotated[i];
+                }
+                dot_rows(rotated_rows, some, q, q_stride, num_columns, head_dim, scale, Upcoming{},
+                         tile_out + t, stride);
+            }
+        });
 }
 
 // Whether every element is finite: x * 0 is NaN for NaN and inf, and NaN survives the sum.

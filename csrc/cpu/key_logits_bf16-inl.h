@@ -44,7 +44,6 @@ inline bool key_logits_bf16(const KVView& keys, int64_t row, int64_t kv_head, in
     if (head_dim % 32 != 0) return false;
     for (int64_t i = 0; i < num_columns * head_dim; ++i)
         if (element::bits_of(q[i]) & 0xffffu) return false;
-    const BFloat16* tiles[2][kTileTokens];
     alignas(64) BFloat16 columns[4 * kMaxHeadDim];
     for (int64_t first = 0; first < num_columns; first += 4) {
         const int64_t count = num_columns - first < 4 ? num_columns - first : 4;
@@ -52,37 +51,26 @@ inline bool key_logits_bf16(const KVView& keys, int64_t row, int64_t kv_head, in
             for (int64_t d = 0; d < head_dim; ++d)
                 columns[c * kMaxHeadDim + d].bits =
                     static_cast<uint16_t>(element::bits_of(q[(first + c) * head_dim + d]) >> 16);
-        const auto point_at = [&](int64_t position, const BFloat16** rows) {
-            const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
-            if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
-            return left;
-        };
-        int64_t tokens = point_at(begin, tiles[0]), next = 0, turn = 0;
-        for (int64_t position = begin; position < end;
-             position += kTileTokens, tokens = next, turn ^= 1) {
-            const BFloat16* const* rows = tiles[turn];
-            next = point_at(position + kTileTokens, tiles[turn ^ 1]);
-            const Upcoming upcoming{{as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * 2};
-            float* target = out + first * stride + (position - begin);
-            switch (count) {
-                case 1:
-                    dot_columns_bf16<1>(rows, tokens, columns, head_dim, scale, upcoming, target,
-                                        stride);
-                    break;
-                case 2:
-                    dot_columns_bf16<2>(rows, tokens, columns, head_dim, scale, upcoming, target,
-                                        stride);
-                    break;
-                case 3:
-                    dot_columns_bf16<3>(rows, tokens, columns, head_dim, scale, upcoming, target,
-                                        stride);
-                    break;
-                default:
-                    dot_columns_bf16<4>(rows, tokens, columns, head_dim, scale, upcoming, target,
-                                        stride);
-                    break;
-            }
-        }
+        for_each_key_tile<BFloat16>(keys, row, kv_head, begin, end, head_dim,
+                                    [&](const BFloat16* const* rows, int64_t tokens,
+                                        int64_t position, const Upcoming& upcoming) {
+                                        float* target = out + first * stride + (position - begin);
+                                        const auto dot = [&](auto width) {
+                                            dot_columns_bf16<width()>(rows, tokens, columns,
+                                                                      head_dim, scale, upcoming,
+                                                                      target, stride);
+                                        };
+                                        switch (count) {
+                                            case 1:
+                                                return dot(std::integral_constant<int, 1>{});
+                                            case 2:
+                                                return dot(std::integral_constant<int, 2>{});
+                                            case 3:
+                                                return dot(std::integral_constant<int, 3>{});
+                                            default:
+                                                return dot(std::integral_constant<int, 4>{});
+                                        }
+                                    });
     }
     return true;
 }
