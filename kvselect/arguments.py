@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_float, require_tensor, require_type
+from kvselect.checks import require, require_scale, require_tensor, require_type
 from kvselect.rope import Rope
 from kvselect.selection import Selection
 
@@ -39,11 +39,7 @@ def require_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
     """The scale to use; None stands for ``head_dim ** -0.5``."""
     if softmax_scale is None:
         return float(head_dim**-0.5)
-    scale = require_float(softmax_scale, "softmax_scale", "None or a float > 0")
-    require(scale > 0.0, "softmax_scale", scale, "None or a float > 0")
-    in_range = 1.2e-38 < scale < 3.4e38
-    require(in_range, "softmax_scale", scale, "None or a float > 0 that float32 can hold")
-    return scale
+    return require_scale(softmax_scale, "softmax_scale")
 
 
 def require_rope(rope: object, cache: KVCache) -> None:

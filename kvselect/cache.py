@@ -100,9 +100,8 @@ class KVCache:
         self._lengths = [0] * batch
         self._cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=self._device)
         self._starts: Tensor | None = None
-        self._given_starts: tuple[Tensor, int] | None = (
-            None  # as set_starts got them, and their state
-        )
+        # The tensor that set_starts got and its version then: the same again need not be read.
+        self._given_starts: tuple[Tensor, int] | None = None
         self._host_starts = [0] * batch
         self._version = self._num_appended = 0
         self._serial = next(_SERIALS)

@@ -88,6 +88,15 @@ def require_float(value: object, name: str, allowed: str) -> float:
     return float(value)
 
 
+def require_scale(value: object, name: str) -> float:
+    """A scale of logits that float32 holds as neither 0 nor inf; returns it as a float."""
+    allowed = "None or a float > 0"
+    scale = require_float(value, name, allowed)
+    require(scale > 0.0, name, value, allowed)
+    require(1.2e-38 < scale < 3.4e38, name, value, f"{allowed} that float32 can hold")
+    return scale
+
+
 def require_bool(value: object, name: str) -> None:
     """TypeError unless True or False."""
     require_type(value, bool, name, "True or False")

@@ -135,16 +135,17 @@ class SelectionCache:
             self.expected_seqlens.masked_fill_(void, -1)
         self.lists = lists
         self._version = (cache.serial, cache.version)
-        self.num_nonfinite = self._nonfinite(cache, direction.shape[1])
+        self.num_nonfinite = self._nonfinite(cache, direction.shape[1]).clone()
 
     @staticmethod
     def _nonfinite(cache: KVCache, num_lists: int) -> Tensor:
         """Defects that each list's heads met, [batch, num_lists]; a new one forces a miss."""
         counts = cache.num_nonfinite
         if num_lists == counts.shape[1]:
-            return counts.clone()
+            return counts
         return counts.view(counts.shape[0], num_lists, -1).sum(-1)
 
     def clear(self) -> None:
         """Forget everything: the next step misses."""
         self.anchor_query = self.age = self.expected_seqlens = self.lists = self._version = None
+        self.num_nonfinite = None

@@ -58,13 +58,14 @@ class Storage(Protocol):
         ...
 
 
-def grown_capacity(needed: int) -> int:
+def grown_capacity(needed: int, exactly: bool) -> int:
     """An eighth more than is needed now, so that appending costs constant time per token.
 
     No more than that: this is most of a long context's memory, and a prompt that just filled its
     rows must not double it with the first token that follows.
     """
-    return -(-(needed + max(needed // 8, 1)) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    slack = 0 if exactly else max(needed // 8, 1)
+    return -(-(needed + slack) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
 def grown(store: Tensor, dim: int, size: int) -> Tensor:
@@ -108,8 +109,7 @@ class HeadMajorRows:
     def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         if longest > self.capacity:
-            capacity = longest if exactly else grown_capacity(longest)
-            capacity = -(-capacity // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            capacity = grown_capacity(longest, exactly)
             self._k, self._v = grown(self._k, 2, capacity), grown(self._v, 2, capacity)
 
     def release(self, lengths: list[int]) -> None:
@@ -230,8 +230,7 @@ class OwnPages(ForeignPages):
     def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         if longest > self._capacity:
-            capacity = longest if exactly else grown_capacity(longest)
-            self._capacity = -(-capacity // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+            self._capacity = grown_capacity(longest, exactly)
             self._table = grown(self._table, 1, self.num_pages(self._capacity))
         missing = [self.num_pages(n) - len(pages) for n, pages in zip(lengths, self._owned)]
         needed = sum(max(count, 0) for count in missing)

@@ -16,6 +16,7 @@ from kvselect.checks import (
     require_choice,
     require_float,
     require_int,
+    require_scale,
     require_type,
 )
 from kvselect.policies.base import (
@@ -171,9 +172,7 @@ class TokenSelect(Policy):
         overselect = require_float(self.overselect, "overselect", "a float >= 1")
         require(overselect >= 1.0, "overselect", self.overselect, "a float >= 1")
         if self.score_scale is not None:
-            scale = require_float(self.score_scale, "score_scale", "None or a float > 0")
-            in_range = 1.2e-38 < scale < 3.4e38
-            require(in_range, "score_scale", self.score_scale, "None or a float > 0")
+            require_scale(self.score_scale, "score_scale")
         if self.dense_below_tokens is not None:
             allowed = "None or an int >= 0"
             require_int(self.dense_below_tokens, "dense_below_tokens", 0, allowed)
