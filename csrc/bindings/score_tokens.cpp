@@ -117,10 +117,30 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     std::fill_n(p.num_nonfinite, num_nonfinite.numel(), int64_t{0});
     if (p.hit) std::fill_n(p.lse, lse.numel(), -std::numeric_limits<float>::infinity());
 
+    // Blocks that nothing is kept for share the codes of a part while these are in cache. Items are
+    // numbered with the block last for that; the kernel numbers them with the KV head last.
     const auto kernel = cpu::current_implementation().score_tokens;
-    run_parallel(
-        batch * num_blocks * p.num_kv_heads, score_tokens_scratch_floats(p),
-        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    const int64_t parts = score_tokens_parts(p);
+    const auto run = [&](ScoreStage stage, int64_t index, int64_t part_begin, int64_t part_end,
+                         float* workspace, float* scratch) {
+        const int64_t block = index % num_blocks, list = index / num_blocks;
+        const int64_t row = list / p.num_kv_heads, kv_head = list % p.num_kv_heads;
+        const int64_t item = (row * num_blocks + block) * p.num_kv_heads + kv_head;
+        kernel(p, stage, item, part_begin, part_end, workspace, scratch);
+    };
+    run_parted(
+        PartedWork{batch * num_blocks * p.num_kv_heads, parts, parts,
+                   score_tokens_workspace_floats(p), score_tokens_scratch_floats(p), num_blocks},
+        [&](int64_t index, float* workspace, float* scratch) {
+            run(ScoreStage::kWeigh, index, 0, parts, workspace, scratch);
+            run(ScoreStage::kVote, index, 0, parts, workspace, scratch);
+        },
+        [&](int64_t index, int64_t part, float* workspace, float* scratch) {
+            run(ScoreStage::kWeigh, index, part, part + 1, workspace, scratch);
+        },
+        [&](int64_t index, int64_t part, float* workspace, float* scratch) {
+            run(ScoreStage::kVote, index, part, part + 1, workspace, scratch);
+        });
     return {scores, lse, num_nonfinite};
 }
 

@@ -33,6 +33,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     require_all_queries_covered(p.blocks);
     require_stored_pages(keys, p.blocks);
     p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim);
+    int64_t longest = 0;  // tokens that one query may attend to
     KVS_CHECK(indices.has_value() == topk_length.has_value(), "topk_length: got ",
               topk_length ? "a tensor" : "None",
               ", allowed: ", indices ? "a tensor, like indices" : "None, like indices");
@@ -44,10 +45,12 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
         std::copy_n(lists.indices_strides, 3, p.indices_strides);
         std::copy_n(lists.topk_length_strides, 3, p.topk_length_strides);
         require_rope_positions(p.rope, lists.num_ranks);
+        longest = lists.num_ranks;
     } else if (p.blocks.num_blocks > 0) {
         for (int64_t row = 0; row < batch; ++row) {
             const BlockRange range = block_range(p.blocks, row, p.blocks.num_blocks - 1);
             require_rope_positions(p.rope, range.end - range.start);
+            longest = std::max(longest, range.end - range.start);
         }
     }
 
@@ -68,9 +71,20 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
 
     const auto kernel = cpu::current_implementation().sparse_attention;
-    run_parallel(
-        batch * p.blocks.num_blocks * p.num_kv_heads, sparse_attention_scratch_floats(p),
-        [&](int64_t begin, int64_t end, float* scratch) { kernel(p, begin, end, scratch); });
+    const int64_t parts = sparse_attention_has_parts(p) ? sparse_attention_parts(longest) : 1;
+    run_parted(
+        PartedWork{batch * p.blocks.num_blocks * p.num_kv_heads, parts, 1,
+                   sparse_attention_workspace_floats(p, parts), sparse_attention_scratch_floats(p),
+                   1},
+        [&](int64_t item, float* workspace, float* scratch) {
+            kernel(p, AttentionStage::kWhole, item, 0, parts, workspace, scratch);
+        },
+        [&](int64_t item, int64_t part, float* workspace, float* scratch) {
+            kernel(p, AttentionStage::kParts, item, part, part + 1, workspace, scratch);
+        },
+        [&](int64_t item, int64_t, float* workspace, float* scratch) {
+            kernel(p, AttentionStage::kMerge, item, 0, parts, workspace, scratch);
+        });
     return {out, lse};
 }
 

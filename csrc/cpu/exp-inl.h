@@ -1,26 +1,26 @@
-// exp(x) for x <= 0 (and a little above): relative error below 2e-7, 0 below -87.3, so exp(-inf) =
-// 0.
+// 2^x for x <= 0 (and a little above): relative error below 2e-7; 0 below -126, so exp2(-inf) = 0.
 //
-// x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is the classic degree-six one for e^r in
-// float32.
+// x = n + f with n whole and |f| <= 1/2; the polynomial is a minimax fit of 2^f with p(0) = 1.
+// Logits are kept in units of ln 2 (scaled by log2 e when they are made): no argument reduction.
 
-inline F32 exp(F32 x) {
-    const F32 clamped = max(broadcast(-87.3f), min(broadcast(88.f), x));
-    const F32 n = round_even(mul(clamped, broadcast(1.44269504088896341f)));
-    F32 r = fma(n, broadcast(-0.693359375f), clamped);
-    r = fma(n, broadcast(2.12194440e-4f), r);
-    F32 p = broadcast(1.9875691500e-4f);
-    p = fma(p, r, broadcast(1.3981999507e-3f));
-    p = fma(p, r, broadcast(8.3334519073e-3f));
-    p = fma(p, r, broadcast(4.1665795894e-2f));
-    p = fma(p, r, broadcast(1.6666665459e-1f));
-    p = fma(p, r, broadcast(5.0000001201e-1f));
-    p = fma(p, mul(r, r), add(r, broadcast(1.f)));
-    return zero_where_below(times_power_of_two(p, n), x, -87.3f);
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+inline F32 exp2(F32 x) {
+    const F32 clamped = max(broadcast(-126.f), x);
+    const F32 n = round_even(clamped);
+    const F32 f = sub(clamped, n);
+    F32 p = broadcast(1.326472707e-3f);
+    p = fma(p, f, broadcast(9.671512649e-3f));
+    p = fma(p, f, broadcast(5.550733744e-2f));
+    p = fma(p, f, broadcast(2.402224209e-1f));
+    p = fma(p, f, broadcast(6.931469776e-1f));
+    p = fma(p, f, broadcast(1.f));
+    return scale_or_zero(p, n, x, -126.f);
 }
 
-inline float exp(float x) {
+inline float exp2(float x) {
     float out[kLanes];
-    store(out, exp(broadcast(x)));
+    store(out, exp2(broadcast(x)));
     return out[0];
 }

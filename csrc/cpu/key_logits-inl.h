@@ -56,21 +56,36 @@ inline void rotate_row(const T* x, const RopeView& rope, int64_t position, int64
 // hardware does not follow gathered rows. Measured on the sketch scan at 128K tokens, one
 // thread: 9.7 ms without, 4.6 ms with.
 struct Upcoming {
-    const char* const* rows[2];
-    int64_t count[2];
-    int64_t bytes;  // per row
+    const char* const* rows = nullptr;
+    int64_t count = 0;
+    int64_t bytes = 0;  // per row
 
-    void fetch(int64_t index) const {
-        for (int which = 0; which < 2; ++which) {
-            if (index >= count[which]) continue;
-            for (int64_t at = 0; at < bytes; at += 64) prefetch(rows[which][index] + at);
-        }
+    // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops
+    // its calls.
+    [[gnu::always_inline]] void fetch(int64_t index) const {
+        if (index >= count) return;
+        for (int64_t at = 0; at < bytes; at += 64) prefetch(rows[index] + at);
     }
 };
 
 template <typename T>
 inline const char* const* as_bytes(const T* const* rows) {
     return reinterpret_cast<const char* const*>(rows);
+}
+
+// out[c * stride + i] = scale * the sum of acc[c][i], for the first `count` of four tokens.
+template <int kCols>
+inline void store_sums(const F32 (&acc)[kCols][4], float scale, int64_t count, float* out,
+                       int64_t stride) {
+    if constexpr (kCols == 4) {
+        if (count >= 4) return reduce_add_4x4(acc, scale, out, stride);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) {
+        float sums[4];
+        reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+        for (int i = 0; i < 4 && i < count; ++i) out[c * stride + i] = scale * sums[i];
+    }
 }
 
 // out[c * stride + t] = scale * q[c] . rows[t] for kCols columns; columns lie `q_stride` floats
@@ -103,13 +118,7 @@ inline void dot_columns(const T* const* rows, int64_t count, const float* q, int
                 for (int i = 0; i < kTokens; ++i) acc[c][i] = fma(key[i], query, acc[c][i]);
             }
         }
-#pragma GCC unroll 4
-        for (int c = 0; c < kCols; ++c) {
-            float sums[kTokens];
-            reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
-            for (int i = 0; i < kTokens && t + i < count; ++i)
-                out[c * stride + t + i] = scale * sums[i];
-        }
+        store_sums<kCols>(acc, scale, count - t, out + t, stride);
     }
 }
 
@@ -122,7 +131,7 @@ inline void dot_rows(const T* const* rows, int64_t count, const float* q, int64_
     const auto columns = [&](auto width, int64_t c) {
         dot_columns<width()>(rows, count, q + c * q_stride, q_stride, head_dim, scale, rest,
                              out + c * stride, stride);
-        rest.count[0] = rest.count[1] = 0;
+        rest.count = 0;
     };
     int64_t c = 0;
     for (; c + 4 <= num_columns; c += 4) columns(std::integral_constant<int, 4>{}, c);
@@ -131,24 +140,22 @@ inline void dot_rows(const T* const* rows, int64_t count, const float* q, int64_
 }
 
 // Calls fn(rows, tokens, position, upcoming) for every tile of positions [begin, end), in order;
-// the next tile's rows are known by then, for prefetching.
+// its fetches run half a tile ahead, so that rows in use and on their way leave room in the
+// first-level cache for what is computed. The caller goes on after `end` and up to `horizon`.
 template <typename T, typename Fn>
 inline void for_each_key_tile(const KVView& keys, int64_t row, int64_t kv_head, int64_t begin,
-                              int64_t end, int64_t head_dim, Fn fn) {
-    const T* tiles[2][kTileTokens];
-    const auto point_at = [&](int64_t position, const T** rows) {
-        const int64_t left = end - position < kTileTokens ? end - position : kTileTokens;
-        if (left > 0) row_pointers(keys, row, position, left, kv_head, rows);
-        return left;
-    };
-    int64_t tokens = point_at(begin, tiles[0]), next = 0, turn = 0;
-    for (int64_t position = begin; position < end;
-         position += kTileTokens, tokens = next, turn ^= 1) {
-        next = point_at(position + kTileTokens, tiles[turn ^ 1]);
-        const Upcoming upcoming{
-            {as_bytes(tiles[turn ^ 1]), nullptr}, {next, 0}, head_dim * int64_t{sizeof(T)}};
-        const T* const* rows = tiles[turn];
-        fn(rows, tokens, position, upcoming);
+                              int64_t end, int64_t horizon, int64_t head_dim, Fn fn) {
+    constexpr int64_t kAhead = kTileTokens / 2;
+    const T* rows[kTileTokens + kAhead];
+    for (int64_t position = begin; position < end; position += kTileTokens) {
+        const int64_t left = horizon - position, room = kTileTokens + kAhead;
+        const int64_t known = left < room ? left : room;
+        row_pointers(keys, row, position, known, kv_head, rows);
+        const int64_t tokens = end - position < kTileTokens ? end - position : kTileTokens;
+        const Upcoming upcoming{as_bytes(rows + kAhead), known > kAhead ? known - kAhead : 0,
+                                head_dim * int64_t{sizeof(T)}};
+        const T* const* tile = rows;
+        fn(tile, tokens, position, upcoming);
     }
 }
 
@@ -157,11 +164,11 @@ inline void for_each_key_tile(const KVView& keys, int64_t row, int64_t kv_head, 
 // shift`.
 template <typename T>
 inline void key_logits(const KVView& keys, int64_t row, int64_t kv_head, int64_t begin, int64_t end,
-                       const float* q, int64_t q_stride, int64_t num_columns, int64_t head_dim,
-                       float scale, const RopeView* rope, int64_t shift, float* out,
-                       int64_t stride) {
+                       int64_t horizon, const float* q, int64_t q_stride, int64_t num_columns,
+                       int64_t head_dim, float scale, const RopeView* rope, int64_t shift,
+                       float* out, int64_t stride) {
     for_each_key_tile<T>(
-        keys, row, kv_head, begin, end, head_dim,
+        keys, row, kv_head, begin, end, horizon, head_dim,
         [&](const T* const* rows, int64_t tokens, int64_t position, const Upcoming& upcoming) {
             float* tile_out = out + (position - begin);
             if (rope == nullptr) {
@@ -193,10 +200,11 @@ inline bool all_finite(const float* x, int64_t count) {
     return tail == 0.f;
 }
 
-// Turns a row of logits into exp(logit - max) in place; returns max and the sum. NaN entries are
-// ignored by the maximum but not by the sum: a defect makes the result NaN, never a wrong number.
-// `lowest` receives the smallest logit.
-inline float exp_in_place(float* logits, int64_t count, float* sum, float* lowest = nullptr) {
+// weights[i] = 2^(logits[i] - max), logits in units of ln 2; returns max and the sum.
+// NaN entries are ignored by the maximum but not by the sum: a defect makes the result NaN, never a
+// wrong number. `lowest` receives the smallest logit. May be in place.
+inline float exp2_of(const float* logits, int64_t count, float* weights, float* sum,
+                     float* lowest = nullptr) {
     const int64_t whole = count / kLanes * kLanes;
     F32 top = broadcast(-INFINITY), bottom = broadcast(INFINITY);
     for (int64_t i = 0; i < whole; i += kLanes) {
@@ -213,22 +221,26 @@ inline float exp_in_place(float* logits, int64_t count, float* sum, float* lowes
         bool defect = false;  // every logit is -inf or NaN: what is not a number must show
         for (int64_t i = 0; i < count; ++i) {
             defect = defect || logits[i] != -INFINITY;
-            logits[i] = logits[i] == -INFINITY ? 0.f : NAN;
+            weights[i] = logits[i] == -INFINITY ? 0.f : NAN;
         }
         *sum = defect ? NAN : 0.f;
         return defect ? 0.f : peak;
     }
     F32 total = broadcast(0.f);
     for (int64_t i = 0; i < whole; i += kLanes) {
-        const F32 weight = exp(sub(load(logits + i), broadcast(peak)));
-        store(logits + i, weight);
+        const F32 weight = exp2(sub(load(logits + i), broadcast(peak)));
+        store(weights + i, weight);
         total = add(total, weight);
     }
     float tail = reduce_add(total);
     for (int64_t i = whole; i < count; ++i) {
-        logits[i] = exp(logits[i] - peak);
-        tail += logits[i];
+        const float weight = exp2(logits[i] - peak);
+        weights[i] = weight;
+        tail += weight;
     }
     *sum = tail;
     return peak;
+}
+inline float exp2_in_place(float* logits, int64_t count, float* sum) {
+    return exp2_of(logits, count, logits, sum);
 }

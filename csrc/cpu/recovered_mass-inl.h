@@ -29,8 +29,8 @@ void recovered_mass_of(const RecoveredMassParams& p, int64_t begin, int64_t end,
             for (int64_t d = 0; d < p.head_dim; d += kLanes)
                 store(q + h * p.head_dim + d, load(from + d));
         }
-        key_logits<T>(p.keys, row, kv_head, range.start, position + 1, q, p.head_dim, group,
-                      p.head_dim, p.softmax_scale, nullptr, 0, weights, stride);
+        key_logits<T>(p.keys, row, kv_head, range.start, position + 1, position + 1, q, p.head_dim,
+                      group, p.head_dim, p.softmax_scale * kLog2E, nullptr, 0, weights, stride);
         const int32_t* list = p.indices + row * p.indices_strides[0] +
                               block * p.indices_strides[1] + kv_head * p.indices_strides[2];
         const int64_t count =
@@ -39,7 +39,7 @@ void recovered_mass_of(const RecoveredMassParams& p, int64_t begin, int64_t end,
         for (int64_t h = 0; h < group; ++h) {
             float* weight = weights + h * stride;
             float total;
-            exp_in_place(weight, visible, &total);
+            exp2_in_place(weight, visible, &total);
             double kept = 0.0;
             for (int64_t i = 0; i < count && list[i] <= position; ++i)
                 if (list[i] >= range.start) kept += weight[list[i] - range.start];

@@ -1,267 +1,423 @@
 // score_tokens: logits of every visible token, one softmax per scoring vector and query head, votes
 // added per KV head.
 //
-// Floor   bytes = sketch (4.25 bits per channel for int4) or keys of the visible tokens; everything
-// after the logits
-//         works on one (row, block, kv_head) at a time: columns * seqlen floats of scratch, in
-//         cache up to ~128K tokens.
-// Plan    1. logits into scratch: sketch blocks for the candidates; keys for sinks, recent tokens
-// and what has no codes
-//         2. per column: maximum, exp in place, sum: lse        3. scores = sum over columns of exp
-//         * 1 / sum
-// A work item's arithmetic does not depend on the number of threads, so neither do its bits.
+// Floor   bytes = sketch (4.25 bits per channel for int4) or keys of the visible tokens.
+// Plan    1. kWeigh, tile by tile in cache: logits (sketch blocks for the candidates; keys for
+//         sinks, recent tokens and what has no codes), then per column the maximum m of the tile,
+//         2^(logit - m) and its sum
+//         2. kVote: lse of each column from the tiles' maxima and sums; scores = sum over columns
+//         of weight * 2^(m - lse)
+// With many columns (prefill) nothing but maxima and sums is kept, and kVote makes the logits
+// again: they would leave the cache twice, and the codes of a part stay in it.
 
 struct ScoreItem {
     int64_t row, block, kv_head;
     BlockRange range;
     int64_t cand_end;     // candidates are [range.sink_end, cand_end)
-    int64_t visible;      // tokens in [range.start, range.visible_end)
+    int64_t visible_end;  // tokens in [range.start, visible_end)
     int64_t num_columns;  // columns with a finite query
     const float* q;       // their queries, [num_columns, head_dim]
     const float* q_local;
-    float* logits;  // [num_columns, stride]
-    int64_t stride;
-    float* peak;   // [num_columns] maximum logit
-    float* total;  // [num_columns] sum of exp(logit - peak), then its inverse
+    float scale;          // of logits in units of ln 2
+    float* logits;        // [num_columns, kScoreTileTokens] of one tile
+    float *lse, *factor;  // [num_columns] log2 of the sum of 2^logit; of one tile
+    int64_t num_tiles;
+    int64_t tile_stride;  // floats between columns of the two arrays that follow
+    float *peak, *total;  // [num_columns, num_tiles]
+    float* num_dropped;   // [num_tiles] tokens with a logit that is not finite
+    bool keeps_weights;
+    float* weights;  // [num_columns, tile_stride * kScoreTileTokens]
+    int16_t source_column[kMaxScoreColumns];
+
+    int64_t tile_begin(int64_t tile) const { return range.start + tile * kScoreTileTokens; }
+    int64_t tile_end(int64_t tile) const {
+        const int64_t end = tile_begin(tile + 1);
+        return end < visible_end ? end : visible_end;
+    }
 };
 
+// Logits of one tile, [num_columns, kScoreTileTokens].
+struct ScoreTile {
+    int64_t begin, end;  // positions
+    float* out;
+};
+
+// Logits of positions [begin, end) from their keys; the tile's other keys, up to `horizon`, follow.
 template <typename T>
-inline void exact_logits(const ScoreTokensParams& p, const ScoreItem& s, const float* q,
-                         int64_t begin, int64_t end, const RopeView* rope, int64_t shift) {
+inline void exact_logits(const ScoreTokensParams& p, const ScoreItem& s, const ScoreTile& tile,
+                         const float* q, int64_t begin, int64_t end, int64_t horizon,
+                         const RopeView* rope, int64_t shift) {
+    begin = begin > tile.begin ? begin : tile.begin;
+    end = end < tile.end ? end : tile.end;
     if (begin >= end) return;
-    float* out = s.logits + (begin - s.range.start);
+    float* out = tile.out + (begin - tile.begin);
 #if KVS_HAS_BF16_DOT
     if constexpr (std::is_same_v<T, BFloat16>) {
-        if (rope == nullptr && key_logits_bf16(p.keys, s.row, s.kv_head, begin, end, q,
-                                               s.num_columns, p.head_dim, p.scale, out, s.stride))
+        if (rope == nullptr &&
+            key_logits_bf16(p.keys, s.row, s.kv_head, begin, end, horizon, q, s.num_columns,
+                            p.head_dim, s.scale, out, kScoreTileTokens))
             return;
     }
 #endif
-    key_logits<T>(p.keys, s.row, s.kv_head, begin, end, q, p.head_dim, s.num_columns, p.head_dim,
-                  p.scale, rope, shift, out, s.stride);
+    key_logits<T>(p.keys, s.row, s.kv_head, begin, end, horizon, q, p.head_dim, s.num_columns,
+                  p.head_dim, s.scale, rope, shift, out, kScoreTileTokens);
 }
 
 template <typename T, SketchFormat kFormat>
-inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const ScoreItem& s) {
+inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const ScoreItem& s,
+                                         const ScoreTile& tile) {
     const int64_t seqlen = p.blocks.cache_seqlens[s.row];
-    int64_t position = s.range.sink_end;
-    while (position < s.cand_end) {
+    int64_t position = s.range.sink_end > tile.begin ? s.range.sink_end : tile.begin;
+    const int64_t end = s.cand_end < tile.end ? s.cand_end : tile.end;
+    while (position < end) {
         const int64_t index = (position - s.range.start) / kSketchBlockTokens;
         const int64_t first = s.range.start + index * kSketchBlockTokens;
         const int64_t next = first + kSketchBlockTokens;
-        const int64_t stop = next < s.cand_end ? next : s.cand_end;
+        const int64_t stop = next < end ? next : end;
         const uint8_t* record = next <= seqlen ? p.sketch.block(s.row, s.kv_head, index) : nullptr;
         const bool has_codes =
             record &&
             element::is_finite(element::to_float(*reinterpret_cast<const Float16*>(record)));
+        float* out = tile.out + (position - tile.begin);
         if (!has_codes) {  // unfinished, or holding something that is not finite
-            exact_logits<T>(p, s, s.q, position, stop, nullptr, 0);
+            exact_logits<T>(p, s, tile, s.q, position, stop, stop, nullptr, 0);
         } else if (position == first && stop == next) {
             sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim,
-                                         p.scale, s.logits + (position - s.range.start), s.stride);
+                                         s.scale, out, kScoreTileTokens);
         } else {  // a block that straddles a border: all of it aside, then the part that counts
-            for (int64_t c = 0; c < s.num_columns; ++c) {
-                float whole[kSketchBlockTokens];
-                sketch_block_logits<kFormat>(record, s.q + c * p.head_dim, p.head_dim, 1,
-                                             p.head_dim, p.scale, whole, 0);
-                std::memcpy(s.logits + c * s.stride + (position - s.range.start),
-                            whole + (position - first),
-                            sizeof(float) * static_cast<size_t>(stop - position));
+            float whole[kSketchColumns * kSketchBlockTokens];
+            for (int64_t c = 0; c < s.num_columns; c += kSketchColumns) {
+                const int64_t left = s.num_columns - c;
+                const int64_t some = left < kSketchColumns ? left : kSketchColumns;
+                sketch_block_logits<kFormat>(record, s.q + c * p.head_dim, p.head_dim, some,
+                                             p.head_dim, s.scale, whole, kSketchBlockTokens);
+                for (int64_t i = 0; i < some; ++i)
+                    std::memcpy(out + (c + i) * kScoreTileTokens,
+                                whole + i * kSketchBlockTokens + (position - first),
+                                sizeof(float) * static_cast<size_t>(stop - position));
             }
         }
         position = stop;
     }
 }
 
-// All logits of the item: sinks and recent tokens at their compact ranks if there is a rope table,
+// All logits of a tile: sinks and recent tokens at their compact ranks if there is a rope table,
 // candidates as they are.
 template <typename T>
-inline void fill_logits(const ScoreTokensParams& p, const ScoreItem& s) {
-    const int64_t visible_end = s.range.start + s.visible;
+inline void fill_logits(const ScoreTokensParams& p, const ScoreItem& s, const ScoreTile& tile) {
     const int64_t num_sinks = s.range.sink_end - s.range.start;
     const int64_t num_candidates = s.cand_end - s.range.sink_end;
     const int64_t picked = p.keep < num_candidates ? p.keep : num_candidates;
     const RopeView* rope = p.rope.cos ? &p.rope : nullptr;
-    exact_logits<T>(p, s, s.q_local, s.range.start, s.range.sink_end, rope, -s.range.start);
-    exact_logits<T>(p, s, s.q_local, s.cand_end, visible_end, rope,
+    exact_logits<T>(p, s, tile, s.q_local, s.range.start, s.range.sink_end, s.range.sink_end, rope,
+                    -s.range.start);
+    exact_logits<T>(p, s, tile, s.q_local, s.cand_end, s.visible_end, s.visible_end, rope,
                     num_sinks + picked - s.cand_end);
     if (p.sketch.data == nullptr)
-        exact_logits<T>(p, s, s.q, s.range.sink_end, s.cand_end, nullptr, 0);
+        exact_logits<T>(p, s, tile, s.q, s.range.sink_end, s.cand_end, s.cand_end, nullptr, 0);
     else if (p.sketch.format == SketchFormat::kInt4)
-        candidate_logits_from_sketch<T, SketchFormat::kInt4>(p, s);
+        candidate_logits_from_sketch<T, SketchFormat::kInt4>(p, s, tile);
     else
-        candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s);
+        candidate_logits_from_sketch<T, SketchFormat::kInt8>(p, s, tile);
 }
 
-// Scores NaN where a finite query met a non-finite logit; such a token weighs nothing in any
-// column.
-inline int64_t drop_nonfinite_tokens(const ScoreItem& s, float* scores) {
-    int64_t dropped = 0;
-    for (int64_t i = 0; i < s.visible; ++i) {
-        bool finite = true;
+// A token with a logit that is not finite weighs nothing in any column; `dropped` says which.
+inline int64_t drop_nonfinite_tokens(const ScoreItem& s, const ScoreTile& tile, bool* dropped) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+        dropped[i] = false;
         for (int64_t c = 0; c < s.num_columns; ++c)
-            finite = finite && element::is_finite(s.logits[c * s.stride + i]);
-        if (finite) continue;
-        ++dropped;
-        scores[i] = NAN;
-        for (int64_t c = 0; c < s.num_columns; ++c) s.logits[c * s.stride + i] = -INFINITY;
+            dropped[i] = dropped[i] || !element::is_finite(tile.out[c * kScoreTileTokens + i]);
+        if (!dropped[i]) continue;
+        ++count;
+        for (int64_t c = 0; c < s.num_columns; ++c) tile.out[c * kScoreTileTokens + i] = -INFINITY;
     }
-    return dropped;
+    return count;
 }
 
-// Logits to exp(logit - maximum) in place, column by column. False if one held something that was
-// not finite.
-inline bool weigh(const ScoreItem& s) {
+// "candidates": sinks and recent tokens weigh nothing.
+inline void drop_all_but_candidates(const ScoreItem& s, const ScoreTile& tile) {
+    for (int64_t c = 0; c < s.num_columns; ++c)
+        for (int64_t i = tile.begin; i < tile.end; ++i)
+            if (i < s.range.sink_end || i >= s.cand_end)
+                tile.out[c * kScoreTileTokens + (i - tile.begin)] = -INFINITY;
+}
+
+// Logits of a tile with every defect dropped; returns how many tokens had one. `suspicious`: look
+// for them.
+template <typename T>
+inline int64_t clean_logits(const ScoreTokensParams& p, const ScoreItem& s, const ScoreTile& tile,
+                            bool suspicious, bool* dropped) {
+    fill_logits<T>(p, s, tile);
+    const int64_t count = suspicious ? drop_nonfinite_tokens(s, tile, dropped) : 0;
+    if (p.normalise_candidates_only) drop_all_but_candidates(s, tile);
+    return count;
+}
+
+// Logits to 2^(logit - maximum), column by column, `stride` entries apart. False if one was not
+// finite.
+inline bool weigh_columns(const ScoreItem& s, int64_t tile_index, const ScoreTile& tile,
+                          float* weights, int64_t stride) {
     bool finite = true;
     for (int64_t c = 0; c < s.num_columns; ++c) {
         float lowest;
-        s.peak[c] = exp_in_place(s.logits + c * s.stride, s.visible, s.total + c, &lowest);
-        finite = finite && element::is_finite(s.total[c]) && lowest != -INFINITY;
+        float* total = s.total + c * s.tile_stride + tile_index;
+        s.peak[c * s.tile_stride + tile_index] =
+            exp2_of(tile.out + c * kScoreTileTokens, tile.end - tile.begin, weights + c * stride,
+                    total, &lowest);
+        finite = finite && element::is_finite(*total) && lowest != -INFINITY;
     }
     return finite;
 }
 
-// out[i] += sum over kCols columns of weight[c][i] * inverse[c]; a NaN mark stays NaN.
-template <int kCols>
-inline void add_columns(const float* weights, int64_t stride, const float* inverse, int64_t count,
+template <typename T>
+inline void weigh_tile(const ScoreTokensParams& p, const ScoreItem& s, int64_t index) {
+    const ScoreTile tile{s.tile_begin(index), s.tile_end(index), s.logits};
+    float* weights = s.logits;
+    int64_t stride = kScoreTileTokens;
+    if (s.keeps_weights) {
+        weights = s.weights + index * kScoreTileTokens;
+        stride = s.tile_stride * kScoreTileTokens;
+    }
+    bool dropped[kScoreTileTokens];
+    // A defect shows in the sums, which are needed anyway; only then are the logits made again and
+    // looked at. Where -inf is put on purpose, they are looked at in any case.
+    bool suspicious = p.normalise_candidates_only;
+    int64_t count = clean_logits<T>(p, s, tile, suspicious, dropped);
+    if (!weigh_columns(s, index, tile, weights, stride) && !suspicious) {
+        suspicious = true;
+        count = clean_logits<T>(p, s, tile, suspicious, dropped);
+        weigh_columns(s, index, tile, weights, stride);
+    }
+    s.num_dropped[index] = static_cast<float>(count);
+    if (count > 0 && s.keeps_weights)  // the votes' first column carries the mark
+        for (int64_t i = 0; i < tile.end - tile.begin; ++i)
+            if (dropped[i]) weights[i] = NAN;
+}
+
+// log2 of each column's sum of 2^logit over all tiles, in their order.
+inline void merge_tiles(const ScoreItem& s) {
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        const float* peaks = s.peak + c * s.tile_stride;
+        const float* totals = s.total + c * s.tile_stride;
+        float peak = -INFINITY;
+        for (int64_t t = 0; t < s.num_tiles; ++t) peak = peaks[t] > peak ? peaks[t] : peak;
+        s.lse[c] = -INFINITY;
+        if (peak == -INFINITY) continue;
+        const int64_t whole = s.num_tiles / kLanes * kLanes;
+        F32 sums = broadcast(0.f);
+        for (int64_t t = 0; t < whole; t += kLanes)
+            sums = fma(load(totals + t), exp2(sub(load(peaks + t), broadcast(peak))), sums);
+        float sum = reduce_add(sums);
+        for (int64_t t = whole; t < s.num_tiles; ++t) sum += totals[t] * exp2(peaks[t] - peak);
+        s.lse[c] = peak + std::log2(sum);
+    }
+}
+
+// out[i] (+)= sum over kCols columns of weight[c][i] * factor[c].
+template <int kCols, bool kAccumulate>
+inline void add_columns(const float* weights, int64_t stride, const float* factor, int64_t count,
                         float* out) {
     const int64_t whole = count / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
-        F32 sum = load(out + i);
+        F32 sum = kAccumulate ? load(out + i) : broadcast(0.f);
 #pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c)
-            sum = fma(load(weights + c * stride + i), broadcast(inverse[c]), sum);
+            sum = fma(load(weights + c * stride + i), broadcast(factor[c]), sum);
         store(out + i, sum);
     }
-    for (int64_t i = whole; i < count; ++i)
-        for (int c = 0; c < kCols; ++c) out[i] += weights[c * stride + i] * inverse[c];
+    for (int64_t i = whole; i < count; ++i) {
+        float sum = kAccumulate ? out[i] : 0.f;
+        for (int c = 0; c < kCols; ++c) sum += weights[c * stride + i] * factor[c];
+        out[i] = sum;
+    }
 }
 
-inline void add_all_columns(const ScoreItem& s, int64_t first, int64_t last, const float* inverse,
-                            float* out) {
-    for (; first + 4 <= last; first += 4)
-        add_columns<4>(s.logits + first * s.stride, s.stride, inverse + first, s.visible, out);
-    for (; first < last; ++first)
-        add_columns<1>(s.logits + first * s.stride, s.stride, inverse + first, s.visible, out);
+// Sum of columns [first, last), at least one of them.
+inline void sum_columns(const float* weights, int64_t stride, int64_t first, int64_t last,
+                        const float* factor, int64_t count, float* out) {
+    const auto from = [&](int64_t c) { return weights + c * stride; };
+    int64_t c = first;
+    if (last - first >= 4) {
+        add_columns<4, false>(from(c), stride, factor + c, count, out);
+        c += 4;
+    } else {
+        add_columns<1, false>(from(c), stride, factor + c, count, out);
+        c += 1;
+    }
+    for (; c + 4 <= last; c += 4) add_columns<4, true>(from(c), stride, factor + c, count, out);
+    for (; c < last; ++c) add_columns<1, true>(from(c), stride, factor + c, count, out);
+}
+
+// Scores of a tile from its weights, times a factor per column.
+inline void add_votes(const ScoreTokensParams& p, const ScoreItem& s, const float* weights,
+                      int64_t stride, int64_t count, float* scores) {
+    if (!p.max_vote) return sum_columns(weights, stride, 0, s.num_columns, s.factor, count, scores);
+    // Each vector's heads are added up; the largest of these sums is the score.
+    const int64_t group = p.num_q_heads / p.num_kv_heads;
+    float sum[kScoreTileTokens];
+    for (int64_t first = 0, last; first < s.num_columns; first = last) {
+        const int64_t vector = s.source_column[first] / group;
+        for (last = first + 1; last < s.num_columns && s.source_column[last] / group == vector;)
+            ++last;
+        sum_columns(weights, stride, first, last, s.factor, count, first == 0 ? scores : sum);
+        if (first == 0) continue;  // a mark in it stays: comparisons with NaN are false
+        for (int64_t i = 0; i < count; ++i)
+            if (sum[i] > scores[i]) scores[i] = sum[i];
+    }
+}
+
+// Logits to 2^(logit - lse) in place.
+inline void weigh_column(float* column, int64_t count, float lse) {
+    const int64_t whole = count / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes)
+        store(column + i, exp2(sub(load(column + i), broadcast(lse))));
+    for (int64_t i = whole; i < count; ++i) column[i] = exp2(column[i] - lse);
 }
 
 template <typename T>
-void score_tokens_of(const ScoreTokensParams& p, int64_t begin, int64_t end, float* scratch) {
-    const int64_t group = p.num_q_heads / p.num_kv_heads;
-    const int64_t all_columns = p.num_vectors * group;
-    for (int64_t item = begin; item < end; ++item) {
-        ScoreItem s;
-        s.kv_head = item % p.num_kv_heads;
-        s.block = item / p.num_kv_heads % p.blocks.num_blocks;
-        s.row = item / p.num_kv_heads / p.blocks.num_blocks;
-        if (p.hit && p.hit[s.row * p.num_kv_heads + s.kv_head]) continue;
-        const int64_t block_index = s.row * p.blocks.num_blocks + s.block;
-        s.range = block_range(p.blocks, s.row, s.block);
-        const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
-        const int64_t visible_end =
-            s.range.visible_end > s.range.start ? s.range.visible_end : s.range.start;
-        s.visible = visible_end - s.range.start;
-        s.range.sink_end = at_most(s.range.sink_end, visible_end);
-        s.cand_end = at_most(s.range.window_start, visible_end);
-
-        float* q = scratch;
-        float* q_local = q + all_columns * p.head_dim;
-        s.peak = q_local + all_columns * p.head_dim;
-        s.total = s.peak + all_columns;
-        s.logits = s.total + all_columns;
-        s.stride = (s.visible + kLanes - 1) / kLanes * kLanes;
-        s.q = q, s.q_local = p.q_local ? q_local : q;
-
-        // Gather the finite queries; a query vector with NaN or inf has no vote.
-        float* lse = p.lse + block_index * p.num_vectors * p.num_q_heads;
-        int64_t nonfinite = 0;
-        int64_t source_column[kMaxScoreColumns];
-        s.num_columns = 0;
-        for (int64_t column = 0; column < all_columns; ++column) {
-            const int64_t vector = column / group, head = s.kv_head * group + column % group;
-            const int64_t from =
-                ((block_index * p.num_vectors + vector) * p.num_q_heads + head) * p.head_dim;
-            lse[vector * p.num_q_heads + head] = -INFINITY;
-            if (!all_finite(p.q + from, p.head_dim) ||
-                (p.q_local && !all_finite(p.q_local + from, p.head_dim))) {
-                ++nonfinite;
-                continue;
-            }
-            const size_t bytes = sizeof(float) * static_cast<size_t>(p.head_dim);
-            std::memcpy(q + s.num_columns * p.head_dim, p.q + from, bytes);
-            if (p.q_local)
-                std::memcpy(q_local + s.num_columns * p.head_dim, p.q_local + from, bytes);
-            source_column[s.num_columns++] = column;
-        }
-
-        float* row_scores = p.scores + (block_index * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
-        std::memset(row_scores, 0, sizeof(float) * static_cast<size_t>(p.max_seqlen_k));
-        float* scores = row_scores + s.range.start;
-
-        // Tokens of the block itself, which have no score: a defect there must not be listed
-        // either.
-        for (int64_t i = visible_end; i < s.range.end; ++i) {
-            float key[kMaxHeadDim];
-            const T* from = key_row<T>(p.keys, s.row, i, s.kv_head);
-            for (int64_t d = 0; d < p.head_dim; d += kLanes) store(key + d, load(from + d));
-            if (all_finite(key, p.head_dim)) continue;
-            row_scores[i] = NAN;
-            ++nonfinite;
-        }
-
-        // A defect shows in the sums, which are needed anyway; only then are the logits made again
-        // and looked at.
-        fill_logits<T>(p, s);
-        if (p.normalise_candidates_only) {
-            nonfinite += drop_nonfinite_tokens(s, scores);
-            for (int64_t c = 0; c < s.num_columns; ++c) {  // sinks and recent tokens weigh nothing
-                float* logits = s.logits + c * s.stride;
-                for (int64_t i = 0; i < s.range.sink_end - s.range.start; ++i)
-                    logits[i] = -INFINITY;
-                for (int64_t i = s.cand_end - s.range.start; i < s.visible; ++i)
-                    logits[i] = -INFINITY;
-            }
-            weigh(s);
-        } else if (!weigh(s)) {
-            fill_logits<T>(p, s);
-            nonfinite += drop_nonfinite_tokens(s, scores);
-            weigh(s);
-        }
-        p.num_nonfinite[block_index * p.num_kv_heads + s.kv_head] = nonfinite;
-
-        for (int64_t c = 0; c < s.num_columns; ++c) {
-            const int64_t vector = source_column[c] / group,
-                          head = s.kv_head * group + source_column[c] % group;
-            if (s.total[c] > 0.f)
-                lse[vector * p.num_q_heads + head] = s.peak[c] + std::log(s.total[c]);
-            s.total[c] = s.total[c] > 0.f ? 1.f / s.total[c] : 0.f;
-        }
-        if (!p.max_vote) {
-            add_all_columns(s, 0, s.num_columns, s.total, scores);
-            continue;
-        }
-        // Each vector's heads are added up in its first column; the largest of these sums is the
-        // score.
-        for (int64_t first = 0, last; first < s.num_columns; first = last) {
-            const int64_t vector = source_column[first] / group;
-            for (last = first + 1; last < s.num_columns && source_column[last] / group == vector;)
-                ++last;
-            float* sum = s.logits + first * s.stride;
-            for (int64_t i = 0; i < s.visible; ++i) sum[i] *= s.total[first];
-            add_all_columns(s, first + 1, last, s.total, sum);
-            for (int64_t i = 0; i < s.visible; ++i)
-                if (sum[i] > scores[i]) scores[i] = sum[i];  // false for a NaN mark: it stays
-        }
+inline void vote_tile(const ScoreTokensParams& p, const ScoreItem& s, int64_t index,
+                      float* row_scores) {
+    const ScoreTile tile{s.tile_begin(index), s.tile_end(index), s.logits};
+    const int64_t count = tile.end - tile.begin;
+    float* scores = row_scores + tile.begin;
+    if (s.num_columns == 0) {
+        for (int64_t i = 0; i < count; ++i) scores[i] = 0.f;
+        return;
     }
+    if (s.keeps_weights) {
+        float exponent[kMaxKeptScoreColumns] = {};
+        for (int64_t c = 0; c < s.num_columns; ++c)
+            exponent[c] =
+                s.lse[c] == -INFINITY ? -INFINITY : s.peak[c * s.tile_stride + index] - s.lse[c];
+        for (int64_t c = 0; c < s.num_columns; c += kLanes)
+            store(s.factor + c, exp2(load(exponent + c)));
+        const float* weights = s.weights + index * kScoreTileTokens;
+        return add_votes(p, s, weights, s.tile_stride * kScoreTileTokens, count, scores);
+    }
+    bool dropped[kScoreTileTokens];
+    const bool has_dropped = s.num_dropped[index] > 0.f;
+    clean_logits<T>(p, s, tile, has_dropped, dropped);
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        weigh_column(tile.out + c * kScoreTileTokens, count,
+                     s.lse[c] == -INFINITY ? 0.f : s.lse[c]);
+        s.factor[c] = 1.f;
+    }
+    add_votes(p, s, tile.out, kScoreTileTokens, count, scores);
+    for (int64_t i = 0; has_dropped && i < count; ++i)
+        if (dropped[i]) scores[i] = NAN;
 }
 
-void score_tokens(const ScoreTokensParams& p, int64_t begin, int64_t end, float* scratch) {
+// What does not belong to any tile: lse, tokens without a score, the count of defects.
+template <typename T>
+inline void finish_item(const ScoreTokensParams& p, const ScoreItem& s, int64_t nonfinite_queries,
+                        float* row_scores) {
+    const int64_t group = p.num_q_heads / p.num_kv_heads;
+    const int64_t block_index = s.row * p.blocks.num_blocks + s.block;
+    float* lse = p.lse + block_index * p.num_vectors * p.num_q_heads;
+    for (int64_t vector = 0; vector < p.num_vectors; ++vector)
+        for (int64_t h = 0; h < group; ++h)
+            lse[vector * p.num_q_heads + s.kv_head * group + h] = -INFINITY;
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        const int64_t vector = s.source_column[c] / group,
+                      head = s.kv_head * group + s.source_column[c] % group;
+        lse[vector * p.num_q_heads + head] = s.lse[c] * kLn2;
+    }
+    for (int64_t i = 0; i < s.range.start; ++i) row_scores[i] = 0.f;
+    for (int64_t i = s.visible_end; i < p.max_seqlen_k; ++i) row_scores[i] = 0.f;
+    // Tokens of the block itself, which have no score: a defect there must not be listed either.
+    int64_t nonfinite = nonfinite_queries;
+    for (int64_t i = s.visible_end; i < s.range.end; ++i) {
+        float key[kMaxHeadDim];
+        const T* from = key_row<T>(p.keys, s.row, i, s.kv_head);
+        for (int64_t d = 0; d < p.head_dim; d += kLanes) store(key + d, load(from + d));
+        if (all_finite(key, p.head_dim)) continue;
+        row_scores[i] = NAN;
+        ++nonfinite;
+    }
+    for (int64_t t = 0; t < s.num_tiles; ++t) nonfinite += static_cast<int64_t>(s.num_dropped[t]);
+    p.num_nonfinite[block_index * p.num_kv_heads + s.kv_head] = nonfinite;
+}
+
+// Ranges, memory and finite queries of an item; returns how many query vectors were not finite.
+inline int64_t prepare_item(const ScoreTokensParams& p, int64_t item, float* workspace,
+                            float* scratch, ScoreItem* s) {
+    const int64_t group = p.num_q_heads / p.num_kv_heads, all_columns = p.num_vectors * group;
+    s->kv_head = item % p.num_kv_heads;
+    s->block = item / p.num_kv_heads % p.blocks.num_blocks;
+    s->row = item / p.num_kv_heads / p.blocks.num_blocks;
+    s->range = block_range(p.blocks, s->row, s->block);
+    const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
+    s->visible_end = s->range.visible_end > s->range.start ? s->range.visible_end : s->range.start;
+    s->range.sink_end = at_most(s->range.sink_end, s->visible_end);
+    s->cand_end = at_most(s->range.window_start, s->visible_end);
+    s->scale = p.scale * kLog2E;
+    s->num_tiles = (s->visible_end - s->range.start + kScoreTileTokens - 1) / kScoreTileTokens;
+
+    s->tile_stride = (score_tokens_tiles(p) + 15) / 16 * 16;
+    s->peak = workspace;
+    s->total = s->peak + all_columns * s->tile_stride;
+    s->num_dropped = s->total + all_columns * s->tile_stride;
+    s->keeps_weights = score_tokens_keeps_weights(p);
+    s->weights = s->num_dropped + s->tile_stride;
+
+    float* q = scratch;
+    float* q_local = q + all_columns * p.head_dim;
+    s->lse = q_local + all_columns * p.head_dim;
+    s->factor = s->lse + all_columns;
+    s->logits = s->factor + all_columns + 16;  // factors are stored in whole vectors
+    s->q = q, s->q_local = p.q_local ? q_local : q;
+    // Gather the finite queries; a query vector with NaN or inf has no vote.
+    s->num_columns = 0;
+    for (int64_t column = 0; column < all_columns; ++column) {
+        const int64_t vector = column / group, head = s->kv_head * group + column % group;
+        const int64_t block_index = s->row * p.blocks.num_blocks + s->block;
+        const int64_t from =
+            ((block_index * p.num_vectors + vector) * p.num_q_heads + head) * p.head_dim;
+        if (!all_finite(p.q + from, p.head_dim) ||
+            (p.q_local && !all_finite(p.q_local + from, p.head_dim)))
+            continue;
+        const size_t bytes = sizeof(float) * static_cast<size_t>(p.head_dim);
+        std::memcpy(q + s->num_columns * p.head_dim, p.q + from, bytes);
+        if (p.q_local) std::memcpy(q_local + s->num_columns * p.head_dim, p.q_local + from, bytes);
+        s->source_column[s->num_columns++] = static_cast<int16_t>(column);
+    }
+    return all_columns - s->num_columns;
+}
+
+template <typename T>
+void score_tokens_of(const ScoreTokensParams& p, ScoreStage stage, int64_t item, int64_t part_begin,
+                     int64_t part_end, float* workspace, float* scratch) {
+    const int64_t kv_head = item % p.num_kv_heads;
+    const int64_t row = item / p.num_kv_heads / p.blocks.num_blocks;
+    if (p.hit && p.hit[row * p.num_kv_heads + kv_head]) return;
+    ScoreItem s;
+    const int64_t nonfinite_queries = prepare_item(p, item, workspace, scratch, &s);
+    const int64_t first = part_begin * kScorePartTiles, stop = part_end * kScorePartTiles;
+    const int64_t last = stop < s.num_tiles ? stop : s.num_tiles;
+    if (stage == ScoreStage::kWeigh) {
+        for (int64_t tile = first; tile < last; ++tile) weigh_tile<T>(p, s, tile);
+        return;
+    }
+    merge_tiles(s);
+    float* row_scores =
+        p.scores +
+        ((s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;
+    for (int64_t tile = first; tile < last; ++tile) vote_tile<T>(p, s, tile, row_scores);
+    if (part_begin == 0) finish_item<T>(p, s, nonfinite_queries, row_scores);
+}
+
+void score_tokens(const ScoreTokensParams& p, ScoreStage stage, int64_t item, int64_t part_begin,
+                  int64_t part_end, float* workspace, float* scratch) {
+    const auto run = [&](auto key) {
+        score_tokens_of<decltype(key)>(p, stage, item, part_begin, part_end, workspace, scratch);
+    };
     switch (p.dtype) {
         case DType::kFloat32:
-            return score_tokens_of<float>(p, begin, end, scratch);
+            return run(float{});
         case DType::kFloat16:
-            return score_tokens_of<Float16>(p, begin, end, scratch);
+            return run(Float16{});
         case DType::kBFloat16:
-            return score_tokens_of<BFloat16>(p, begin, end, scratch);
+            return run(BFloat16{});
     }
 }

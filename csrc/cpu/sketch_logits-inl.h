@@ -10,135 +10,182 @@
 // has no mean. int4: w is int8 (unit = max |q step| / 127). int8: codes are 16 times finer, so w
 // has 16 bits, in two bytes.
 
-struct SketchQuery {  // one column against one block
-    alignas(64) int8_t high[kMaxHeadDim];
-    alignas(64) int8_t low[kMaxHeadDim];  // int8 sketches only: w = 256 * high + low
-    float mul, add;
+constexpr int64_t kSketchAhead = 12288;  // bytes from a use to the prefetch: 8 KB and 16 KB lose
+constexpr int64_t kSketchColumns = 4;    // query columns that share one pass over the codes
+
+// Up to kSketchColumns columns against one block; column c's bytes start at c * kMaxHeadDim.
+struct SketchQueries {
+    alignas(64) int8_t high[kSketchColumns * kMaxHeadDim];
+    alignas(64) int8_t low[kSketchColumns * kMaxHeadDim];  // int8 only: w = 256 * high + low
+    float mul[kSketchColumns], add[kSketchColumns];
 };
 
-template <SketchFormat kFormat>
-inline void quantise_query(const float* q, const uint8_t* record, int64_t head_dim, float scale,
-                           SketchQuery* out) {
-    constexpr float kCentre = static_cast<float>(sketch_levels(kFormat)) * 0.5f;
-    constexpr float kTop =
-        kFormat == SketchFormat::kInt8 ? 32639.f : 127.f;  // 32639 = 127 * 256 + 127
-    const Float16* step = reinterpret_cast<const Float16*>(record);
-    const Float16* lo = step + head_dim;
-    alignas(64) float product[kMaxHeadDim];
-    F32 top = broadcast(0.f), at_centre = broadcast(0.f);
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-        const F32 query = load(q + d), x = mul(query, load(step + d));
-        store(product + d, x);
-        top = max(abs(x), top);
-        at_centre = fma(x, broadcast(kCentre), fma(query, load(lo + d), at_centre));
-    }
-    const float peak = reduce_max(top);
-    const float unit = peak > 0.f ? peak / kTop : 1.f;
-    const F32 inverse = broadcast(1.f / unit);
-    F32 sum = broadcast(0.f);  // of whole numbers below 2^24: exact
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-        // 1 / unit is rounded, so |w| could pass kTop by an ulp before rounding; clamp to keep the
-        // bytes in range
-        const F32 w = max(min(round_even(mul(load(product + d), inverse)), broadcast(kTop)),
-                          broadcast(-kTop));
-        sum = add(sum, w);
-        if constexpr (kFormat == SketchFormat::kInt8) {
-            // + 0.5: no ties, so that the low byte lies in [-128, 127]
-            const F32 high = round_even(mul(add(w, broadcast(0.5f)), broadcast(1.f / 256.f)));
-            store_bytes(reinterpret_cast<uint8_t*>(out->high + d), high);
-            store_bytes(reinterpret_cast<uint8_t*>(out->low + d), fma(high, broadcast(-256.f), w));
-        } else {
-            store_bytes(reinterpret_cast<uint8_t*>(out->high + d), w);
-        }
-    }
-    out->mul = scale * unit;
-    out->add = scale * (reduce_add(at_centre) - unit * kCentre * reduce_add(sum));
+// Partial sums of signed bytes, which are zero from `count` up to a multiple of 64.
+inline F32 sum_of_bytes(const int8_t* bytes, int64_t count) {
+    I32 sum = zero_i32();
+    for (int64_t d = 0; d < count; d += 4 * kLanes)
+        sum = add_byte_quads(sum, reinterpret_cast<const uint8_t*>(bytes + d));
+    return to_f32(sum);
 }
 
-// acc[c] += codes of kLanes tokens . columns; `line` = first code line of the sub-block part.
-template <SketchFormat kFormat, int kCols, int kParts>
-inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQuery* const* queries,
-                      float* const* out, int64_t at) {
-    I32 high[kCols][kParts];
-    I32 low[kCols][kParts];
-#pragma GCC unroll 8
-    for (int c = 0; c < kCols; ++c)
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts; ++part) high[c][part] = low[c][part] = zero_i32();
-    constexpr int64_t kSubBlock =
-        kSketchSubBlockTokens / kLanes;  // register groups per 16-token sub-block
-    for (int64_t line = 0; line < lines; ++line) {
-        Codes raw[kParts];
-#pragma GCC unroll 2
-        for (int part = 0; part < kParts; ++part) {
-            // parts walk register groups: first inside a 64-byte line, then over sub-blocks
-            const int64_t group = at / kLanes + part;
-            const uint8_t* from =
-                codes + (group / kSubBlock * lines + line) * 64 + group % kSubBlock * 4 * kLanes;
-            prefetch(from + kSketchBlockTokens * lines * 4 + 512);  // about one block ahead
-            raw[part] = load_codes(from);
-        }
-#pragma GCC unroll 8
+template <SketchFormat kFormat>
+inline void quantise_queries(const float* const* q, const uint8_t* record, int64_t head_dim,
+                             float scale, SketchQueries* out) {
+    constexpr int kCols = kSketchColumns;
+    constexpr float kCentre = static_cast<float>(sketch_levels(kFormat)) * 0.5f;
+    // A little under 127 and 127 * 256 + 127, so that no rounding of 1 / unit passes them.
+    constexpr float kTop = kFormat == SketchFormat::kInt8 ? 32638.f : 126.99f;
+    const Float16* step = reinterpret_cast<const Float16*>(record);
+    const Float16* lo = step + head_dim;
+    F32 top[kCols], at_centre[kCols];
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) top[c] = at_centre[c] = broadcast(0.f);
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const F32 width = load(step + d), centre = fma(width, broadcast(kCentre), load(lo + d));
+#pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c) {
-            if constexpr (kFormat == SketchFormat::kInt4) {
-                int32_t even, odd;
-                std::memcpy(&even, queries[c]->high + line * 8, 4);
-                std::memcpy(&odd, queries[c]->high + line * 8 + 4, 4);
-#pragma GCC unroll 2
-                for (int part = 0; part < kParts; ++part) {
-                    high[c][part] = dot4(high[c][part], low_nibbles(raw[part]), even);
-                    high[c][part] = dot4(high[c][part], high_nibbles(raw[part]), odd);
-                }
+            const F32 query = load(q[c] + d);
+            top[c] = max_abs(mul(query, width), top[c]);
+            at_centre[c] = fma(query, centre, at_centre[c]);
+        }
+    }
+    float peak[kCols], constant[kCols], inverse[kCols], unit[kCols], whole[kCols];
+    reduce_max4(top[0], top[1], top[2], top[3], peak);
+    reduce_add4(at_centre[0], at_centre[1], at_centre[2], at_centre[3], constant);
+    for (int c = 0; c < kCols; ++c) {
+        unit[c] = peak[c] > 0.f ? peak[c] * (1.f / kTop) : 1.f;
+        inverse[c] = 1.f / unit[c];
+    }
+    for (int64_t d = 0; d < head_dim; d += kLanes) {
+        const F32 width = load(step + d);
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+            const F32 w = mul(mul(load(q[c] + d), width), broadcast(inverse[c]));
+            int8_t* high_out = out->high + c * kMaxHeadDim + d;
+            if constexpr (kFormat == SketchFormat::kInt8) {
+                // + 0.5: no ties, so that the low byte lies in [-128, 127]
+                const F32 whole = round_even(w);
+                const F32 high =
+                    round_even(mul(add(whole, broadcast(0.5f)), broadcast(1.f / 256.f)));
+                store_bytes(reinterpret_cast<uint8_t*>(high_out), high);
+                store_bytes(reinterpret_cast<uint8_t*>(out->low + c * kMaxHeadDim + d),
+                            fma(high, broadcast(-256.f), whole));
             } else {
-                int32_t coarse, fine;
-                std::memcpy(&coarse, queries[c]->high + line * 4, 4);
-                std::memcpy(&fine, queries[c]->low + line * 4, 4);
-#pragma GCC unroll 2
-                for (int part = 0; part < kParts; ++part) {
-                    high[c][part] = dot4(high[c][part], raw[part], coarse);
-                    low[c][part] = dot4(low[c][part], raw[part], fine);
-                }
+                store_bytes(reinterpret_cast<uint8_t*>(high_out), w);
             }
         }
     }
-#pragma GCC unroll 8
+    F32 sum[kCols];  // of whole numbers below 2^24: exact
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c) {
+        sum[c] = sum_of_bytes(out->high + c * kMaxHeadDim, head_dim);
+        if constexpr (kFormat == SketchFormat::kInt8)
+            sum[c] =
+                fma(sum[c], broadcast(256.f), sum_of_bytes(out->low + c * kMaxHeadDim, head_dim));
+    }
+    reduce_add4(sum[0], sum[1], sum[2], sum[3], whole);
+    for (int c = 0; c < kCols; ++c) {
+        out->mul[c] = scale * unit[c];
+        out->add[c] = scale * (constant[c] - unit[c] * kCentre * whole[c]);
+    }
+}
+
+// Four query bytes of a column, as dot4 takes them.
+inline int32_t query_quad(const int8_t* bytes) {
+    int32_t quad;
+    std::memcpy(&quad, bytes, 4);
+    return quad;
+}
+
+// Logits of kParts * kLanes tokens from register group `group` on (groups walk a 64-byte line, then
+// the sub-blocks).
+template <SketchFormat kFormat, int kCols, int kParts>
+inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries& q, int64_t group,
+                      float* const* out) {
+    constexpr int64_t kGroups = kSketchSubBlockTokens / kLanes;  // per line
+    I32 acc[kCols][kParts], fine[kCols][kParts];
+#pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) acc[c][part] = fine[c][part] = zero_i32();
+    const uint8_t* from[kParts];
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; ++part)
+        from[part] =
+            codes + (group + part) / kGroups * lines * 64 + (group + part) % kGroups * 4 * kLanes;
+    for (int64_t line = 0; line < lines; ++line) {
+        Codes raw[kParts];
+#pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
-            F32 sum = to_f32(high[c][part]);
+            prefetch(from[part] + line * 64 + kSketchAhead);
+            raw[part] = load_codes(from[part] + line * 64);
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kCols; ++c) {
+            const int8_t* high = q.high + c * kMaxHeadDim;
+            if constexpr (kFormat == SketchFormat::kInt4) {
+                const int32_t even = query_quad(high + line * 8);
+#pragma GCC unroll 4
+                for (int part = 0; part < kParts; ++part)
+                    acc[c][part] = dot4_nibbles(acc[c][part], low_nibbles(raw[part]), even);
+            } else {
+                const int32_t coarse = query_quad(high + line * 4),
+                              rest = query_quad(q.low + c * kMaxHeadDim + line * 4);
+#pragma GCC unroll 4
+                for (int part = 0; part < kParts; ++part) {
+                    acc[c][part] = dot4(acc[c][part], raw[part], coarse);
+                    fine[c][part] = dot4(fine[c][part], raw[part], rest);
+                }
+            }
+        }
+        if constexpr (kFormat == SketchFormat::kInt4) {
+#pragma GCC unroll 4
+            for (int c = 0; c < kCols; ++c) {
+                const int32_t odd = query_quad(q.high + c * kMaxHeadDim + line * 8 + 4);
+#pragma GCC unroll 4
+                for (int part = 0; part < kParts; ++part)
+                    acc[c][part] = dot4_nibbles(acc[c][part], high_nibbles(raw[part]), odd);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < kCols; ++c)
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+            F32 sum = to_f32(acc[c][part]);
             if constexpr (kFormat == SketchFormat::kInt8)
-                sum = fma(sum, broadcast(256.f), to_f32(low[c][part]));
-            store(out[c] + at + part * kLanes,
-                  fma(sum, broadcast(queries[c]->mul), broadcast(queries[c]->add)));
+                sum = fma(sum, broadcast(256.f), to_f32(fine[c][part]));
+            store(out[c] + (group + part) * kLanes,
+                  fma(sum, broadcast(q.mul[c]), broadcast(q.add[c])));
         }
 }
 
 template <SketchFormat kFormat, int kCols>
-inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQuery* queries,
-                         float* out, int64_t stride) {
-    const SketchQuery* column[kCols];
+inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQueries& q, float* out,
+                         int64_t stride) {
+    constexpr int kParts = kFormat == SketchFormat::kInt4 ? kSketchParts : kSketchParts / 2;
     float* target[kCols];
-    for (int c = 0; c < kCols; ++c) column[c] = queries + c, target[c] = out + c * stride;
-    for (int64_t t = 0; t < kSketchBlockTokens; t += 2 * kLanes)
-        scan_part<kFormat, kCols, 2>(codes, lines, column, target, t);
+    for (int c = 0; c < kCols; ++c) target[c] = out + c * stride;
+    for (int64_t group = 0; group < kSketchBlockTokens / kLanes; group += kParts)
+        scan_part<kFormat, kCols, kParts>(codes, lines, q, group, target);
 }
 
-constexpr int64_t kSketchColumns = 4;
-
-// out[c * stride + t] for the block's 128 tokens and up to kSketchColumns columns of q.
+// out[c * stride + t] for the block's 128 tokens and any number of columns of q.
 template <SketchFormat kFormat>
 inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q_stride,
                                 int64_t num_columns, int64_t head_dim, float scale, float* out,
                                 int64_t stride) {
     const uint8_t* codes = record + 4 * head_dim;
     const int64_t lines = kFormat == SketchFormat::kInt4 ? head_dim / 8 : head_dim / 4;
-    SketchQuery queries[kSketchColumns];
+    SketchQueries queries;
+    if (head_dim % 64 != 0) std::memset(&queries, 0, sizeof queries);
     for (int64_t first = 0; first < num_columns; first += kSketchColumns) {
         const int64_t count =
             num_columns - first < kSketchColumns ? num_columns - first : kSketchColumns;
-        for (int64_t c = 0; c < count; ++c)
-            quantise_query<kFormat>(q + (first + c) * q_stride, record, head_dim, scale,
-                                    queries + c);
+        const float* columns[kSketchColumns];  // short of four, the last one again
+        for (int64_t c = 0; c < kSketchColumns; ++c)
+            columns[c] = q + (first + (c < count ? c : count - 1)) * q_stride;
+        quantise_queries<kFormat>(columns, record, head_dim, scale, &queries);
         float* part = out + first * stride;
         switch (count) {
             case 1:

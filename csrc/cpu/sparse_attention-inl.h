@@ -4,8 +4,9 @@
 // memory-bound.
 //         a block of queries: 4 * rows * listed * head_dim flops per KV head (rows = queries *
 //         group); compute-bound.
-// Plan    tiles of 64 tokens. Few rows: dot products straight from the cache rows, then a weighted
-// sum of value rows.
+// Plan    tiles of 64 tokens. One query: dot products straight from the cache rows (bfloat16
+// products where all are bfloat16), then a weighted sum of value rows; each fetches the rows that
+// the other needs next.
 //         Many rows: the tile is widened to float32 once (keys transposed) and two small matrix
 //         products serve all rows.
 // Both rotate a key to its rank on the way in when positions are compact.
@@ -44,7 +45,7 @@ inline void tile_pointers(const KVView& view, const AttentionItem& a, int64_t fi
         out[i] = key_row<T>(view, a.row, a.list[first + i], a.kv_head);
 }
 
-// One query of one query head, scaled and (compact) rotated to the rank of its own token.
+// One query of one query head, (compact) rotated to the rank of its own token.
 template <typename T>
 inline void load_query(const SparseAttentionParams& p, const AttentionItem& a, int64_t query,
                        int64_t h, float* out) {
@@ -57,8 +58,6 @@ inline void load_query(const SparseAttentionParams& p, const AttentionItem& a, i
     } else {
         for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, load(from + d));
     }
-    for (int64_t d = 0; d < p.head_dim; d += kLanes)
-        store(out + d, mul(load(out + d), broadcast(p.softmax_scale)));
 }
 
 template <typename T>
@@ -70,19 +69,20 @@ inline void store_output(const SparseAttentionParams& p, const AttentionItem& a,
     const bool empty = peak == -INFINITY;
     const F32 inverse = broadcast(empty ? 0.f : 1.f / total);
     for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, mul(load(acc + d), inverse));
-    p.lse[row] = empty ? -INFINITY : peak + std::log(total);
+    p.lse[row] = empty ? -INFINITY : peak * kLn2 + std::log(total);
 }
 
 // acc[c][d] += sum_t weights[c][t] * rows[t][d] for a strip of kCols columns x kVecs vectors.
 template <int kCols, int kVecs, typename T>
 inline void weighted_strip(const T* const* rows, int64_t count, const float* weights, int64_t d,
-                           float* acc, int64_t head_dim) {
+                           const Upcoming& upcoming, float* acc, int64_t head_dim) {
     F32 sum[kCols][kVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) sum[c][v] = load(acc + c * head_dim + d + v * kLanes);
     for (int64_t t = 0; t < count; ++t) {
+        upcoming.fetch(t);
         F32 value[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) value[v] = load(rows[t] + d + v * kLanes);
@@ -100,85 +100,169 @@ inline void weighted_strip(const T* const* rows, int64_t count, const float* wei
 }
 
 template <int kCols, typename T>
-inline void weighted_sum(const T* const* rows, int64_t count, const float* weights, float* acc,
-                         int64_t head_dim) {
+inline void weighted_columns(const T* const* rows, int64_t count, const float* weights,
+                             const Upcoming& upcoming, float* acc, int64_t head_dim) {
     int64_t d = 0;
     for (; d + kValueVecs * kLanes <= head_dim; d += kValueVecs * kLanes)
-        weighted_strip<kCols, kValueVecs>(rows, count, weights, d, acc, head_dim);
+        weighted_strip<kCols, kValueVecs>(rows, count, weights, d, d == 0 ? upcoming : Upcoming{},
+                                          acc, head_dim);
     for (; d < head_dim; d += kLanes)
-        weighted_strip<kCols, 1>(rows, count, weights, d, acc, head_dim);
+        weighted_strip<kCols, 1>(rows, count, weights, d, d == 0 ? upcoming : Upcoming{}, acc,
+                                 head_dim);
 }
 
-// One query: `group` rows against the list.
+// acc[c][:] += sum_t weights[c][t] * rows[t][:] for all columns; the first ones fetch what comes.
 template <typename T>
-inline void attend_one_query(const SparseAttentionParams& p, const AttentionItem& a, int64_t query,
-                             float* scratch) {
-    const int64_t head_dim = p.head_dim, group = a.group;
-    float* q = scratch;                           // [group, head_dim]
-    float* acc = q + group * head_dim;            // [group, head_dim]
-    float* weights = acc + group * head_dim;      // [group, kTileTokens]
-    float* peak = weights + group * kTileTokens;  // [group]
-    float* total = peak + group;                  // [group]
-    float* rotated = total + group;               // [kTileTokens, head_dim]
-    for (int64_t h = 0; h < group; ++h) {
-        load_query<T>(p, a, query, h, q + h * head_dim);
-        for (int64_t d = 0; d < head_dim; ++d) acc[h * head_dim + d] = 0.f;
-        peak[h] = -INFINITY;
-        total[h] = 0.f;
+inline void weighted_sum(const T* const* rows, int64_t count, const float* weights,
+                         int64_t num_columns, const Upcoming& upcoming, float* acc,
+                         int64_t head_dim) {
+    int64_t c = 0;
+    for (; c + kValueCols <= num_columns; c += kValueCols)
+        weighted_columns<kValueCols>(rows, count, weights + c * kTileTokens,
+                                     c == 0 ? upcoming : Upcoming{}, acc + c * head_dim, head_dim);
+    for (; c < num_columns; ++c)
+        weighted_columns<1>(rows, count, weights + c * kTileTokens, c == 0 ? upcoming : Upcoming{},
+                            acc + c * head_dim, head_dim);
+}
+
+// Attention over some of a list, not normalised, for every head of a group.
+struct AttentionPart {
+    float* acc;    // [group, head_dim] sum of weight * value
+    float* peak;   // [group] maximum logit, in units of ln 2
+    float* total;  // [group] sum of weights = 2^(logit - peak)
+
+    AttentionPart(float* memory, int64_t group, int64_t head_dim)
+        : acc(memory), peak(memory + group * head_dim), total(peak + group) {}
+    void clear(int64_t group, int64_t head_dim) const {
+        for (int64_t i = 0; i < group * head_dim; ++i) acc[i] = 0.f;
+        for (int64_t h = 0; h < group; ++h) peak[h] = -INFINITY, total[h] = 0.f;
     }
-    const int64_t count = a.listed_up_to(a.first_position + query - a.first_query);
+    // This part and a later one.
+    void merge(const AttentionPart& later, int64_t group, int64_t head_dim) const {
+        for (int64_t h = 0; h < group; ++h) {
+            const float now = later.peak[h] > peak[h] ? later.peak[h] : peak[h];
+            if (now == -INFINITY) {  // nothing yet; what is not a number must show
+                total[h] += later.total[h];
+                continue;
+            }
+            const F32 mine = broadcast(exp2(peak[h] - now)),
+                      its = broadcast(exp2(later.peak[h] - now));
+            float *to = acc + h * head_dim, *from = later.acc + h * head_dim;
+            for (int64_t d = 0; d < head_dim; d += kLanes)
+                store(to + d, fma(load(from + d), its, mul(load(to + d), mine)));
+            total[h] = total[h] * exp2(peak[h] - now) + later.total[h] * exp2(later.peak[h] - now);
+            peak[h] = now;
+        }
+    }
+};
+
+// One query against entries [begin, end) of its list; `count` entries are visible to it.
+template <typename T>
+inline void attend_part(const SparseAttentionParams& p, const AttentionItem& a, const float* q,
+                        int64_t begin, int64_t end, int64_t count, const AttentionPart& part,
+                        float* weights, float* rotated) {
+    const int64_t head_dim = p.head_dim, group = a.group;
+    const float scale = p.softmax_scale * kLog2E;
+    part.clear(group, head_dim);
+    const auto at_most_a_tile = [](int64_t n) { return n < kTileTokens ? n : kTileTokens; };
+    [[maybe_unused]] bool bfloat16_products = false;
+#if KVS_HAS_BF16_DOT
+    alignas(64) BFloat16 columns[kMaxBf16Group * kMaxHeadDim];
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        bfloat16_products = p.rope.cos == nullptr && head_dim % 32 == 0 && group <= kMaxBf16Group;
+        for (int64_t h = 0; bfloat16_products && h < group; ++h)
+            for (int64_t d = 0; d < head_dim; d += kLanes)
+                store(columns + h * kMaxHeadDim + d, load(q + h * head_dim + d));
+    }
+#endif
     const T *keys[2][kTileTokens], *values[kTileTokens];
     const float* rotated_rows[kTileTokens];
-    tile_pointers(p.keys, a, 0, count < kTileTokens ? count : kTileTokens, keys[0]);
-    for (int64_t first = 0, turn = 0; first < count; first += kTileTokens, turn ^= 1) {
-        const int64_t tokens = count - first < kTileTokens ? count - first : kTileTokens;
-        // The next tile's keys and this tile's values are on their way while the keys at hand are
-        // used.
-        const int64_t next =
-            count - first - tokens < kTileTokens ? count - first - tokens : kTileTokens;
+    tile_pointers(p.keys, a, begin, at_most_a_tile(end - begin), keys[0]);
+    for (int64_t first = begin, turn = 0; first < end; first += kTileTokens, turn ^= 1) {
+        // This tile's values are on their way while its keys are used, then the next tile's keys.
+        const int64_t tokens = at_most_a_tile(end - first);
+        const int64_t next = at_most_a_tile(count - first - tokens);
         tile_pointers(p.values, a, first, tokens, values);
         tile_pointers(p.keys, a, first + tokens, next, keys[turn ^ 1]);
-        const Upcoming upcoming{{as_bytes(values), as_bytes(keys[turn ^ 1])},
-                                {tokens, next},
-                                head_dim * int64_t{sizeof(T)}};
+        const int64_t row_bytes = head_dim * int64_t{sizeof(T)};
+        const Upcoming to_values{as_bytes(values), tokens, row_bytes},
+            to_keys{as_bytes(keys[turn ^ 1]), next, row_bytes};
         if (p.rope.cos) {
             for (int64_t t = 0; t < tokens; ++t) {
-                upcoming.fetch(t);
+                to_values.fetch(t);
                 rotate_row(keys[turn][t], p.rope, first + t, head_dim, rotated + t * head_dim);
                 rotated_rows[t] = rotated + t * head_dim;
             }
-            dot_rows(rotated_rows, tokens, q, head_dim, group, head_dim, 1.f, Upcoming{}, weights,
+            dot_rows(rotated_rows, tokens, q, head_dim, group, head_dim, scale, Upcoming{}, weights,
                      kTileTokens);
+        } else if (bfloat16_products) {
+#if KVS_HAS_BF16_DOT
+            if constexpr (std::is_same_v<T, BFloat16>)
+                dot_rows_bf16(keys[turn], tokens, columns, group, head_dim, scale, to_values,
+                              weights, kTileTokens);
+#endif
         } else {
-            dot_rows(keys[turn], tokens, q, head_dim, group, head_dim, 1.f, upcoming, weights,
+            dot_rows(keys[turn], tokens, q, head_dim, group, head_dim, scale, to_values, weights,
                      kTileTokens);
         }
         for (int64_t h = 0; h < group; ++h) {
             float* weight = weights + h * kTileTokens;
             float sum;
-            const float top = exp_in_place(weight, tokens, &sum);
-            const float now = top > peak[h] ? top : peak[h];
+            const float top = exp2_in_place(weight, tokens, &sum);
+            const float now = top > part.peak[h] ? top : part.peak[h];
             if (now == -INFINITY) continue;
-            const float old_factor = exp(peak[h] - now), new_factor = exp(top - now);
+            const float old_factor = exp2(part.peak[h] - now), new_factor = exp2(top - now);
+            float* acc = part.acc + h * head_dim;
             if (old_factor != 1.f)
                 for (int64_t d = 0; d < head_dim; d += kLanes)
-                    store(acc + h * head_dim + d,
-                          mul(load(acc + h * head_dim + d), broadcast(old_factor)));
+                    store(acc + d, mul(load(acc + d), broadcast(old_factor)));
             if (new_factor != 1.f)
                 for (int64_t t = 0; t < tokens; ++t) weight[t] *= new_factor;
-            total[h] = total[h] * old_factor + sum * new_factor;
-            peak[h] = now;
+            part.total[h] = part.total[h] * old_factor + sum * new_factor;
+            part.peak[h] = now;
         }
-        int64_t h = 0;
-        for (; h + kValueCols <= group; h += kValueCols)
-            weighted_sum<kValueCols>(values, tokens, weights + h * kTileTokens, acc + h * head_dim,
-                                     head_dim);
-        for (; h < group; ++h)
-            weighted_sum<1>(values, tokens, weights + h * kTileTokens, acc + h * head_dim,
-                            head_dim);
+        weighted_sum(values, tokens, weights, group, to_keys, part.acc, head_dim);
+    }
+}
+
+// A block of one query: its parts one after the other, or some of them, or what they add up to.
+template <typename T>
+inline void attend_one_query(const SparseAttentionParams& p, const AttentionItem& a,
+                             AttentionStage stage, int64_t part_begin, int64_t part_end,
+                             float* workspace, float* scratch) {
+    const int64_t head_dim = p.head_dim, group = a.group;
+    const int64_t query = a.first_query, part_floats = group * (head_dim + 2);
+    const int64_t count = a.listed_up_to(a.first_position);
+    float* q = scratch;                               // [group, head_dim]
+    float* weights = q + group * head_dim;            // [group, kTileTokens]
+    float* rotated = weights + group * kTileTokens;   // [kTileTokens, head_dim]
+    float* parts = rotated + kTileTokens * head_dim;  // two of them
+    const AttentionPart all(parts, group, head_dim), one(parts + part_floats, group, head_dim);
+    if (stage != AttentionStage::kMerge)
+        for (int64_t h = 0; h < group; ++h) load_query<T>(p, a, query, h, q + h * head_dim);
+    if (stage == AttentionStage::kParts) {
+        for (int64_t i = part_begin; i < part_end; ++i) {
+            const int64_t begin = i * kAttentionPartTokens, stop = begin + kAttentionPartTokens;
+            if (begin >= count) return;
+            attend_part<T>(p, a, q, begin, stop < count ? stop : count, count,
+                           AttentionPart(workspace + i * part_floats, group, head_dim), weights,
+                           rotated);
+        }
+        return;
+    }
+    all.clear(group, head_dim);
+    for (int64_t begin = 0, i = 0; begin < count; begin += kAttentionPartTokens, ++i) {
+        const int64_t stop = begin + kAttentionPartTokens;
+        if (stage == AttentionStage::kMerge) {
+            all.merge(AttentionPart(workspace + i * part_floats, group, head_dim), group, head_dim);
+        } else {
+            attend_part<T>(p, a, q, begin, stop < count ? stop : count, count, one, weights,
+                           rotated);
+            all.merge(one, group, head_dim);
+        }
     }
     for (int64_t h = 0; h < group; ++h)
-        store_output<T>(p, a, query, h, acc + h * head_dim, peak[h], total[h]);
+        store_output<T>(p, a, query, h, all.acc + h * head_dim, all.peak[h], all.total[h]);
 }
 
 // c[r][n] (+)= sum_k a[r][k] * b[k][n], n over kVecs vectors, r over kRows rows.
@@ -243,7 +327,10 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
     float* values = keys + head_dim * kTileTokens;     // [kTileTokens, head_dim]
     float* weights = values + head_dim * kTileTokens;  // [kGemmRows, kTileTokens]
     for (int64_t r = 0; r < rows; ++r) {
-        load_query<T>(p, a, first + r / group, r % group, q + r * head_dim);
+        float* query = q + r * head_dim;
+        load_query<T>(p, a, first + r / group, r % group, query);
+        for (int64_t d = 0; d < head_dim; d += kLanes)
+            store(query + d, mul(load(query + d), broadcast(p.softmax_scale * kLog2E)));
         peak[r] = -INFINITY;
         total[r] = 0.f;
     }
@@ -297,11 +384,11 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
                     for (int64_t t = seen[r]; t < kTileTokens; ++t) weight[t] = -INFINITY;
                 }
                 float sum;
-                const float top = exp_in_place(weight, kTileTokens, &sum);
+                const float top = exp2_in_place(weight, kTileTokens, &sum);
                 float* row_acc = acc + (r0 + r) * head_dim;
                 const float before = peak[r0 + r], now = top > before ? top : before;
                 if (now == -INFINITY) continue;
-                const float old_factor = exp(before - now), new_factor = exp(top - now);
+                const float old_factor = exp2(before - now), new_factor = exp2(top - now);
                 if (old_factor != 1.f)
                     for (int64_t d = 0; d < head_dim; d += kLanes)
                         store(row_acc + d, mul(load(row_acc + d), broadcast(old_factor)));
@@ -326,50 +413,52 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
 }
 
 template <typename T>
-void sparse_attention_of(const SparseAttentionParams& p, int64_t begin, int64_t end,
-                         float* scratch) {
-    for (int64_t item = begin; item < end; ++item) {
-        AttentionItem a;
-        a.kv_head = item % p.num_kv_heads;
-        const int64_t block = item / p.num_kv_heads % p.blocks.num_blocks;
-        a.row = item / p.num_kv_heads / p.blocks.num_blocks;
-        a.group = p.num_q_heads / p.num_kv_heads;
-        const BlockRange range = block_range(p.blocks, a.row, block);
-        a.first_query = p.blocks.offsets ? p.blocks.offsets[block] : 0;
-        a.num_queries =
-            (p.blocks.offsets ? p.blocks.offsets[block + 1] : p.blocks.seqlen_q) - a.first_query;
-        a.first_position = p.blocks.cache_seqlens[a.row] - p.blocks.seqlen_q +
-                           a.first_query;  // may lie in padding
-        a.start = range.start;
-        a.list_end = range.end;
-        a.list = nullptr;
-        a.count = a.list_end - a.start;
-        if (p.indices) {
-            a.list = p.indices + a.row * p.indices_strides[0] + block * p.indices_strides[1] +
-                     a.kv_head * p.indices_strides[2];
-            a.count =
-                p.topk_length[a.row * p.topk_length_strides[0] + block * p.topk_length_strides[1] +
-                              a.kv_head * p.topk_length_strides[2]];
-        }
-        if (a.num_queries == 1) {
-            attend_one_query<T>(p, a, a.first_query, scratch);
-            continue;
-        }
-        const int64_t at_once = sparse_attention_queries_at_once(a.group);
-        for (int64_t done = 0; done < a.num_queries; done += at_once) {
-            const int64_t num = a.num_queries - done < at_once ? a.num_queries - done : at_once;
-            attend_queries<T>(p, a, a.first_query + done, num, scratch);
-        }
+void sparse_attention_of(const SparseAttentionParams& p, AttentionStage stage, int64_t item,
+                         int64_t part_begin, int64_t part_end, float* workspace, float* scratch) {
+    AttentionItem a;
+    a.kv_head = item % p.num_kv_heads;
+    const int64_t block = item / p.num_kv_heads % p.blocks.num_blocks;
+    a.row = item / p.num_kv_heads / p.blocks.num_blocks;
+    a.group = p.num_q_heads / p.num_kv_heads;
+    const BlockRange range = block_range(p.blocks, a.row, block);
+    a.first_query = p.blocks.offsets ? p.blocks.offsets[block] : 0;
+    a.num_queries =
+        (p.blocks.offsets ? p.blocks.offsets[block + 1] : p.blocks.seqlen_q) - a.first_query;
+    a.first_position =
+        p.blocks.cache_seqlens[a.row] - p.blocks.seqlen_q + a.first_query;  // may lie in padding
+    a.start = range.start;
+    a.list_end = range.end;
+    a.list = nullptr;
+    a.count = a.list_end - a.start;
+    if (p.indices) {
+        a.list = p.indices + a.row * p.indices_strides[0] + block * p.indices_strides[1] +
+                 a.kv_head * p.indices_strides[2];
+        a.count =
+            p.topk_length[a.row * p.topk_length_strides[0] + block * p.topk_length_strides[1] +
+                          a.kv_head * p.topk_length_strides[2]];
+    }
+    if (a.num_queries == 1)
+        return attend_one_query<T>(p, a, stage, part_begin, part_end, workspace, scratch);
+    if (stage == AttentionStage::kParts) return;  // a longer block has none: kMerge does it all
+    const int64_t at_once = sparse_attention_queries_at_once(a.group);
+    for (int64_t done = 0; done < a.num_queries; done += at_once) {
+        const int64_t num = a.num_queries - done < at_once ? a.num_queries - done : at_once;
+        attend_queries<T>(p, a, a.first_query + done, num, scratch);
     }
 }
 
-void sparse_attention(const SparseAttentionParams& p, int64_t begin, int64_t end, float* scratch) {
+void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int64_t item,
+                      int64_t part_begin, int64_t part_end, float* workspace, float* scratch) {
+    const auto run = [&](auto element) {
+        sparse_attention_of<decltype(element)>(p, stage, item, part_begin, part_end, workspace,
+                                               scratch);
+    };
     switch (p.dtype) {
         case DType::kFloat32:
-            return sparse_attention_of<float>(p, begin, end, scratch);
+            return run(float{});
         case DType::kFloat16:
-            return sparse_attention_of<Float16>(p, begin, end, scratch);
+            return run(Float16{});
         case DType::kBFloat16:
-            return sparse_attention_of<BFloat16>(p, begin, end, scratch);
+            return run(BFloat16{});
     }
 }

@@ -3,6 +3,7 @@
 constexpr int kLanes = 8;
 constexpr int kGemmRows = 6, kGemmVecs = 2;
 constexpr int kValueCols = 4, kValueVecs = 2;
+constexpr int kSketchParts = 2;
 
 using F32 = __m256;
 using I32 = __m256i;
@@ -41,15 +42,14 @@ inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 inline F32 abs(F32 a) {
     return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
 }
+inline F32 max_abs(F32 a, F32 b) { return max(abs(a), b); }
 inline F32 round_even(F32 a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline F32 zero_where_below(F32 value, F32 x, float bound) {
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), value);
-}
-inline F32 times_power_of_two(F32 a, F32 n) {
+inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
     const I32 biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+    const F32 scaled = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), scaled);
 }
 inline float reduce_add(F32 a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -64,6 +64,19 @@ inline float reduce_max(F32 a) {
 inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     const F32 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+inline void reduce_add_4x4(const F32 acc[4][4], float scale, float* out, int64_t stride) {
+    for (int c = 0; c < 4; ++c) {
+        float sums[4];
+        reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+        for (int i = 0; i < 4; ++i) out[c * stride + i] = scale * sums[i];
+    }
+}
+inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    const F32 ab = _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const F32 cd = _mm256_max_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const F32 all = _mm256_max_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 inline uint32_t mask_ge(F32 a, F32 b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
@@ -106,5 +119,16 @@ inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm256_add_epi32(
         acc, _mm256_add_epi32(_mm256_madd_epi16(even, q_even), _mm256_madd_epi16(odd, q_odd)));
 }
+// Codes up to 15: a pair of products stays below 2 * 15 * 128, far from saturating 16 bits.
+inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) {
+    const I32 pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(q4));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
+    const I32 pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_codes(p));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}

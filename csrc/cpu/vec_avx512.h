@@ -3,6 +3,7 @@
 constexpr int kLanes = 16;
 constexpr int kGemmRows = 6, kGemmVecs = 4;
 constexpr int kValueCols = 4, kValueVecs = 4;
+constexpr int kSketchParts = 4;
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -38,13 +39,15 @@ inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 inline F32 abs(F32 a) { return _mm512_abs_ps(a); }
+inline F32 max_abs(F32 a, F32 b) {  // of numbers: max(|a|, |b|)
+    return _mm512_range_ps(a, b, 0x0b);
+}
 inline F32 round_even(F32 a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-inline F32 zero_where_below(F32 value, F32 x, float bound) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), value);
+inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), a, n);
 }
-inline F32 times_power_of_two(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
 inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 inline __m256 fold(F32 a) {
@@ -54,6 +57,40 @@ inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     const __m256 sums =
         _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+// Sums of acc[c][i] to out[c * stride + i]: sixteen registers through one shuffle tree.
+inline void reduce_add_4x4(const F32 acc[4][4], float scale, float* out, int64_t stride) {
+    F32 quads[4];  // of column c: sums of four tokens, one part per 128 bits
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        const F32 ab = _mm512_add_ps(_mm512_unpacklo_ps(acc[c][0], acc[c][1]),
+                                     _mm512_unpackhi_ps(acc[c][0], acc[c][1]));
+        const F32 cd = _mm512_add_ps(_mm512_unpacklo_ps(acc[c][2], acc[c][3]),
+                                     _mm512_unpackhi_ps(acc[c][2], acc[c][3]));
+        quads[c] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    }
+    const F32 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44),
+                                  _mm512_shuffle_f32x4(quads[0], quads[1], 0xee));
+    const F32 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x44),
+                                   _mm512_shuffle_f32x4(quads[2], quads[3], 0xee));
+    const F32 sums = _mm512_mul_ps(
+        _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd)),
+        _mm512_set1_ps(scale));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(out + stride, _mm512_extractf32x4_ps(sums, 1));
+    _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+    _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+}
+inline __m256 fold_max(F32 a) {
+    return _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    const __m256 e = fold_max(a), f = fold_max(b), g = fold_max(c), h = fold_max(d);
+    const __m256 ef = _mm256_max_ps(_mm256_unpacklo_ps(e, f), _mm256_unpackhi_ps(e, f));
+    const __m256 gh = _mm256_max_ps(_mm256_unpacklo_ps(g, h), _mm256_unpackhi_ps(g, h));
+    const __m256 all =
+        _mm256_max_ps(_mm256_shuffle_ps(ef, gh, 0x44), _mm256_shuffle_ps(ef, gh, 0xee));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 inline uint32_t mask_ge(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
@@ -76,5 +113,11 @@ inline I32 zero_i32() { return _mm512_setzero_si512(); }
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(q4));
 }
+inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, codes, q4); }
+inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
+    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), _mm512_loadu_si512(p));
+}
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}

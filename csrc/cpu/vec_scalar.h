@@ -5,6 +5,7 @@
 constexpr int kLanes = 8;
 constexpr int kGemmRows = 2, kGemmVecs = 2;    // register tile of the prefill kernel
 constexpr int kValueCols = 2, kValueVecs = 2;  // register tile of the decode kernel's weighted sum
+constexpr int kSketchParts = 2;                // registers of tokens per pass over an int4 sketch
 
 struct F32 {
     float lane[kLanes];
@@ -61,14 +62,15 @@ inline F32 abs(F32 a) {
     return map_lanes(
         [&](int i) { return element::float_of(element::bits_of(a.lane[i]) & 0x7fffffffu); });
 }
+// max(|a|, b) of numbers, b not negative.
+inline F32 max_abs(F32 a, F32 b) { return max(abs(a), b); }
 inline F32 round_even(F32 a) {
     return map_lanes([&](int i) { return std::nearbyint(a.lane[i]); });
 }
-inline F32 zero_where_below(F32 value, F32 x, float bound) {
-    return map_lanes([&](int i) { return x.lane[i] < bound ? 0.f : value.lane[i]; });
-}
-inline F32 times_power_of_two(F32 a, F32 n) {  // n whole, -126 .. 127; NaN only if `a` is NaN too
+// a * 2^n, or 0 where x < bound; n whole, -126 .. 127, and NaN only where `a` is NaN too.
+inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
     return map_lanes([&](int i) {
+        if (x.lane[i] < bound) return 0.f;
         const int32_t exponent = n.lane[i] == n.lane[i] ? static_cast<int32_t>(n.lane[i]) : 0;
         return a.lane[i] * element::float_of(static_cast<uint32_t>(exponent + 127) << 23);
     });
@@ -84,6 +86,17 @@ inline float reduce_max(F32 a) {
 }
 inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
+}
+// out[c * stride + i] = scale * the sum of acc[c][i].
+inline void reduce_add_4x4(const F32 acc[4][4], float scale, float* out, int64_t stride) {
+    for (int c = 0; c < 4; ++c) {
+        float sums[4];
+        reduce_add4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+        for (int i = 0; i < 4; ++i) out[c * stride + i] = scale * sums[i];
+    }
+}
+inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
+    out[0] = reduce_max(a), out[1] = reduce_max(b), out[2] = reduce_max(c), out[3] = reduce_max(d);
 }
 inline uint32_t mask_ge(F32 a, F32 b) {
     uint32_t out = 0;
@@ -135,7 +148,15 @@ inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     }
     return acc;
 }
+inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) {  // dot4 of codes up to 15
+    return dot4(acc, codes, q4);
+}
+// acc[i] += the four signed bytes at p + 4 i.
+inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
+    for (int i = 0; i < 4 * kLanes; ++i) acc.lane[i / 4] += static_cast<int8_t>(p[i]);
+    return acc;
+}
 inline F32 to_f32(I32 a) {
     return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
 }
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }

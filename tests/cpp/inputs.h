@@ -84,6 +84,11 @@ private:
     std::vector<uint8_t> bytes_;
 };
 
+inline bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() &&
+           (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+}
+
 enum class Layout { kHeadMajor, kTokenMajor, kPaged };
 constexpr Layout kLayouts[] = {Layout::kHeadMajor, Layout::kTokenMajor, Layout::kPaged};
 

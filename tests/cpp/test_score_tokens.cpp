@@ -70,9 +70,30 @@ struct Scored {
         p.max_seqlen_k = columns;
         p.lse = lse.data();
         p.num_nonfinite = num_nonfinite.data();
-        std::vector<float> scratch(score_tokens_scratch_floats(p), NAN);
-        ops.score_tokens(p, lists / 2, lists, scratch.data());
-        ops.score_tokens(p, 0, lists / 2, scratch.data());
+        run(ops);
+    }
+    // Item by item, then in parts from the last to the first: the same bits, from dirty memory.
+    void run(const cpu::Implementation& ops) {
+        const int64_t items = p.blocks.batch * p.blocks.num_blocks * p.num_kv_heads,
+                      parts = score_tokens_parts(p);
+        const int64_t per_item = score_tokens_workspace_floats(p);
+        std::vector<float> workspace(items * per_item, NAN),
+            scratch(score_tokens_scratch_floats(p), NAN);
+        for (int64_t item = 0; item < items; ++item)
+            for (const ScoreStage stage : {ScoreStage::kWeigh, ScoreStage::kVote})
+                ops.score_tokens(p, stage, item, 0, parts, workspace.data(), scratch.data());
+        const std::vector<float> whole = scores, whole_lse = lse;
+        const std::vector<int64_t> whole_nonfinite = num_nonfinite;
+        std::fill(workspace.begin(), workspace.end(), NAN);
+        for (const ScoreStage stage : {ScoreStage::kWeigh, ScoreStage::kVote})
+            for (int64_t i = items * parts - 1; i >= 0; --i) {
+                std::fill(scratch.begin(), scratch.end(), NAN);
+                ops.score_tokens(p, stage, i / parts, i % parts, i % parts + 1,
+                                 workspace.data() + i / parts * per_item, scratch.data());
+            }
+        EXPECT(same_bits(whole, scores) && same_bits(whole_lse, lse) &&
+                   whole_nonfinite == num_nonfinite,
+               "in parts, scores differ from those of whole items");
     }
     int64_t q_at(int64_t row, int64_t block, int64_t vector, int64_t head) const {
         return (((row * num_blocks + block) * c.num_vectors + vector) * num_q_heads + head) *
@@ -87,6 +108,8 @@ struct Scored {
     std::vector<int64_t> num_nonfinite;
     ScoreTokensParams p;
 };
+
+constexpr int32_t kLongRow = kScoreTileTokens * kScorePartTiles + 300;
 
 // Scores of exact keys against the definition in double.
 void score_and_compare(const cpu::Implementation& ops, const Case& c, int line,
@@ -196,6 +219,24 @@ TEST(score_tokens_from_keys) {
         score_and_compare(ops, {.seqlens = {70}, .group = group}, __LINE__);
 }
 
+TEST(score_tokens_over_several_parts) {
+    for (int64_t num_vectors : {1, 9})  // 9 vectors of 2 heads are more columns than are kept
+        for (bool with_nonfinite : {false, true})
+            for (bool max_vote : {false, true})
+                score_and_compare(ops,
+                                  {.dtype = DType::kBFloat16,
+                                   .layout = Layout::kPaged,
+                                   .seqlens = {kLongRow, 1030},
+                                   .starts = {70, 3},
+                                   .num_kv_heads = 1,
+                                   .head_dim = 32,
+                                   .num_vectors = num_vectors,
+                                   .sinks = 3,
+                                   .recent = 200,
+                                   .max_vote = max_vote},
+                                  __LINE__, with_nonfinite);
+}
+
 TEST(score_tokens_over_query_blocks_and_vectors) {
     for (WindowRule rule : {WindowRule::kDecode, WindowRule::kBlockStart, WindowRule::kBlockEnd})
         for (bool max_vote : {false, true})
@@ -259,8 +300,7 @@ TEST(score_tokens_leaves_hits_alone) {
     Scored some(ops, c, cache, nullptr);
     some.p.hit = hit.data();
     std::fill(some.scores.begin(), some.scores.end(), -3.f);
-    std::vector<float> scratch(score_tokens_scratch_floats(some.p));
-    ops.score_tokens(some.p, 0, 4, scratch.data());
+    some.run(ops);
     for (int64_t list = 0; list < 4; ++list)
         for (int64_t t = 0; t < 50; ++t)
             EXPECT(some.scores[list * 50 + t] == (hit[list] ? -3.f : fresh.scores[list * 50 + t]));

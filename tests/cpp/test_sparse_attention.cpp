@@ -92,9 +92,26 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
     p.out = out.data();
     p.lse = lse.data();
     const int64_t items = batch * num_blocks * c.num_kv_heads;
+    // Item by item, then in parts from the last to the first: the same bits, from dirty memory.
     std::vector<float> scratch(sparse_attention_scratch_floats(p), NAN);
-    ops.sparse_attention(p, 0, items / 2, scratch.data());
-    ops.sparse_attention(p, items / 2, items, scratch.data());
+    for (int64_t item = 0; item < items; ++item)
+        ops.sparse_attention(p, AttentionStage::kWhole, item, 0, 0, nullptr, scratch.data());
+    if (sparse_attention_has_parts(p)) {
+        const int64_t longest = *std::max_element(c.seqlens.begin(), c.seqlens.end());
+        const int64_t parts = sparse_attention_parts(longest);
+        const int64_t per_item = sparse_attention_workspace_floats(p, parts);
+        std::vector<float> workspace(items * per_item, NAN);
+        const std::vector<float> whole_lse = lse;
+        const auto whole_out = out;
+        for (int64_t i = items * parts - 1; i >= 0; --i)
+            ops.sparse_attention(p, AttentionStage::kParts, i / parts, i % parts, i % parts + 1,
+                                 workspace.data() + i / parts * per_item, scratch.data());
+        for (int64_t item = 0; item < items; ++item)
+            ops.sparse_attention(p, AttentionStage::kMerge, item, 0, parts,
+                                 workspace.data() + item * per_item, scratch.data());
+        EXPECT(same_bits(whole_lse, lse) && whole_out.bytes() == out.bytes(),
+               "in parts, attention differs from that of whole items");
+    }
 
     RelativeError error;
     double worst_lse = 0.0;
@@ -183,6 +200,24 @@ TEST(sparse_attention_decode_reads_listed_tokens_only) {
                                     .listed = 70,
                                     .shared_list = shared},
                                    __LINE__);
+}
+
+TEST(sparse_attention_over_several_parts) {
+    constexpr int32_t kLong = 2 * kAttentionPartTokens + 100;
+    for (DType dtype : kDTypes)
+        for (int64_t listed : {int64_t{0}, kAttentionPartTokens + 70})
+            attend_and_compare(ops,
+                               {.dtype = dtype,
+                                .layout = Layout::kPaged,
+                                .seqlens = {kLong, 0, 511, 512, 513},
+                                .starts = {9, 0, 0, 0, 1},
+                                .num_kv_heads = 1,
+                                .group = 5,
+                                .listed = listed},
+                               __LINE__);
+    attend_and_compare(ops,
+                       {.seqlens = {700}, .seqlen_q = 4, .offsets = {0, 1, 1, 3, 4}, .listed = 600},
+                       __LINE__);  // as many blocks as queries, of 1, 0, 2 and 1 query
 }
 
 TEST(sparse_attention_blocks_of_queries_are_causal) {

@@ -41,13 +41,45 @@ struct ScoreTokensParams {
 
 constexpr int64_t kMaxScoreColumns = 4096;  // num_vectors * group_size
 
-// Work items are (row, block, kv_head): [0, batch * num_blocks * num_kv_heads). Scratch per worker,
-// in floats:
-inline int64_t score_tokens_scratch_floats(const ScoreTokensParams& p) {
-    const int64_t columns = p.num_vectors * (p.num_q_heads / p.num_kv_heads);
-    return columns * (p.max_seqlen_k + 16 + 2 * p.head_dim + 2);  // logits, q, q_local, peak, total
+// A work item is a (row, block, kv_head): [0, batch * num_blocks * num_kv_heads). It is cut into
+// parts, and these into tiles, at fixed distances from the row's first real token, so that no bit
+// of a result depends on who computes which part.
+constexpr int64_t kScoreTileTokens = 1024;  // a softmax of its own; in the first-level cache
+constexpr int64_t kScorePartTiles = 4;      // the least that a thread takes
+
+// Up to so many columns, what kWeigh has computed is kept for kVote; beyond, computing it again
+// costs less than moving it.
+constexpr int64_t kMaxKeptScoreColumns = 16;
+
+enum class ScoreStage : int32_t {
+    kWeigh = 0,  // logits of the parts, and for each tile their maximum and sum of exponentials
+    kVote = 1,   // all parts of the item are weighed: lse, votes
+};
+
+inline int64_t score_tokens_columns(const ScoreTokensParams& p) {
+    return p.num_vectors * (p.num_q_heads / p.num_kv_heads);
 }
-using ScoreTokensFn = void (*)(const ScoreTokensParams&, int64_t begin, int64_t end,
+inline bool score_tokens_keeps_weights(const ScoreTokensParams& p) {
+    return score_tokens_columns(p) <= kMaxKeptScoreColumns;
+}
+inline int64_t score_tokens_tiles(const ScoreTokensParams& p) {  // at least one, which writes lse
+    return p.max_seqlen_k > 0 ? (p.max_seqlen_k + kScoreTileTokens - 1) / kScoreTileTokens : 1;
+}
+inline int64_t score_tokens_parts(const ScoreTokensParams& p) {
+    return (score_tokens_tiles(p) + kScorePartTiles - 1) / kScorePartTiles;
+}
+// Of an item, shared by its parts.
+inline int64_t score_tokens_workspace_floats(const ScoreTokensParams& p) {
+    const int64_t tiles = (score_tokens_tiles(p) + 15) / 16 * 16;
+    const int64_t kept = score_tokens_keeps_weights(p) ? tiles * kScoreTileTokens : 0;
+    return score_tokens_columns(p) * (kept + 2 * tiles) + tiles;
+}
+// Of a thread.
+inline int64_t score_tokens_scratch_floats(const ScoreTokensParams& p) {
+    return score_tokens_columns(p) * (2 * p.head_dim + 2 + kScoreTileTokens) + 16;
+}
+using ScoreTokensFn = void (*)(const ScoreTokensParams&, ScoreStage, int64_t item,
+                               int64_t part_begin, int64_t part_end, float* workspace,
                                float* scratch);
 
 }  // namespace kvselect

@@ -32,17 +32,39 @@ inline int64_t sparse_attention_queries_at_once(int64_t group_size) {
     return group_size >= 512 ? 1 : 512 / group_size;
 }
 
-// Work items are (row, block, kv_head): [0, batch * num_blocks * num_kv_heads). Scratch per worker,
-// in floats:
+// A work item is a (row, block, kv_head): [0, batch * num_blocks * num_kv_heads). The list of a
+// block of one query is cut into parts of fixed size, which are attended separately and merged in
+// their order, so that no bit of a result depends on who computes which part.
+constexpr int64_t kAttentionPartTokens = 512;
+
+enum class AttentionStage : int32_t {
+    kWhole = 0,  // the item, all parts
+    kParts = 1,  // the parts [part_begin, part_end), into the workspace
+    kMerge = 2,  // all parts of the item are in the workspace: out, lse
+};
+
+// Only blocks of one query are worth sharing: longer ones are as many items as there is work.
+inline bool sparse_attention_has_parts(const SparseAttentionParams& p) {
+    return p.blocks.num_blocks == p.blocks.seqlen_q;
+}
+inline int64_t sparse_attention_parts(int64_t longest_list) {
+    return longest_list > 0 ? (longest_list + kAttentionPartTokens - 1) / kAttentionPartTokens : 1;
+}
+// Of an item's `parts`: for each the sum of weighted values, maximum and sum of every head.
+inline int64_t sparse_attention_workspace_floats(const SparseAttentionParams& p, int64_t parts) {
+    return parts * (p.num_q_heads / p.num_kv_heads) * (p.head_dim + 2);
+}
+// Of a thread.
 inline int64_t sparse_attention_scratch_floats(const SparseAttentionParams& p) {
     constexpr int64_t kTileTokens = 64, kMaxGemmRows = 8;
     const int64_t group = p.num_q_heads / p.num_kv_heads;
     const int64_t limit = sparse_attention_queries_at_once(group);
     const int64_t rows = group * (p.blocks.seqlen_q < limit ? p.blocks.seqlen_q : limit);
-    return rows * (2 * p.head_dim + kTileTokens + 2) +
-           (2 * p.head_dim + kMaxGemmRows) * kTileTokens;
+    return rows * (3 * p.head_dim + kTileTokens + 4) +
+           (2 * p.head_dim + kMaxGemmRows) * kTileTokens + 16;
 }
-using SparseAttentionFn = void (*)(const SparseAttentionParams&, int64_t begin, int64_t end,
+using SparseAttentionFn = void (*)(const SparseAttentionParams&, AttentionStage, int64_t item,
+                                   int64_t part_begin, int64_t part_end, float* workspace,
                                    float* scratch);
 
 }  // namespace kvselect
