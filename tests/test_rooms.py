@@ -141,7 +141,7 @@ OWN_HEADERS = {
 }
 FOREIGN_HEADERS = {
     "include": (),
-    "cpu": ("immintrin.h", "arm_neon.h"),
+    "cpu": ("immintrin.h", "arm_neon.h", "cpuid.h", "sys/syscall.h", "unistd.h"),
     "cuda": ("cuda", "cub/", "cooperative_groups", "mma.h"),
     "bindings": ("torch/csrc/stable/", "torch/headeronly/", "cuda_runtime"),
 }

@@ -31,6 +31,7 @@ namespace kvselect::cpu {
 
 const Implementation& avx512_implementation() {
     static constexpr Implementation implementation{"avx512",
+                                                   nullptr,
                                                    avx512::kv_append,
                                                    avx512::score_tokens,
                                                    avx512::select_tokens,

@@ -32,6 +32,7 @@ namespace kvselect::cpu {
 
 const Implementation& avx512_bf16_implementation() {
     static constexpr Implementation implementation{"avx512_bf16",
+                                                   nullptr,
                                                    avx512_bf16::kv_append,
                                                    avx512_bf16::score_tokens,
                                                    avx512_bf16::select_tokens,

@@ -24,6 +24,7 @@ namespace kvselect::cpu {
 
 const Implementation& scalar_implementation() {
     static constexpr Implementation implementation{"scalar",
+                                                   nullptr,
                                                    scalar::kv_append,
                                                    scalar::score_tokens,
                                                    scalar::select_tokens,
