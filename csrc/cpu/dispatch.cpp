@@ -51,8 +51,8 @@ const std::vector<const Implementation*>& compiled_implementations() {
     static const std::vector<const Implementation*> compiled{
         &scalar_implementation(),
 #if defined(__x86_64__)
-        &avx2_implementation(),   &avx2_vnni_implementation(),
-        &avx512_implementation(), &avx512_bf16_implementation(),
+        &avx2_implementation(),        &avx2_vnni_implementation(), &avx512_implementation(),
+        &avx512_bf16_implementation(), &amx_implementation(),
 #endif
     };
     return compiled;

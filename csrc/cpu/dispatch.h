@@ -31,6 +31,7 @@ const Implementation& avx2_implementation();         // AVX2, FMA, F16C
 const Implementation& avx2_vnni_implementation();    // the same + AVX-VNNI
 const Implementation& avx512_implementation();       // F, BW, VL, DQ, VNNI
 const Implementation& avx512_bf16_implementation();  // the same + BF16
+const Implementation& amx_implementation();          // the same + AMX TILE, INT8
 
 // All that are in this build, slowest first.
 const std::vector<const Implementation*>& compiled_implementations();

@@ -11,6 +11,7 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 0
+#define KVS_HAS_TILE_DOT 0
 #define KVS_HAS_AVX_VNNI 0
 KVS_TARGET_REGION("avx2,fma,f16c")
 namespace kvselect::cpu {

@@ -9,6 +9,7 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 0
+#define KVS_HAS_TILE_DOT 0
 namespace kvselect::cpu {
 namespace scalar {
 namespace {

@@ -125,11 +125,20 @@ inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQuery*
 
 constexpr int64_t kSketchColumns = 4;
 
+#if KVS_HAS_TILE_DOT
+#include "cpu/sketch_tile_logits-inl.h"
+#endif
+
 // out[c * stride + t] for the block's 128 tokens and up to kSketchColumns columns of q.
 template <SketchFormat kFormat>
 inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q_stride,
                                 int64_t num_columns, int64_t head_dim, float scale, float* out,
                                 int64_t stride) {
+#if KVS_HAS_TILE_DOT
+    if (num_columns >= kMinTileColumns)
+        return sketch_block_logits_by_tiles<kFormat>(record, q, q_stride, num_columns, head_dim,
+                                                     scale, out, stride);
+#endif
     const uint8_t* codes = record + 4 * head_dim;
     const int64_t lines = kFormat == SketchFormat::kInt4 ? head_dim / 8 : head_dim / 4;
     SketchQuery queries[kSketchColumns];

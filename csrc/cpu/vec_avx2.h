@@ -113,5 +113,8 @@ inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
         acc, _mm256_add_epi32(_mm256_madd_epi16(even, q_even), _mm256_madd_epi16(odd, q_odd)));
 }
 #endif
+inline I32 load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -76,5 +76,6 @@ inline I32 zero_i32() { return _mm512_setzero_si512(); }
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(q4));
 }
+inline I32 load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

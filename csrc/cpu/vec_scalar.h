@@ -135,6 +135,11 @@ inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     }
     return acc;
 }
+inline I32 load(const int32_t* p) {
+    I32 out;
+    std::memcpy(out.lane, p, sizeof out.lane);
+    return out;
+}
 inline F32 to_f32(I32 a) {
     return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
 }

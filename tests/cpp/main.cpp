@@ -1,6 +1,7 @@
 #include <cstdio>
 
 #include "check.h"
+#include "tile_implementations.h"
 
 namespace kvselect::test {
 
@@ -23,13 +24,15 @@ struct Subject {
     const kvselect::cpu::Implementation& ops;
 };
 
-// What runs here, slowest first.
+// What runs here, slowest first, and "amx" as far as it can be made to run.
 std::vector<Subject> subjects() {
     using namespace kvselect;
     std::vector<Subject> found;
     for (const std::string& name : cpu::available_implementations())
         for (const cpu::Implementation* compiled : cpu::compiled_implementations())
             if (name == compiled->name) found.push_back({name, *compiled});
+    const cpu::Implementation* amx = test::amx_implementation_to_test();
+    if (amx && found.back().label != amx->name) found.push_back({"amx, tiles emulated", *amx});
     return found;
 }
 
