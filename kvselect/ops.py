@@ -174,13 +174,21 @@ def build_info() -> dict[str, object]:
         torch it runs on): str;
         ``cuda_archs``: list of str, empty if there is no CUDA module; ``cuda_loaded``: bool;
         ``torch``, ``cuda_runtime`` (of torch, or None), ``python``: str;
-        ``cpu_implementations``: list of str, slowest first; ``cpu_implementation``: the one in use.
+        ``cpu_compiled``: list of str, the CPU implementations in this build, slowest first;
+        ``cpu_implementations``: those of them that run here; ``cpu_implementation``: the one in
+        use; ``cpu_notes``: dict from some of their names to what a user should know about them.
     """
     lines = str(torch.ops.kvselect.build_info()).splitlines()
     info: dict[str, object] = {}
+    notes: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition("=")
-        info[name] = value
+        if name.startswith("cpu_note_"):
+            notes[name.removeprefix("cpu_note_")] = value
+        else:
+            info[name] = value
+    info["cpu_compiled"] = str(info["cpu_compiled"]).split(",")
+    info["cpu_notes"] = notes
     info["cuda_archs"] = [arch for arch in str(info["cuda_archs"]).split(",") if arch]
     info["cuda_loaded"] = any("_C_cuda" in path for path in torch.ops.loaded_libraries)
     info["torch"] = str(torch.__version__)

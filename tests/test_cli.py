@@ -46,7 +46,10 @@ def test_doctor_is_well_and_forces_nothing(capsys: pytest.CaptureFixture[str]) -
     assert ops.cpu_implementation() == in_use
     text = capsys.readouterr().out
     assert "all well" in text and "sparse_attention" in text
-    assert all(name in text for name in ops.cpu_implementations())
+    info = ops.build_info()
+    assert isinstance(info["cpu_compiled"], list) and isinstance(info["cpu_notes"], dict)
+    assert all(name in text for name in info["cpu_compiled"])
+    assert all(note.split(";")[0][:30] in text for note in info["cpu_notes"].values())
 
 
 def test_doctor_notices_a_wrong_op(

@@ -291,6 +291,14 @@ def test_build_info_names_versions_and_implementations() -> None:
     assert info["cuda_archs"] == [] or info["cuda_loaded"] in (True, False)
     assert info["cpu_implementations"] == ops.cpu_implementations()
     assert info["cpu_implementation"] == ops.cpu_implementation()
+    compiled = info["cpu_compiled"]
+    assert isinstance(compiled, list)
+    assert [name for name in compiled if name in ops.cpu_implementations()] == (
+        ops.cpu_implementations()
+    )
+    notes = info["cpu_notes"]
+    assert isinstance(notes, dict) and notes.keys() == {"amx"} & set(compiled)
+    assert all(note.endswith("not run on AMX hardware") for note in notes.values())
     assert all(value not in (None, "") for key, value in info.items() if key != "cuda_runtime")
 
 
@@ -306,7 +314,13 @@ def test_scalar_comes_first() -> None:
     assert ops.cpu_implementations()[0] == "scalar"
 
 
-@pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx10"])
+# Compiled, but not for this machine: refused like a name that nobody knows.
+COMPILED = ops.build_info()["cpu_compiled"]
+assert isinstance(COMPILED, list)
+ABSENT = [name for name in COMPILED if name not in ops.cpu_implementations()]
+
+
+@pytest.mark.parametrize("name", ["sse2", "", "AVX2", "avx10", *ABSENT])
 def test_unknown_implementations_are_errors_and_change_nothing(name: str) -> None:
     before = ops.cpu_implementation()
     message = re.escape(f"name: got {name!r}, allowed: on this CPU auto, scalar")
@@ -353,12 +367,14 @@ for _ in range(2):
 ops.set_cpu_implementation("scalar")
 print(ops.cpu_implementation())
 """
-    process = in_a_new_process(code, KVSELECT_CPU="mmx")
-    lines = process.stdout.splitlines()
-    assert len(lines) == 3, process.stderr
-    assert lines[0] == lines[1]
-    assert lines[0].startswith("KVSELECT_CPU: got 'mmx', allowed: on this CPU auto, scalar")
-    assert lines[2] == "scalar"
+    for name in ("mmx", *ABSENT):
+        process = in_a_new_process(code, KVSELECT_CPU=name)
+        lines = process.stdout.splitlines()
+        assert len(lines) == 3, process.stderr
+        assert lines[0] == lines[1]
+        allowed = ", ".join(["auto", *ops.cpu_implementations()])
+        assert lines[0] == f"KVSELECT_CPU: got '{name}', allowed: on this CPU {allowed}"
+        assert lines[2] == "scalar"
 
 
 def test_a_missing_build_says_how_to_build(tmp_path: Path) -> None:

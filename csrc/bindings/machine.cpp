@@ -25,6 +25,15 @@ std::string build_info() {
          << "torch_abi_target=" << (TORCH_TARGET_VERSION >> 56) << "."
          << ((TORCH_TARGET_VERSION >> 48) & 0xff) << "\n"
          << "cuda_archs=" << KVSELECT_CUDA_ARCHS << "\n";
+    text << "cpu_compiled=";
+    const char* separator = "";
+    for (const cpu::Implementation* compiled : cpu::compiled_implementations()) {
+        text << separator << compiled->name;
+        separator = ",";
+    }
+    text << "\n";
+    for (const cpu::Implementation* compiled : cpu::compiled_implementations())
+        if (compiled->note) text << "cpu_note_" << compiled->name << "=" << compiled->note << "\n";
     return text.str();
 }
 

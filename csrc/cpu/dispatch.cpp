@@ -3,27 +3,18 @@
 #include <atomic>
 #include <cstdlib>
 
+#include "cpu/cpu_features.h"
 #include "kvselect/check.h"
 
 namespace kvselect::cpu {
 namespace {
 
-// Slowest first, so the last one is the one to use. __builtin_cpu_supports reads CPUID *and* XCR0:
-// a CPU whose operating system does not save the wide registers counts as lacking them.
+// Slowest first, so the last one is the one to use.
 std::vector<const Implementation*> detect() {
-    std::vector<const Implementation*> found{&scalar_implementation()};
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    if (avx2) found.push_back(&avx2_implementation());
-    if (avx512) found.push_back(&avx512_implementation());
-    if (avx512_bf16) found.push_back(&avx512_bf16_implementation());
-#endif
+    std::vector<const Implementation*> found;
+    for (const std::string name : implementations_for(read_cpu_features()))
+        for (const Implementation* implementation : compiled_implementations())
+            if (name == implementation->name) found.push_back(implementation);
     return found;
 }
 
@@ -55,6 +46,17 @@ const Implementation& from_environment() {
 std::atomic<const Implementation*> forced{nullptr};
 
 }  // namespace
+
+const std::vector<const Implementation*>& compiled_implementations() {
+    static const std::vector<const Implementation*> compiled{
+        &scalar_implementation(),
+#if defined(__x86_64__)
+        &avx2_implementation(),        &avx2_vnni_implementation(), &avx512_implementation(),
+        &avx512_bf16_implementation(), &amx_implementation(),
+#endif
+    };
+    return compiled;
+}
 
 std::vector<std::string> available_implementations() {
     std::vector<std::string> names;

@@ -16,6 +16,7 @@ namespace kvselect::cpu {
 // One instruction set's compilation of every op.
 struct Implementation {
     const char* name;
+    const char* note;  // what its user should know; nullptr: nothing
     KvAppendFn kv_append;
     ScoreTokensFn score_tokens;
     SelectTokensFn select_tokens;
@@ -26,10 +27,14 @@ struct Implementation {
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.
 const Implementation& scalar_implementation();
-const Implementation& avx2_implementation();
+const Implementation& avx2_implementation();         // AVX2, FMA, F16C
+const Implementation& avx2_vnni_implementation();    // the same + AVX-VNNI
 const Implementation& avx512_implementation();       // F, BW, VL, DQ, VNNI
 const Implementation& avx512_bf16_implementation();  // the same + BF16
+const Implementation& amx_implementation();          // the same + AMX TILE, INT8
 
+// All that are in this build, slowest first.
+const std::vector<const Implementation*>& compiled_implementations();
 // Names of all that this CPU can run, slowest first ("scalar" always).
 std::vector<std::string> available_implementations();
 // The one in use: the last available one, unless KVSELECT_CPU or force_implementation said

@@ -11,6 +11,8 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 0
+#define KVS_HAS_TILE_DOT 0
+#define KVS_HAS_AVX_VNNI 0
 KVS_TARGET_REGION("avx2,fma,f16c")
 namespace kvselect::cpu {
 namespace avx2 {
@@ -28,6 +30,7 @@ namespace kvselect::cpu {
 
 const Implementation& avx2_implementation() {
     static constexpr Implementation implementation{"avx2",
+                                                   nullptr,
                                                    avx2::kv_append,
                                                    avx2::score_tokens,
                                                    avx2::select_tokens,

@@ -14,6 +14,7 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 0
+#define KVS_HAS_TILE_DOT 0
 KVS_TARGET_REGION("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 namespace kvselect::cpu {
 namespace avx512 {
@@ -31,6 +32,7 @@ namespace kvselect::cpu {
 
 const Implementation& avx512_implementation() {
     static constexpr Implementation implementation{"avx512",
+                                                   nullptr,
                                                    avx512::kv_append,
                                                    avx512::score_tokens,
                                                    avx512::select_tokens,

@@ -14,6 +14,7 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 1
+#define KVS_HAS_TILE_DOT 0
 KVS_TARGET_REGION("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 namespace kvselect::cpu {
 namespace avx512_bf16 {
@@ -32,6 +33,7 @@ namespace kvselect::cpu {
 
 const Implementation& avx512_bf16_implementation() {
     static constexpr Implementation implementation{"avx512_bf16",
+                                                   nullptr,
                                                    avx512_bf16::kv_append,
                                                    avx512_bf16::score_tokens,
                                                    avx512_bf16::select_tokens,

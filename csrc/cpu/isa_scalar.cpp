@@ -9,6 +9,7 @@
 #include "cpu/target_region.h"
 
 #define KVS_HAS_BF16_DOT 0
+#define KVS_HAS_TILE_DOT 0
 namespace kvselect::cpu {
 namespace scalar {
 namespace {
@@ -24,6 +25,7 @@ namespace kvselect::cpu {
 
 const Implementation& scalar_implementation() {
     static constexpr Implementation implementation{"scalar",
+                                                   nullptr,
                                                    scalar::kv_append,
                                                    scalar::score_tokens,
                                                    scalar::select_tokens,

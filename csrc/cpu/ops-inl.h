@@ -8,6 +8,9 @@
 #include "cpu/kv_append-inl.h"
 #include "cpu/merge_splits-inl.h"
 #include "cpu/recovered_mass-inl.h"
+#if KVS_HAS_TILE_DOT
+#include "cpu/tile_dot-inl.h"
+#endif
 #include "cpu/sketch_logits-inl.h"
 #include "cpu/score_tokens-inl.h"
 #include "cpu/select_tokens-inl.h"

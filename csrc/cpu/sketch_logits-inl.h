@@ -13,11 +13,19 @@
 constexpr int64_t kSketchAhead = 12288;  // bytes from a use to the prefetch: 8 KB and 16 KB lose
 constexpr int64_t kSketchColumns = 4;    // query columns that share one pass over the codes
 
-// Up to kSketchColumns columns against one block; column c's bytes start at c * kMaxHeadDim.
+// Up to kColumns columns against one block; column c's bytes start at c * kMaxHeadDim.
+template <int64_t kColumns = kSketchColumns>
 struct SketchQueries {
-    alignas(64) int8_t high[kSketchColumns * kMaxHeadDim];
-    alignas(64) int8_t low[kSketchColumns * kMaxHeadDim];  // int8 only: w = 256 * high + low
-    float mul[kSketchColumns], add[kSketchColumns];
+    alignas(64) int8_t high[kColumns * kMaxHeadDim];
+    alignas(64) int8_t low[kColumns * kMaxHeadDim];  // int8 only: w = 256 * high + low
+    float mul[kColumns], add[kColumns];
+
+    // Bytes past head_dim are read in sums of whole registers.
+    explicit SketchQueries(int64_t head_dim) {
+        if (head_dim % 64 == 0) return;
+        std::memset(high, 0, sizeof high);
+        std::memset(low, 0, sizeof low);
+    }
 };
 
 // Partial sums of signed bytes, which are zero from `count` up to a multiple of 64.
@@ -28,10 +36,13 @@ inline F32 sum_of_bytes(const int8_t* bytes, int64_t count) {
     return to_f32(sum);
 }
 
-template <SketchFormat kFormat>
+// The columns q of the block at `record` into the columns `first` .. first + kSketchColumns of out.
+template <SketchFormat kFormat, int64_t kColumns>
 inline void quantise_queries(const float* const* q, const uint8_t* record, int64_t head_dim,
-                             float scale, SketchQueries* out) {
+                             float scale, SketchQueries<kColumns>* out, int64_t first = 0) {
     constexpr int kCols = kSketchColumns;
+    int8_t* const high_bytes = out->high + first * kMaxHeadDim;
+    int8_t* const low_bytes = out->low + first * kMaxHeadDim;
     constexpr float kCentre = static_cast<float>(sketch_levels(kFormat)) * 0.5f;
     // A little under 127 and 127 * 256 + 127, so that no rounding of 1 / unit passes them.
     constexpr float kTop = kFormat == SketchFormat::kInt8 ? 32638.f : 126.99f;
@@ -61,14 +72,14 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
 #pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c) {
             const F32 w = mul(mul(load(q[c] + d), width), broadcast(inverse[c]));
-            int8_t* high_out = out->high + c * kMaxHeadDim + d;
+            int8_t* high_out = high_bytes + c * kMaxHeadDim + d;
             if constexpr (kFormat == SketchFormat::kInt8) {
                 // + 0.5: no ties, so that the low byte lies in [-128, 127]
                 const F32 whole = round_even(w);
                 const F32 high =
                     round_even(mul(add(whole, broadcast(0.5f)), broadcast(1.f / 256.f)));
                 store_bytes(reinterpret_cast<uint8_t*>(high_out), high);
-                store_bytes(reinterpret_cast<uint8_t*>(out->low + c * kMaxHeadDim + d),
+                store_bytes(reinterpret_cast<uint8_t*>(low_bytes + c * kMaxHeadDim + d),
                             fma(high, broadcast(-256.f), whole));
             } else {
                 store_bytes(reinterpret_cast<uint8_t*>(high_out), w);
@@ -78,15 +89,15 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
     F32 sum[kCols];  // of whole numbers below 2^24: exact
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) {
-        sum[c] = sum_of_bytes(out->high + c * kMaxHeadDim, head_dim);
+        sum[c] = sum_of_bytes(high_bytes + c * kMaxHeadDim, head_dim);
         if constexpr (kFormat == SketchFormat::kInt8)
             sum[c] =
-                fma(sum[c], broadcast(256.f), sum_of_bytes(out->low + c * kMaxHeadDim, head_dim));
+                fma(sum[c], broadcast(256.f), sum_of_bytes(low_bytes + c * kMaxHeadDim, head_dim));
     }
     reduce_add4(sum[0], sum[1], sum[2], sum[3], whole);
     for (int c = 0; c < kCols; ++c) {
-        out->mul[c] = scale * unit[c];
-        out->add[c] = scale * (constant[c] - unit[c] * kCentre * whole[c]);
+        out->mul[first + c] = scale * unit[c];
+        out->add[first + c] = scale * (constant[c] - unit[c] * kCentre * whole[c]);
     }
 }
 
@@ -100,7 +111,7 @@ inline int32_t query_quad(const int8_t* bytes) {
 // Logits of kParts * kLanes tokens from register group `group` on (groups walk a 64-byte line, then
 // the sub-blocks).
 template <SketchFormat kFormat, int kCols, int kParts>
-inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries& q, int64_t group,
+inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries<>& q, int64_t group,
                       float* const* out) {
     constexpr int64_t kGroups = kSketchSubBlockTokens / kLanes;  // per line
     I32 acc[kCols][kParts], fine[kCols][kParts];
@@ -161,7 +172,7 @@ inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries& 
 }
 
 template <SketchFormat kFormat, int kCols>
-inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQueries& q, float* out,
+inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQueries<>& q, float* out,
                          int64_t stride) {
     constexpr int kParts = kFormat == SketchFormat::kInt4 ? kSketchParts : kSketchParts / 2;
     float* target[kCols];
@@ -170,21 +181,37 @@ inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQuerie
         scan_part<kFormat, kCols, kParts>(codes, lines, q, group, target);
 }
 
+// The columns q + first * q_stride .. of num_columns; short of kSketchColumns, the last one again.
+inline void pick_columns(const float* q, int64_t q_stride, int64_t first, int64_t num_columns,
+                         const float** columns) {
+    for (int64_t c = 0; c < kSketchColumns; ++c) {
+        const int64_t column = first + c < num_columns ? first + c : num_columns - 1;
+        columns[c] = q + column * q_stride;
+    }
+}
+
+#if KVS_HAS_TILE_DOT
+#include "cpu/sketch_tile_logits-inl.h"
+#endif
+
 // out[c * stride + t] for the block's 128 tokens and any number of columns of q.
 template <SketchFormat kFormat>
 inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q_stride,
                                 int64_t num_columns, int64_t head_dim, float scale, float* out,
                                 int64_t stride) {
+#if KVS_HAS_TILE_DOT
+    if (num_columns >= kMinTileColumns)
+        return sketch_block_logits_by_tiles<kFormat>(record, q, q_stride, num_columns, head_dim,
+                                                     scale, out, stride);
+#endif
     const uint8_t* codes = record + 4 * head_dim;
     const int64_t lines = kFormat == SketchFormat::kInt4 ? head_dim / 8 : head_dim / 4;
-    SketchQueries queries;
-    if (head_dim % 64 != 0) std::memset(&queries, 0, sizeof queries);
+    SketchQueries queries(head_dim);
     for (int64_t first = 0; first < num_columns; first += kSketchColumns) {
         const int64_t count =
             num_columns - first < kSketchColumns ? num_columns - first : kSketchColumns;
-        const float* columns[kSketchColumns];  // short of four, the last one again
-        for (int64_t c = 0; c < kSketchColumns; ++c)
-            columns[c] = q + (first + (c < count ? c : count - 1)) * q_stride;
+        const float* columns[kSketchColumns];
+        pick_columns(q, q_stride, first, num_columns, columns);
         quantise_queries<kFormat>(columns, record, head_dim, scale, &queries);
         float* part = out + first * stride;
         switch (count) {

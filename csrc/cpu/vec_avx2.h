@@ -1,4 +1,5 @@
-// Vector operations for AVX2 + FMA + F16C. Names and meanings: vec_scalar.h.
+// Vector operations for AVX2 + FMA + F16C, and AVX-VNNI where the including file says that there is
+// some. Names and meanings: vec_scalar.h.
 
 constexpr int kLanes = 8;
 constexpr int kGemmRows = 6, kGemmVecs = 2;
@@ -109,6 +110,12 @@ inline Codes high_nibbles(Codes c) {
     return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
 }
 inline I32 zero_i32() { return _mm256_setzero_si256(); }
+#if KVS_HAS_AVX_VNNI
+inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
+    return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(q4));
+}
+inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, codes, q4); }
+#else
 // Widens to 16 bits first: vpmaddubsw would saturate with codes above 127.
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     const I32 q = _mm256_set1_epi32(q4);
@@ -124,9 +131,13 @@ inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) {
     const I32 pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(q4));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+#endif
 inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
     const I32 pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load_codes(p));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I32 load(const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 [[gnu::always_inline]] inline void prefetch(const void* p) {

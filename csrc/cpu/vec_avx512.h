@@ -117,6 +117,7 @@ inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, cod
 inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi8(1), _mm512_loadu_si512(p));
 }
+inline I32 load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 [[gnu::always_inline]] inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);

@@ -156,6 +156,11 @@ inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
     for (int i = 0; i < 4 * kLanes; ++i) acc.lane[i / 4] += static_cast<int8_t>(p[i]);
     return acc;
 }
+inline I32 load(const int32_t* p) {
+    I32 out;
+    std::memcpy(out.lane, p, sizeof out.lane);
+    return out;
+}
 inline F32 to_f32(I32 a) {
     return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
 }

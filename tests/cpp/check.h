@@ -1,4 +1,5 @@
-// A test is a function of one implementation; main.cpp runs every test on every implementation.
+// A test is a function of one implementation; main.cpp runs every test on every implementation, and
+// once what concerns none.
 #pragma once
 
 #include <cmath>
@@ -15,12 +16,15 @@ using TestFn = void (*)(const cpu::Implementation&);
 struct Test {
     const char* name;
     TestFn run;
+    bool once;
 };
 std::vector<Test>& all_tests();
 void count_check();
 
 struct Register {
-    Register(const char* name, TestFn run) { all_tests().push_back({name, run}); }
+    Register(const char* name, TestFn run, bool once = false) {
+        all_tests().push_back({name, run, once});
+    }
 };
 
 struct Failure : std::runtime_error {
@@ -43,6 +47,12 @@ void check(bool holds, const char* file, int line, const char* text, const Parts
     static void name(const kvselect::cpu::Implementation&);             \
     static const kvselect::test::Register register_##name(#name, name); \
     static void name([[maybe_unused]] const kvselect::cpu::Implementation& ops)
+
+#define TEST_ONCE(name)                                                     \
+    static void name();                                                     \
+    static const kvselect::test::Register register_##name(                  \
+        #name, [](const kvselect::cpu::Implementation&) { name(); }, true); \
+    static void name()
 
 // Extra arguments are printed when the condition does not hold.
 #define EXPECT(condition, ...) \

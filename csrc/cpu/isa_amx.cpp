@@ -1,0 +1,50 @@
+// Every op, compiled for AVX-512 (F, BW, VL, DQ, VNNI, BF16) + AMX (TILE, INT8).
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// GCC 12's own AVX-512 headers trip over their deliberately undefined registers (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/element_types.h"
+#include "cpu/target_region.h"
+#include "cpu/tile_config.h"
+
+#define KVS_HAS_BF16_DOT 1
+#define KVS_HAS_TILE_DOT 1
+KVS_TARGET_REGION(
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8")
+namespace kvselect::cpu {
+namespace amx {
+namespace {
+
+#include "cpu/vec_avx512.h"
+#include "cpu/vec_avx512_bf16.h"
+#include "cpu/tiles_amx.h"
+#include "cpu/ops-inl.h"
+
+}  // namespace
+}  // namespace amx
+}  // namespace kvselect::cpu
+KVS_UNTARGET_REGION
+
+namespace kvselect::cpu {
+
+const Implementation& amx_implementation() {
+    static constexpr Implementation implementation{
+        "amx",
+        "compiled, its logic tested through an emulated tile unit; not run on AMX hardware",
+        amx::kv_append,
+        amx::score_tokens,
+        amx::select_tokens,
+        amx::sparse_attention,
+        amx::merge_splits,
+        amx::recovered_mass};
+    return implementation;
+}
+
+}  // namespace kvselect::cpu
