@@ -425,7 +425,7 @@ def test_points_know_who_won_and_whether_they_mean_something() -> None:
 
 
 def test_import_and_steps_touch_no_cache_folder(tmp_path: Path) -> None:
-    """In a process of its own, where every file that is opened and folder that is listed is seen."""
+    """In a process of its own, where every file and folder that is opened is seen."""
     code = """
 import sys
 seen = []

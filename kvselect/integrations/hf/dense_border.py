@@ -74,7 +74,7 @@ def dense_border(layer: LayerPlan) -> DenseBorder | None:
         source = f"the policy's budget: {layer.unmeasured}"
     tokens = policy.dense_limit(None)
     if layer.rotates_itself and tokens > layer.stack.trained_length:
-        tokens, source = layer.stack.trained_length, "the trained length (compact positions)"
+        tokens, source = layer.stack.trained_length, "the trained length, compact positions"
     return DenseBorder(tokens, source)
 
 

@@ -215,8 +215,8 @@ def _cells(layer: LayerReport) -> list[str]:
     runs = "selects" if layer.selects else f"dense: {layer.reason}"
     runs += "".join(f"; dense {count}x: {reason}" for reason, count in layer.ran_dense.items())
     decode = layer.decode
-    if layer.selects and decode["num_dense_calls"]:
-        runs += f"; dense {decode['num_dense_calls']} of {decode['num_calls']} steps: short"
+    if layer.dense_up_to is not None and decode["num_dense_calls"]:
+        runs += f"; {decode['num_dense_calls']} of {decode['num_calls']} steps dense: short"
     steps = "-"
     if layer.tokens_per_step is not None:
         steps = f"{layer.tokens_per_step:.0f} of {layer.context_per_step:.0f}"
