@@ -82,11 +82,10 @@ def crossover_for(
         )
         if not found.steady:
             warnings.warn(
-                f"kvselect: break-even not measured: other processes took up to "
-                f"{max(point.noise for point in found.points):.0%} of a step's time, so the "
-                "selection budget decides; `kvselect break-even measure` on a quiet machine, or "
-                "dense_below_tokens, settles it",
-                stacklevel=2,
+                "kvselect: break-even not measured: other processes leave too little of the "
+                "machine to time steps on, so the selection budget decides; `kvselect break-even "
+                "measure` at a quiet time, or dense_below_tokens, settles it",
+                stacklevel=4,  # the caller of attach
             )
             return None
         crossovers.save(found)
@@ -206,6 +205,8 @@ def find_crossover(
     count. If the longest length loses, the lines through the last two say where they meet; that
     counts if dense grows faster by a tenth, and within four times the longest length.
 
+    A length that is not `Point.steady` the second time either ends the search: the machine is busy.
+
     Returns
     -------
     tokens : int or None
@@ -217,16 +218,21 @@ def find_crossover(
 
     def add(tokens: int) -> Point:
         point = time_steps(tokens)
+        if not point.steady:
+            point = time_steps(tokens)
         points.append(point)
         points.sort(key=lambda point: point.tokens)
         return point
 
+    def must_end() -> bool:
+        return is_late() or not all(point.steady for point in points)
+
     tokens = shortest
-    while add(tokens).ratio > CLEAR_WIN and tokens < longest and not is_late():
+    while add(tokens).ratio > CLEAR_WIN and tokens < longest and not must_end():
         tokens = min(2 * tokens, longest)
     for factor in AROUND:
         place = _crossing(points)
-        if place is None or is_late():
+        if place is None or must_end():
             break
         tokens = min(max(round(factor * place), shortest), longest)
         if tokens not in (point.tokens for point in points):

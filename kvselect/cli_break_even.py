@@ -89,13 +89,13 @@ def _measure_and_show(policy: Any, workload: dict[str, Any], threads: int | None
         times = f"{point.dense_us:.0f}", f"{point.selecting_us:.0f}"
         table.add_row(str(point.tokens), *times, f"{point.ratio:.2f}", f"{point.noise:.0%}")
     console.print(table)
-    print(f"{crossovers.verdict_of(found)}; measured in {found.seconds:.1f} s")
     if not found.steady:
         print(
-            f"not stored: other processes took more than {crossovers.LARGEST_NOISE:.0%} of a "
+            f"no result: other processes took more than {crossovers.LARGEST_NOISE:.0%} of a "
             "step's time; try again on a quiet machine"
         )
         return 1
+    print(f"{crossovers.verdict_of(found)}; measured in {found.seconds:.1f} s")
     path = crossovers.save(found)
     if path is None:
         return 1

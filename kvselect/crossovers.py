@@ -127,6 +127,11 @@ class Point:
         """Selecting over dense: below 1, selecting wins."""
         return self.selecting_us / self.dense_us
 
+    @property
+    def steady(self) -> bool:
+        """Whether the times mean something: if not, the machine was too busy to measure on."""
+        return self.noise <= LARGEST_NOISE
+
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
@@ -165,8 +170,8 @@ class Crossover:
 
     @property
     def steady(self) -> bool:
-        """Whether the times mean something: if not, the machine was too busy to measure on."""
-        return all(point.noise <= LARGEST_NOISE for point in self.points)
+        """Whether all its points are."""
+        return all(point.steady for point in self.points)
 
     @property
     def file_name(self) -> str:

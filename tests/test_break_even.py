@@ -160,6 +160,25 @@ def test_no_length_is_begun_after_the_time_is_up(late_after: int) -> None:
         assert tokens == pytest.approx(20_000, rel=0.05)
 
 
+@pytest.mark.parametrize(("noisy_times", "ends"), [(1, False), (2, True)])
+def test_a_busy_machine_ends_the_search(noisy_times: int, ends: bool) -> None:
+    """A length that was disturbed is tried once more; if that does not help, nothing longer is."""
+    costs = Costs(lambda n: 0.2 * n, lambda n: 2400 + 0.08 * n)
+
+    def disturbed(tokens: int) -> Point:
+        point = costs(tokens)
+        is_noisy = tokens == 7426 and costs.asked.count(7426) <= noisy_times
+        return dataclasses.replace(point, noise=0.8 if is_noisy else 0.01)
+
+    tokens, _, points = find_crossover(disturbed, 3713, 131072, never)
+    assert costs.asked[:3] == [3713, 7426, 7426]
+    assert all(point.steady for point in points) is not ends
+    if ends:
+        assert len(costs.asked) == 3
+    else:
+        assert tokens == pytest.approx(20_000, rel=0.03)
+
+
 # --- the timer ------------------------------------------------------------------------------------
 
 
@@ -419,7 +438,7 @@ def test_a_busy_machine_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         return dataclasses.replace(found, points=(Point(300, 2.0, 1.0, noise=0.8),))
 
     monkeypatch.setattr(break_even, "measure", busy)
-    message = "break-even not measured: other processes took up to 80% of a step's time, so the sel"
+    message = "break-even not measured: other processes leave too little of the machine"
     with pytest.warns(UserWarning, match=message):
         assert crossover_for(small(), **SIZES) is None
     assert crossovers.find_all() == []

@@ -23,6 +23,7 @@ def settle_crossovers(plan: StackPlan, mode: Mode, device_type: str) -> None:
 
     Measures on the CPU only, and with "auto" only; layers of one shape share what was found.
     """
+    known: dict[tuple[object, ...], Crossover | None] = {}
     for layer in plan.layers:
         policy = layer.policy
         layer.crossovers, layer.unmeasured = {}, ""
@@ -32,26 +33,29 @@ def settle_crossovers(plan: StackPlan, mode: Mode, device_type: str) -> None:
             continue
         if mode == "off":
             layer.unmeasured = "break_even='off'"
-        elif device_type != "cpu":
+            continue
+        if device_type != "cpu":
             layer.unmeasured = f"no crossover is measured on {device_type}"
-        else:
-            assert layer.dtype is not None  # it selects, so calibration saw its keys
-            found = crossover_for(
+            continue
+        assert layer.dtype is not None  # it selects, so calibration saw its keys
+        sizes = layer.num_q_heads, layer.num_kv_heads, layer.head_dim, layer.dtype
+        if (policy, sizes) not in known:
+            num_q_heads, num_kv_heads, head_dim, dtype = sizes
+            known[policy, sizes] = crossover_for(
                 policy,
-                num_q_heads=layer.num_q_heads,
-                num_kv_heads=layer.num_kv_heads,
-                head_dim=layer.head_dim,
-                dtype=layer.dtype,
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                dtype=dtype,
                 mode=mode,
             )
-            if found is not None:
-                layer.crossovers = {layer.num_q_heads: found}
-            else:
-                layer.unmeasured = (
-                    "no crossover is stored for this machine and workload"
-                    if mode == "stored"
-                    else "the machine was too busy to measure a crossover"
-                )
+        found = known[policy, sizes]
+        if found is not None:
+            layer.crossovers = {layer.num_q_heads: found}
+        elif mode == "stored":
+            layer.unmeasured = "no crossover is stored for this machine and workload"
+        else:
+            layer.unmeasured = "the machine was too busy to measure a crossover"
 
 
 def dense_border(layer: LayerPlan) -> DenseBorder | None:
