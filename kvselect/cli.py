@@ -1,4 +1,4 @@
-"""The command ``kvselect``: doctor, demo, eval, bench. Bad input: one paragraph and exit code 2."""
+"""The command ``kvselect``: its subcommands. Bad input: one paragraph and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from kvselect.cli_break_even import add_break_even
 
 # transformers takes seconds to import: what needs it is imported where it is used, so that --help
 # and doctor do not wait.
@@ -87,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", default="cpu", help="as torch spells it (default cpu)")
     _add_out(evaluate, "kvselect-eval")
     evaluate.set_defaults(prepare=_eval)
+
+    add_break_even(commands)
 
     bench = commands.add_parser("bench", help="list the bench scripts of a checkout, or run one")
     bench.add_argument("name", nargs="?", help="a script's name, without .py; none: list them")

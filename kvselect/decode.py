@@ -88,7 +88,8 @@ def decode_step(
     Notes
     -----
     Three ops at most (scores, lists, attention), each for the whole batch; no host synchronisation.
-    A step whose rows are all short (`TokenSelect.dense_limit`) is dense.
+    A step whose rows are all short (`TokenSelect.dense_limit`) is dense; the state knows how short
+    that is, if the policy leaves it to measurement.
     """
     require_step(q, cache, policy, state, q_unrotated, rope)
     require(q.shape[1] == 1, "seqlen_q", q.shape[1], "1 (prefill takes more)")
@@ -103,6 +104,7 @@ def decode_step(
         q_unrotated=q_unrotated,
         rope=rope,
     )
+    policy = state.decode_policy(q.shape[2])
     policy.update(state, cache)
     selection = policy.select(state, queries, cache)
     out, lse = policy.attend(queries, cache, selection)

@@ -12,6 +12,15 @@ from torch import Tensor
 from kvselect import ops, reference
 from kvselect.attention import merge_splits, recovered_mass, sparse_attention
 from kvselect.cache import KVCache
+from kvselect.crossovers import (
+    break_even_mode,
+    cache_folder,
+    find_all,
+    machine_identity,
+    shape_of,
+    verdict_of,
+)
+from kvselect.policies.token_select import TokenSelect
 from kvselect.score import score_tokens
 from kvselect.selection import select_tokens
 from kvselect.sketch import encode
@@ -72,7 +81,31 @@ def describe() -> list[tuple[str, str]]:
         ("CUDA kernels", cuda),
         ("CUDA device", device),
         ("threads", str(torch.get_num_threads())),
+        ("break-even", _break_even()),
     ]
+
+
+def _break_even() -> str:
+    """Where crossovers are kept, and those that count here with the threads and kernels in use."""
+    try:
+        mode: str = break_even_mode(default="auto")
+    except ValueError as error:
+        return str(error)
+    try:
+        folder = str(cache_folder() / "crossovers")
+    except RuntimeError as error:
+        folder = f"nowhere ({error})"
+    machine = machine_identity()
+    own = sorted(
+        (found for found in find_all() if found.machine == machine),
+        key=lambda found: found.measured_at,
+    )
+    head = f"{len(own)} measured for this machine, build and number of threads, in {folder}"
+    if mode != "auto":
+        head += f"; KVSELECT_BREAK_EVEN={mode}"
+    defaults = TokenSelect().to_dict()
+    lines = [f"{shape_of(found, defaults)}: {verdict_of(found)}" for found in own]
+    return "\n".join([head, *lines])
 
 
 def check_ops() -> list[Check]:

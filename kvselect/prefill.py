@@ -92,6 +92,7 @@ def prefill(
     offsets = query_blocks(seqlen_q, policy)
     if seqlen_q <= policy.tail_q_block_size and longest > seqlen_q:
         phase, offsets = "decode", tuple(range(seqlen_q + 1))
+        policy = state.decode_policy(q.shape[2])
 
     outs, lses = [], []
     for first, last in _runs(offsets, longest - seqlen_q, policy, phase, rope):

@@ -19,6 +19,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_measured_crossover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Results do not depend on the machine, nothing is timed, and nobody's cache folder is touched;
+    tests of the break-even switch it on themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSELECT_BREAK_EVEN", "off")
+        patch.setenv("KVSELECT_CACHE_DIR", str(tmp_path_factory.mktemp("kvselect-cache")))
+        yield
+
+
 @pytest.fixture(params=ops.cpu_implementations())
 def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of the implementation that is forced while the test runs."""

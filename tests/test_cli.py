@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hf_models import config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvselect import cli, doctor, ops
+from kvselect import TokenSelect, break_even, cli, crossovers, doctor, ops
+from kvselect.crossovers import Point
 from kvselect.eval import demo
 from kvselect.eval.checkpoint import CheckpointError, embedded_model_path, load_checkpoint
 from kvselect.eval.tasks.words import ADJECTIVES, NOUNS
@@ -34,7 +36,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         run("--help")
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("doctor", "demo", "eval", "bench"))
+    assert all(command in text for command in ("doctor", "demo", "eval", "bench", "break-even"))
 
 
 # ---- doctor
@@ -241,3 +243,140 @@ def test_bench_lists_questions_and_refuses_unknown_ones(
 def test_bench_runs_a_script(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "retrieval", "--help") == 0
     assert "--samples" in capfd.readouterr().out
+
+
+# ---- break-even
+
+
+@pytest.fixture
+def crossover_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVSELECT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(crossovers, "_known", crossovers._Known())
+    monkeypatch.setattr(crossovers, "_said", set())
+    return tmp_path / "crossovers"
+
+
+def no_clock(monkeypatch: pytest.MonkeyPatch, noise: float = 0.01) -> None:
+    """Dense: 0.1 us per token. Selecting: 1000 us and 0.05 us per token. They meet at 20,000."""
+    real = break_even.measure
+
+    def measure(policy: TokenSelect, **workload: Any) -> Any:
+        def time_steps(n: int) -> Point:
+            return Point(n, 0.1 * n, 1000 + 0.05 * n, noise)
+
+        return real(policy, **workload, time_steps=time_steps)
+
+    monkeypatch.setattr(break_even, "measure", measure)
+
+
+def test_break_even_measures_shows_and_forgets(
+    capsys: pytest.CaptureFixture[str], crossover_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_clock(monkeypatch)
+    threads = torch.get_num_threads()
+    sizes = ("--q-heads", "8", "--kv-heads", "2", "--head-dim", "64", "--dtype", "float32")
+    policy = ("--policy", "token_select:topk=1024", "--page-block-size", "16", "--threads", "2")
+    assert run("break-even", "measure", *sizes, *policy) == 0
+    assert torch.get_num_threads() == threads
+    text = capsys.readouterr().out
+    assert "8/2 heads of 64, float32, pages of 16, TokenSelect(topk=1024); " in text
+    assert "2 threads" in text and "selecting / dense" in text and "2177" in text
+    (path,) = crossover_folder.iterdir()
+    found = json.loads(path.read_text())
+    assert found["tokens"] == pytest.approx(20_000, rel=0.03)
+    assert f"dense up to {found['tokens']} tokens; measured in" in text
+    assert f"stored: {path}" in text and "it will not be used" in text  # the tests' "off"
+
+    assert run("break-even", "show") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "1 crossover" in text and "float32" in text and " no " in text
+    found["machine"]["cpu"] = "Somebody's CPU"
+    (crossover_folder / "other.json").write_text(json.dumps(found))
+    monkeypatch.setattr(crossovers, "_known", crossovers._Known())
+    assert run("break-even", "show") == 0
+    assert "1 crossover" in capsys.readouterr().out
+    assert run("break-even", "show", "--all") == 0
+    text = capsys.readouterr().out
+    assert "2 crossovers" in text and "Somebody" in text
+
+    assert run("break-even", "forget") == 0
+    assert capsys.readouterr().out == "removed 1 crossover\n"
+    assert run("break-even", "forget", "--all") == 0
+    assert capsys.readouterr().out == "removed 1 crossover\n"
+    assert not list(crossover_folder.iterdir())
+
+
+def test_break_even_stores_nothing_of_a_busy_machine(
+    capsys: pytest.CaptureFixture[str], crossover_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_clock(monkeypatch, noise=0.7)
+    assert run("break-even", "measure") == 1
+    text = capsys.readouterr().out
+    assert "no result: other processes took more than 30% of" in text and "dense up to" not in text
+    assert not crossover_folder.exists()
+
+
+def test_break_even_says_when_it_cannot_store(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_clock(monkeypatch)
+    monkeypatch.setattr(crossovers, "_known", crossovers._Known())
+    monkeypatch.setattr(crossovers, "_said", set())
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("KVSELECT_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="measured, but not stored"):
+        assert run("break-even", "measure") == 1
+    assert "stored:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--q-heads", "7"), "num_q_heads: got 7, allowed: a multiple of num_kv_heads = 8"),
+        (("--kv-heads", "0"), "num_kv_heads: got 0, allowed: an int >= 1"),
+        (("--head-dim", "7"), "head_dim: got 7, allowed: 32 or 64"),
+        (("--page-block-size", "0"), "page_block_size: got 0, allowed: an int >= 1"),
+        (("--policy", "dense"), "policy: got Dense Dense(), allowed: a TokenSelect"),
+        (("--policy", "fast"), "policies: got 'fast', allowed: dense, "),
+        (("--threads", "0"), "threads: got 0, allowed: an int >= 1"),
+        (("--seconds", "-1"), "max_seconds: got -1.0, allowed: a float > 0"),
+    ],
+)
+def test_bad_break_even_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert run("break-even", "measure", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"kvselect break-even: error: {message}")
+
+
+def test_doctor_lists_what_counts_here(
+    capsys: pytest.CaptureFixture[str], crossover_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_clock(monkeypatch)
+    rows = dict(doctor.describe())
+    assert rows["break-even"] == (
+        "0 measured for this machine, build and number of threads, in "
+        f"{crossover_folder}; KVSELECT_BREAK_EVEN=off"
+    )
+    monkeypatch.setenv("KVSELECT_BREAK_EVEN", "auto")
+    assert run("break-even", "measure") == 0
+    assert run("break-even", "measure", "--threads", str(torch.get_num_threads() + 1)) == 0
+    lines = dict(doctor.describe())["break-even"].splitlines()
+    assert lines[0].startswith("1 measured") and "KVSELECT_BREAK_EVEN" not in lines[0]
+    assert lines[1].startswith("32/8 heads of 128, bfloat16, TokenSelect(): dense up to ")
+    monkeypatch.setenv("KVSELECT_BREAK_EVEN", "maybe")
+    assert dict(doctor.describe())["break-even"].startswith("KVSELECT_BREAK_EVEN: got 'maybe'")
+    assert run("doctor") == 0
+    assert "got 'maybe'" in capsys.readouterr().out
+
+
+def test_doctor_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("KVSELECT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(crossovers.Path, "home", refuse)
+    assert "in nowhere (no home)" in dict(doctor.describe())["break-even"]

@@ -16,17 +16,18 @@ PACKAGE, CSRC = ROOT / "kvselect", ROOT / "csrc"
 
 # Rooms from the ground up. A module imports its own floor and those below it, never one above.
 FLOORS = (
-    {"checks"},
+    {"checks", "machine"},
     {"ops"},
-    {"query_blocks", "rope", "sketch", "storage"},
+    {"crossovers", "query_blocks", "rope", "sketch", "storage"},
     {"cache"},
     {"arguments", "attention", "queries", "score", "selection", "selection_cache"},
     {"policies"},
     {"decode", "prefill"},
+    {"break_even"},
     {"reference", "testing"},
     {"integrations"},
     {"eval"},
-    {"cli", "doctor", "explain"},
+    {"cli", "cli_break_even", "doctor", "explain"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -11,23 +10,7 @@ from typing import Any
 
 import torch
 
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+from kvselect.machine import cpu_name, usable_cores
 
 
 def version_of(package: str) -> str | None:
@@ -60,7 +43,7 @@ def describe() -> dict[str, Any]:
     packages = ("kvselect", "torch", "transformers", "numpy")
     return {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": usable_cores(),
             "torch_threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",

@@ -88,7 +88,7 @@ class Session:
         self.policy = policy
         self.audit = Audit()
         self.cache: Any = None
-        self._handle = attach(model, audited(policy, self.audit))
+        self._handle = attach(model, audited(policy, self.audit), break_even="off")
 
     def __enter__(self) -> Session:
         return self
@@ -225,7 +225,7 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
     view = share_weights(checkpoint.model)
     for label, policy in request.policies.items():
         try:
-            attach(view, policy).detach()
+            attach(view, policy, break_even="off").detach()
         except ValueError as error:
             raise type(error)(f"{label}: {error}") from error
     for length in request.lengths:
@@ -312,6 +312,7 @@ def run(
             "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
             "device": next(checkpoint.model.parameters()).device.type,
             "prefill": "under the policy",
+            "break_even": "off: policies select above their budget, fast or not",
         },
         environment=describe(),
     )

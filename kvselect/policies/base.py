@@ -12,6 +12,7 @@ from torch import Tensor
 from kvselect.attention import attend_queries
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_type
+from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
@@ -33,12 +34,20 @@ class PolicyState:
         Counts for reports.
     selection_cache : SelectionCache or None
         Of policies that reuse lists.
+    decode_policies : dict
+        By number of query heads: the policy of decode steps where a crossover was measured. The
+        state settles it when it is made, so that no step looks anything up.
     """
 
     policy: Policy
     prefill: PhaseStatistics = field(default_factory=PhaseStatistics)
     decode: PhaseStatistics = field(default_factory=PhaseStatistics)
     selection_cache: SelectionCache | None = None
+    decode_policies: dict[int, Policy] = field(default_factory=dict)
+
+    def decode_policy(self, num_q_heads: int) -> Policy:
+        """The policy of decode steps: with its ``dense_below_tokens`` settled."""
+        return self.decode_policies.get(num_q_heads, self.policy)
 
     def statistics(self, phase: Phase) -> PhaseStatistics:
         return self.prefill if phase == "prefill" else self.decode
@@ -55,8 +64,9 @@ class PolicyState:
             return
         got, wanted = type(self.policy).__name__, type(policy).__name__
         require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
-        self.policy = policy
-        self.selection_cache = policy.new_state(cache).selection_cache
+        fresh = policy.new_state(cache)
+        self.policy, self.decode_policies = policy, fresh.decode_policies
+        self.selection_cache = fresh.selection_cache
 
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
@@ -86,6 +96,11 @@ class Policy:
     def dense_layers(self) -> tuple[int, ...]:
         """Layers that `attach` leaves dense."""
         return ()
+
+    @property
+    def dense_below_tokens(self) -> int | None:
+        """Rows of at most so many tokens are dense; None: the measured crossover decides."""
+        return 0
 
     @property
     def chunk_size(self) -> int:
@@ -118,8 +133,14 @@ class Policy:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
 
-    def new_state(self, cache: KVCache) -> PolicyState:
-        """State for one layer whose keys and values ``cache`` holds."""
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> PolicyState:
+        """State for one layer whose keys and values ``cache`` holds.
+
+        ``crossovers``: by number of query heads, for methods with ``dense_below_tokens=None``.
+        None: those stored for this machine (`kvselect.break_even`).
+        """
         return PolicyState(self)
 
     def update(self, state: PolicyState, cache: KVCache) -> None:
@@ -187,6 +208,26 @@ def policy_from_dict(settings: Mapping[str, Any]) -> Policy:
     unknown = sorted(set(rest) - set(known))
     require(not unknown, f"settings of {name}", unknown, ", ".join(known))
     return policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in rest.items()})
+
+
+def decode_policies(
+    policy: Policy, cache: KVCache, crossovers: Mapping[int, Crossover] | None
+) -> dict[int, Policy]:
+    """`PolicyState.decode_policies`; what the user set stands, whatever was measured."""
+    if policy.dense_below_tokens is not None:
+        return {}
+    if crossovers is None:
+        if break_even_mode() == "off":
+            return {}
+        sizes = (0, cache.num_kv_heads, cache.head_dim, cache.dtype, cache.page_block_size)
+        crossovers = find_by_q_heads(Workload.of(policy.to_dict(), *sizes), cache.device)
+    return {heads: settled(policy, found) for heads, found in crossovers.items()}
+
+
+def settled(policy: Policy, crossover: Crossover) -> Policy:
+    """The policy, dense below a measured crossover."""
+    changes: dict[str, Any] = {"dense_below_tokens": crossover.dense_below_tokens}
+    return dataclasses.replace(policy, **changes)
 
 
 def selection_of(

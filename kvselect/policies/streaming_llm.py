@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from kvselect.arguments import require_compact_rope
 from kvselect.cache import KVCache
 from kvselect.checks import require_choice, require_int
+from kvselect.crossovers import Crossover
 from kvselect.policies.base import (
     Policy,
     PolicyState,
@@ -85,7 +87,9 @@ class StreamingLLM(Policy):
         """Sinks, window, and the queries of one block."""
         return self.num_sink_tokens + self.num_recent_tokens + self.q_block_size
 
-    def new_state(self, cache: KVCache) -> StreamingState:
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> StreamingState:
         return StreamingState(self)
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:

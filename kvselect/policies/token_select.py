@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,9 +20,11 @@ from kvselect.checks import (
     require_scale,
     require_type,
 )
+from kvselect.crossovers import Crossover
 from kvselect.policies.base import (
     Policy,
     PolicyState,
+    decode_policies,
     longest_block,
     register_policy,
     selection_of,
@@ -96,9 +99,11 @@ class TokenSelect(Policy):
     dense_prefill : bool
         Select in decode only.
     dense_below_tokens : int or None
-        Rows of at most so many tokens are dense, and so are all rows of at most ``num_sink_tokens +
-        topk + num_recent_tokens``, which is what None stands for as long as no crossover was
-        measured. Compact positions end the dense path at the trained length.
+        Rows of at most so many tokens are dense, in prefill and decode, and so are all rows of at
+        most ``num_sink_tokens + topk + num_recent_tokens``. None: in decode, the length up to which
+        dense attention is the faster one on this machine, where that was measured
+        (`kvselect.break_even`); near it results then depend on the machine. Compact positions end
+        the dense path at the trained length.
     similarity_threshold : float in (0, 1], or None
         Reuse a list while queries are at least so similar; None: select at every step.
     max_age : int
@@ -262,12 +267,15 @@ class TokenSelect(Policy):
         """Where dense attention ends: at the trained length, if it rotates by rank."""
         return unbounded if rope is None or self.positions == "original" else rope.num_positions
 
-    def new_state(self, cache: KVCache) -> PolicyState:
-        if self.similarity_threshold is None:
-            return PolicyState(self)
-        similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
-        reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
-        return PolicyState(self, selection_cache=reuse)
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> PolicyState:
+        state = PolicyState(self, decode_policies=decode_policies(self, cache, crossovers))
+        if self.similarity_threshold is not None:
+            similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
+            reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
+            state.selection_cache = reuse
+        return state
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """Lists of every query block; None where everything is attended to.

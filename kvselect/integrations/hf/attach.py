@@ -12,8 +12,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.utils import logging as transformers_logging
 
 from kvselect.checks import UnsupportedModelError, require, require_bool, require_type
+from kvselect.crossovers import break_even_mode
 from kvselect.integrations.hf.attention import kvselect_attention
 from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
+from kvselect.integrations.hf.dense_border import settle_crossovers
 from kvselect.integrations.hf.hooks import install_hooks, remove_copied_hooks
 from kvselect.integrations.hf.masks import key_range_mask
 from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_phases
@@ -119,7 +121,13 @@ class Handle:
         return f"<kvselect.Handle: {self.policy!r} {state}, {type(self.model).__name__}>"
 
 
-def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool = True) -> Handle:
+def attach(
+    model: PreTrainedModel,
+    policy: Policy | None = None,
+    *,
+    strict: bool = True,
+    break_even: str | None = None,
+) -> Handle:
     """Attach a selection policy to a transformers causal language model, in place and reversibly.
 
     ``generate``, beams, pipelines and evaluation harnesses work on unchanged.
@@ -134,6 +142,12 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     strict : bool
         True: raise if any layer that should select cannot, naming all of them. False: those layers
         run dense, and the report says why.
+    break_even : {"auto", "stored", "off"} or None
+        How a policy with ``dense_below_tokens=None`` learns up to which length dense decode steps
+        are the faster ones on this machine. "auto": from what is stored, else by measuring for a
+        second or two and storing it. "stored": without measuring. "off": the selection budget
+        decides, which gives the same results on every machine. None: the environment variable
+        ``KVSELECT_BREAK_EVEN``, else "auto".
 
     Returns
     -------
@@ -145,7 +159,8 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
         If kvselect cannot run this model, or (strict) some of its layers.
     ValueError
         If a policy is attached already, ``output_attentions`` is on, a dense layer does not exist,
-        or the policy's compact positions exceed the length that the model was trained on.
+        ``break_even`` is none of its values, or the policy's compact positions exceed the length
+        that the model was trained on.
     TypeError
         If the model is not a PreTrainedModel or the policy not a Policy.
 
@@ -157,6 +172,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
     """
     require_type(model, PreTrainedModel, "model", "a transformers PreTrainedModel")
     require_bool(strict, "strict")
+    mode = break_even_mode(break_even, default="auto")
     policy = _policy_of(model, policy)
     copied = remove_copied_hooks(model)
     if copied is not None:
@@ -195,6 +211,7 @@ def attach(model: PreTrainedModel, policy: Policy | None = None, *, strict: bool
                 "keywords on to them and leave the mask to them"
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
+        settle_crossovers(plan, mode, next(model.parameters()).device.type)
         plan.mode = "select"
         undo.callback(plan.withdraw)
         return Handle(model, plan, undo.pop_all())

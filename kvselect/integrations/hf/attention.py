@@ -154,10 +154,10 @@ def _select(
     assert policy is not None
     if layer is not None:
         cache: KVCache = layer.cache
-        state = layer.state(policy, plan.statistics)
+        state = layer.state(policy, plan.statistics, plan.crossovers)
     else:  # no cache: the state lasts one call
         cache = _one_call_cache(key, value, keys, policy.required_sketch)
-        state = policy.new_state(cache)
+        state = policy.new_state(cache, plan.crossovers)
         state.prefill, state.decode = plan.statistics
     plan.nonfinite = cache.num_nonfinite
     q = query.transpose(1, 2)

@@ -7,6 +7,7 @@ follows the rows of the cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvselect.cache import KVCache
 from kvselect.checks import require
+from kvselect.crossovers import Crossover
 from kvselect.policies.base import Policy, PolicyState
 from kvselect.policies.phase_statistics import PhaseStatistics
 
@@ -54,6 +56,7 @@ class KVSelectLayer(DynamicLayer):
         self.validity: Tensor | None = None
         self._state: PolicyState | None = None
         self._state_policy: Policy | None = None
+        self._crossovers: Mapping[int, Crossover] | None = None
         self._announced: RopeState | None = None
         self._starts: Tensor | None = None
         self._stores: tuple[Tensor, Tensor] | None = (
@@ -95,12 +98,23 @@ class KVSelectLayer(DynamicLayer):
         self._announced = self._starts = None
 
     def state(
-        self, policy: Policy, statistics: tuple[PhaseStatistics, PhaseStatistics]
+        self,
+        policy: Policy,
+        statistics: tuple[PhaseStatistics, PhaseStatistics],
+        crossovers: Mapping[int, Crossover] | None = None,
     ) -> PolicyState:
-        """What ``policy`` remembers about this layer; made anew for another policy."""
+        """What ``policy`` remembers about this layer; made anew for another policy.
+
+        ``crossovers``: as `Policy.new_state` takes them; others make the state anew too.
+        """
         assert self.cache is not None
-        if self._state is None or self._state_policy is not policy:
-            self._state, self._state_policy = policy.new_state(self.cache), policy
+        if (
+            self._state is None
+            or self._state_policy is not policy
+            or (self._crossovers is not crossovers and self._crossovers != crossovers)
+        ):
+            self._state = policy.new_state(self.cache, crossovers)
+            self._state_policy, self._crossovers = policy, crossovers
         self._state.prefill, self._state.decode = statistics
         return self._state
 
@@ -189,7 +203,7 @@ class KVSelectLayer(DynamicLayer):
         """Forget all tokens and what was remembered of them; the next `update` allocates."""
         self._past_versions = self.version + 1
         self.cache = self.keys = self.values = None
-        self.rope_state = self.validity = self._state = self._state_policy = None
+        self.rope_state = self.validity = self._state = self._state_policy = self._crossovers = None
         self._announced = self._starts = self._stores = None
         self.is_initialized = False
 

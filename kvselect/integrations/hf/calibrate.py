@@ -157,6 +157,8 @@ def fit_layers(stack: nn.Module, plan: StackPlan, probes: dict[int, Probe]) -> d
             )
             continue
         layer.head_dim, layer.itemsize = probe.key.shape[-1], probe.key.element_size()
+        layer.num_q_heads, layer.num_kv_heads = probe.query.shape[1], probe.key.shape[1]
+        layer.dtype = probe.key.dtype
         if layer.layer_type not in frozen:
             frozen[layer.layer_type] = freeze_frequencies(rotary, layer.layer_type)
         problem = probe.problem or _fit_layer(layer, probe, frozen[layer.layer_type])

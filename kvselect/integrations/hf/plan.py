@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvselect.crossovers import Crossover
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
@@ -174,6 +175,13 @@ class LayerPlan:
         The stack's policy; with original positions where the layer has no rotation to compact.
     head_dim, itemsize : int
         Of its keys [channels, bytes].
+    num_q_heads, num_kv_heads, dtype
+        Of its queries and keys, as calibration saw them.
+    crossovers : dict
+        What decides which decode steps are dense, as ``Policy.new_state`` takes it; empty: the
+        policy alone.
+    unmeasured : str
+        Why there is none where the policy leaves it to measurement.
     statistics : pair of PhaseStatistics
         Of prefill and decode: shared by every cache that the layer meets while attached.
     num_lists : int
@@ -201,6 +209,11 @@ class LayerPlan:
     policy: Policy | None = None
     head_dim: int = 0
     itemsize: int = 0
+    num_q_heads: int = 0
+    num_kv_heads: int = 0
+    dtype: torch.dtype | None = None
+    crossovers: dict[int, Crossover] = field(default_factory=dict)
+    unmeasured: str = ""
     statistics: tuple[PhaseStatistics, PhaseStatistics] = field(
         default_factory=lambda: (PhaseStatistics(), PhaseStatistics())
     )

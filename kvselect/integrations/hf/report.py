@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kvselect import ops
+from kvselect.integrations.hf.dense_border import dense_border
 from kvselect.integrations.hf.plan import LayerPlan, StackPlan
 from kvselect.policies.base import Policy
 
@@ -40,6 +41,11 @@ class LayerReport:
     nonfinite_scored : int
         Tokens and query vectors met by the scores that held NaN or inf, once per call that met
         them.
+    dense_up_to : int or None
+        Decode steps of at most so many tokens are dense; None: the method knows no such border, or
+        the layer never selects.
+    dense_up_to_source : str or None
+        Whether the policy says so, a measurement, or the budget, and why.
     tokens_per_step, context_per_step : float or None
         Mean tokens that a query of a decode step attended to, per row and KV head, and what dense
         would have.
@@ -58,6 +64,8 @@ class LayerReport:
     dense_bytes_read: float
     nonfinite_cached: int
     nonfinite_scored: int
+    dense_up_to: int | None
+    dense_up_to_source: str | None
     tokens_per_step: float | None
     context_per_step: float | None
     prefill: dict[str, int | float | None]
@@ -117,6 +125,7 @@ class Report:
             f"revocable: {_yes(self.revocable)} (may a token come back?), "
             f"query-aware: {_yes(self.query_aware)}",
         ]
+        words += _border_lines(self.layers)
         if self.bytes_ratio is not None:
             words.append(
                 f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
@@ -154,6 +163,7 @@ def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
 def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
     phases = layer.statistics
     sizes = (layer.head_dim, layer.itemsize)
+    border = dense_border(layer)
     return LayerReport(
         index=layer.index,
         selects=layer.selects,
@@ -166,6 +176,8 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         dense_bytes_read=sum(phase.dense_bytes_read(*sizes) for phase in phases),
         nonfinite_cached=0 if layer.nonfinite is None else int(layer.nonfinite.sum()),
         nonfinite_scored=sum(phase.num_nonfinite for phase in phases),
+        dense_up_to=None if border is None else border.tokens,
+        dense_up_to_source=None if border is None else border.source,
         tokens_per_step=phases[1].tokens_attended / layer.num_lists if layer.num_lists else None,
         context_per_step=phases[1].tokens_visible / layer.num_lists if layer.num_lists else None,
         prefill=phases[0].to_dict(),
@@ -183,11 +195,28 @@ def _mode(policy: Policy) -> str:
     )
 
 
+def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line for each border; which layers it holds for where there are several."""
+    borders: dict[tuple[int, str], list[str]] = {}
+    for layer in layers:
+        if layer.dense_up_to is not None and layer.dense_up_to_source is not None:
+            border = layer.dense_up_to, layer.dense_up_to_source
+            borders.setdefault(border, []).append(str(layer.index))
+    return [
+        f"decode steps of at most {tokens} tokens are dense"
+        + (f" in layers {', '.join(indices)}" if len(borders) > 1 else "")
+        + f" ({source})"
+        for (tokens, source), indices in borders.items()
+    ]
+
+
 def _cells(layer: LayerReport) -> list[str]:
     """One row of the table."""
     runs = "selects" if layer.selects else f"dense: {layer.reason}"
     runs += "".join(f"; dense {count}x: {reason}" for reason, count in layer.ran_dense.items())
     decode = layer.decode
+    if layer.dense_up_to is not None and decode["num_dense_calls"]:
+        runs += f"; {decode['num_dense_calls']} of {decode['num_calls']} steps dense: short"
     steps = "-"
     if layer.tokens_per_step is not None:
         steps = f"{layer.tokens_per_step:.0f} of {layer.context_per_step:.0f}"
