@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "bindings/ops.h"
+#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
@@ -93,12 +94,10 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     }
 
     const int64_t num_blocks = p.blocks.num_blocks;
-    Tensor scores = torch::stable::new_empty(
-        q, std::array<int64_t, 4>{batch, num_blocks, keys.num_kv_heads, max_seqlen_k});
-    Tensor lse = torch::stable::new_empty(
-        q, std::array<int64_t, 4>{batch, num_blocks, num_vectors, num_q_heads});
-    Tensor num_nonfinite = torch::stable::new_empty(
-        q, std::array<int64_t, 3>{batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
+    Tensor scores =
+        new_output({batch, num_blocks, keys.num_kv_heads, max_seqlen_k}, ScalarType::Float);
+    Tensor lse = new_output({batch, num_blocks, num_vectors, num_q_heads}, ScalarType::Float);
+    Tensor num_nonfinite = new_output({batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;
