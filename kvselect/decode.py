@@ -91,7 +91,8 @@ def decode_step(
     A step whose rows are all short (`TokenSelect.dense_limit`) is dense.
     """
     require_step(q, cache, policy, state, q_unrotated, rope)
-    require(q.shape[1] == 1, "seqlen_q", q.shape[1], "1 (prefill takes more)")
+    seqlen_q = q.shape[1]
+    require(seqlen_q == 1, "seqlen_q", seqlen_q, "1 (prefill takes more)")
     if check_finite:
         raise_if_not_finite(q, cache)
     queries = Queries(

@@ -216,7 +216,7 @@ def longest_block(queries: Queries, cache: KVCache) -> tuple[int, int]:
 
 def visible_tokens(queries: Queries, cache: KVCache) -> int:
     """Tokens that dense attention would read, summed over rows, query blocks and KV heads."""
-    seqlen_q, later = queries.seqlen_q, queries.num_later_tokens
-    ends = [later + seqlen_q - offset for offset in queries.offsets[1:]]
-    total = sum(max(n - end, 0) for n in cache.num_real_tokens for end in ends)
-    return total * cache.num_kv_heads
+    behind = queries.seqlen_q + queries.num_later_tokens
+    ends = [behind - offset for offset in queries.offsets[1:]]
+    counts = [max(n - end, 0) for n in cache.num_real_tokens for end in ends]
+    return sum(counts) * cache.num_kv_heads
