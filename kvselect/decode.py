@@ -25,7 +25,7 @@ __all__ = ["DecodeInfo", "decode_step"]
 class DecodeInfo(NamedTuple):
     """What a decode step did.
 
-    ``selection`` is None where the step was dense; with a selection cache its tensors belong to the
+    ``selection`` is None where the step was dense; with a selection cache its indices belong to the
     state and change at the next step.
     """
 

@@ -76,7 +76,6 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
             .require_contiguous();
         p.q_local = local_arg.data<float>();
     }
-    require_stored_pages(keys, p.blocks);
     require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
     int64_t longest = 0;
     for (int64_t row = 0; row < batch; ++row) {
@@ -92,6 +91,10 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
             .require_contiguous();
         p.hit = hit_arg.data<int32_t>();
     }
+    // Where every list is reused, no key is read: nothing then grows with the length of a row.
+    const bool reads_keys = !p.hit || std::find(p.hit, p.hit + batch * keys.num_kv_heads, 0) !=
+                                          p.hit + batch * keys.num_kv_heads;
+    if (reads_keys) require_stored_pages(keys, p.blocks);
 
     const int64_t num_blocks = p.blocks.num_blocks;
     Tensor scores =
