@@ -427,13 +427,15 @@ class KVCache:
             return
         values = [0] * self.batch if starts is None else _read_ints(starts, "starts", self.batch)
         require(all(start >= 0 for start in values), "starts", values, "ints >= 0")
-        self._starts = None
-        if starts is not None:
-            self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
         self._given_starts = None
         if isinstance(starts, Tensor) and not starts.is_inference():
             self._given_starts = (starts, starts._version)
-        if values != self._host_starts:
+        moved = values != self._host_starts
+        if starts is None:
+            self._starts = None
+        elif moved or self._starts is None:
+            self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
+        if moved:
             self._set_lengths(self._lengths, values)
             self._sketch_rows()
             self._changed()

@@ -298,7 +298,7 @@ class TokenSelect(Policy):
         hit = reuse.lookup(
             self._similarity_queries(queries),
             cache,
-            num_lists=1 if self.scope == "layer" else cache.num_kv_heads,
+            num_lists=self._num_lists(cache),
             width=min(longest, queries.max_seqlen),
             dense_limit=self.dense_limit(queries.rope),
             reuse_counts=statistics.reuse_counts(cache.device),
@@ -368,13 +368,17 @@ class TokenSelect(Policy):
 
     def _total_score(self, parts: list[BlockVectors], heads: int) -> float | Tensor | None:
         """What all visible tokens of a list score together; a Tensor where blocks differ."""
-        shares_of_mass = self.score_scale is None and self.normalise_over == "visible"
-        if not shares_of_mass or self.aggregate == "max_vote":
+        if not self._scores_are_mass():
             return None
         if len(parts) == 1:
             return float(heads * parts[0].q.shape[2])
         totals = [float(heads * p.q.shape[2]) for p in parts for _ in range(p.first, p.last)]
         return torch.tensor(totals, device=parts[0].q.device)[:, None]
+
+    def _scores_are_mass(self) -> bool:
+        """Whether scores are shares of attention mass."""
+        by_attention = self.score_scale is None and self.normalise_over == "visible"
+        return by_attention and self.aggregate != "max_vote"
 
     def _pick(
         self,
@@ -430,6 +434,9 @@ class TokenSelect(Policy):
                 allowed = "the queries before RoPE (or similarity_on='rotated')"
                 require(queries.rope is None, "q_unrotated", None, allowed)
         return q
+
+    def _num_lists(self, cache: KVCache) -> int:
+        return 1 if self.scope == "layer" else cache.num_kv_heads
 
     def _scoring_vectors(self, queries: Queries, cache: KVCache) -> list[BlockVectors]:
         rope = queries.rope
