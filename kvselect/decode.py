@@ -25,7 +25,7 @@ __all__ = ["DecodeInfo", "decode_step"]
 class DecodeInfo(NamedTuple):
     """What a decode step did.
 
-    ``selection`` is None where the step was dense; with a selection cache its tensors belong to the
+    ``selection`` is None where the step was dense; with a selection cache its indices belong to the
     state and change at the next step.
     """
 
@@ -92,7 +92,8 @@ def decode_step(
     that is, if the policy leaves it to measurement.
     """
     require_step(q, cache, policy, state, q_unrotated, rope)
-    require(q.shape[1] == 1, "seqlen_q", q.shape[1], "1 (prefill takes more)")
+    seqlen_q = q.shape[1]
+    require(seqlen_q == 1, "seqlen_q", seqlen_q, "1 (prefill takes more)")
     if check_finite:
         raise_if_not_finite(q, cache)
     queries = Queries(

@@ -163,6 +163,25 @@ def _recovered_mass(
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+@_fake("selection_cache_step")
+def _selection_cache_step(
+    q: Tensor,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    num_nonfinite: Tensor,
+    similarity: str,
+    similarity_threshold: float,
+    max_age: int,
+    dense_limit: int,
+    anchor_query: Tensor,
+    age: Tensor,
+    expected_seqlens: Tensor,
+    known_nonfinite: Tensor,
+    reuse_counts: Tensor,
+) -> Tensor:
+    return age.new_empty(age.shape)
+
+
 def build_info() -> dict[str, object]:
     """What this kvselect was built with and what it found here.
 

@@ -185,7 +185,7 @@ class Rope:
         """
         x = x.float()
         partner = _partners(
-            self.start, self.num_pairs, self.interleaved, x.shape[-1], str(x.device)
+            self.start, self.num_pairs, self.interleaved, x.shape[-1], x.device
         )
         return x * own + x.index_select(-1, partner) * other
 
@@ -208,7 +208,9 @@ class Rope:
 
 
 @lru_cache(maxsize=64)
-def _partners(start: int, num_pairs: int, interleaved: bool, head_dim: int, device: str) -> Tensor:
+def _partners(
+    start: int, num_pairs: int, interleaved: bool, head_dim: int, device: torch.device
+) -> Tensor:
     """For every channel the other of its pair; channels that do not rotate are their own."""
     with torch.inference_mode(False):  # kept: it must serve calls that track gradients, too
         channels = torch.arange(head_dim)

@@ -110,15 +110,16 @@ def select_blocks(
     hit : Tensor, [batch, num_lists], int32, or None
         Non-zero: the row's newest token joins the list of ``reused``, in place.
     reused : Lists or None
-        The lists of the last step, written to; None: new ones.
+        The lists of the last step, whose ``indices`` are written to; None: new ones.
     """
+    batch, num_blocks, num_lists, _ = scores.shape
+    shape, device = (batch, num_blocks, num_lists), scores.device
+    kept_score = torch.empty(shape, dtype=torch.float32, device=device)
     if reused is None:
-        shape, device = scores.shape[:-1], scores.device
-        reused = Lists(
-            torch.empty((*shape, width), dtype=torch.int32, device=device),
-            torch.empty(shape, dtype=torch.int32, device=device),
-            torch.empty(shape, dtype=torch.float32, device=device),
-        )
+        indices = torch.empty((*shape, width), dtype=torch.int32, device=device)
+        topk_length = torch.empty(shape, dtype=torch.int32, device=device)
+    else:  # the counts of the last step stay as they were: somebody may look at them later
+        indices, topk_length = reused.indices, reused.topk_length.clone()
     torch.ops.kvselect.select_tokens.default(
         scores,
         cache_seqlens,
@@ -131,9 +132,11 @@ def select_blocks(
         keep,
         pool_width,
         hit,
-        *reused,
+        indices,
+        topk_length,
+        kept_score,
     )
-    return reused
+    return Lists(indices, topk_length, kept_score)
 
 
 def select_tokens(

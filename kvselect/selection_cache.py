@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.cache import KVCache
 from kvselect.selection import Lists
 
@@ -40,112 +41,99 @@ class SelectionCache:
     `lookup` decides for every list by itself; a vector of zeros and one that is not finite miss.
     The host only knows of changes that it made itself: another cache version or batch, or more than
     one token at once, make every list miss. Source: TokenSelect, arXiv:2411.02886, section on the
-    selection cache; window and forced misses are ours.
+    selection cache; window and forced misses are ours. Cost of a step whose lists all hit: that of
+    attention over them; nothing grows with the length of the context (docs/kernels).
     """
 
     def __init__(self, similarity_threshold: float, max_age: int, similarity: Similarity) -> None:
         self.similarity_threshold = similarity_threshold
         self.max_age = max_age
         self.similarity: Similarity = similarity
-        self.anchor_query: Tensor | None = None  # as `direction` gives it
-        self.age: Tensor | None = None  # [batch, num_lists] int32, steps since the refresh
-        self.expected_seqlens: Tensor | None = None  # [batch] int32; -1: the row's lists are void
         self.lists: Lists | None = None  # one block; extended in place by hits
+        self.anchor_query: Tensor | None = None  # [batch, num_q_heads, head_dim] float32
+        self.age: Tensor  # [batch, num_lists] int32, steps since the refresh
+        self.expected_seqlens: Tensor  # [batch] int32; -1: the row's lists are void
+        self.known_nonfinite: Tensor  # [batch, num_lists] int64, defects met up to the last step
         self._version: tuple[int, int] | None = None
-        self.num_nonfinite: Tensor | None = None  # [batch, num_lists] int64, at the last step
 
-    def direction(self, q: Tensor) -> Tensor:
-        """Queries as `lookup` and `store` take them: unit vectors, whose products are cosines.
+    def lookup(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        *,
+        num_lists: int,
+        width: int,
+        dense_limit: int,
+        reuse_counts: Tensor,
+    ) -> Tensor | None:
+        """Which lists this step may reuse; the others take its query as their anchor.
 
-        Parameters
-        ----------
-        q : Tensor, [batch, num_lists, heads per list, head_dim], float32
-
-        Returns
-        -------
-        Tensor of the shape of ``q`` ("flat": [batch, num_lists, 1, heads per list * head_dim])
-            NaN for a vector of zeros and for one that is not finite, so that they miss.
-        """
-        if self.similarity == "flat":
-            q = q.flatten(-2).unsqueeze(-2)
-        return q * q.square().sum(-1, keepdim=True).rsqrt()
-
-    def lookup(self, direction: Tensor, cache: KVCache) -> Tensor | None:
-        """Which lists this step may reuse.
+        Until `store` gives the lists that the step ended with, nothing is reusable.
 
         Parameters
         ----------
-        direction : Tensor
-            Of the step's query, one token, after its append.
+        q : Tensor, [batch, 1, num_q_heads, head_dim]
+            What is compared, after the append of its token.
         cache : KVCache
+        num_lists : int
+            ``cache.num_kv_heads``, or 1 where all heads share a list.
+        width : int
+            Entries that lists must have room for.
+        dense_limit : int
+            Rows of at most so many real tokens attend to everything: the lists that they hold now
+            are no selection, so they miss at the next step.
+        reuse_counts : Tensor, [2], int64
+            Grows by the lists reused and by the visible tokens of their KV heads.
 
         Returns
         -------
         Tensor, [batch, num_lists], int32, 1 = hit; or None: nothing is stored that could hit
         """
-        if (
-            self.anchor_query is None
-            or self.expected_seqlens is None
-            or self.age is None
-            or self._version != (cache.serial, cache.version)
-            or cache.num_appended != 1
-            or self.anchor_query.shape != direction.shape
-        ):
-            return None
-        cosines = (direction * self.anchor_query).sum(-1)
-        if self.similarity == "q10":
-            lowest = (cosines.shape[-1] - 1) // 10  # 10 % quantile, lower value
-            similar = cosines.nan_to_num(nan=-1.0).kthvalue(lowest + 1, dim=-1).values
-        else:
-            similar = cosines.amin(-1)  # NaN, if one is
-        hit = similar >= self.similarity_threshold
-        hit &= self.age < self.max_age
-        hit &= (self.expected_seqlens == cache.cache_seqlens)[:, None]
-        hit &= self._nonfinite(cache, hit.shape[1]) == self.num_nonfinite
-        return hit.int()
+        anchor = self.anchor_query
+        usable = (
+            anchor is not None
+            and self.lists is not None
+            and self._version == (cache.serial, cache.version)
+            and cache.num_appended == 1
+            and anchor.shape == (q.shape[0], q.shape[2], q.shape[3])
+            and self.lists.indices.shape[-2:-1] == (num_lists,)
+            and self.lists.indices.shape[-1] >= width
+        )
+        self._version = None
+        if not usable:  # anew, not in place: it may be an inference tensor, which must not change
+            self._allocate(q, num_lists)
+        assert self.anchor_query is not None
+        hit: Tensor = torch.ops.kvselect.selection_cache_step.default(
+            q,
+            cache.cache_seqlens,
+            cache.starts,
+            cache.num_nonfinite,
+            self.similarity,
+            self.similarity_threshold,
+            self.max_age,
+            dense_limit,
+            self.anchor_query,
+            self.age,
+            self.expected_seqlens,
+            self.known_nonfinite,
+            reuse_counts,
+        )
+        return hit if usable else None
 
-    def store(
-        self,
-        direction: Tensor,
-        hit: Tensor | None,
-        cache: KVCache,
-        lists: Lists,
-        void: Tensor | None = None,
-    ) -> None:
-        """Take the lists of a step: reused ones grow older, fresh ones get a new anchor.
-
-        Parameters
-        ----------
-        direction, hit : Tensor
-            As `lookup` took and gave them.
-        lists : Lists
-            Kept; the next hit extends them in place.
-        void : Tensor, [batch], bool, or None
-            Rows that must miss at the next step.
-        """
-        if hit is None or self.anchor_query is None or self.age is None:
-            self.anchor_query = direction
-            self.age = torch.zeros(direction.shape[:2], dtype=torch.int32, device=direction.device)
-        else:
-            reused = hit[..., None, None] != 0
-            self.anchor_query = torch.where(reused, self.anchor_query, direction)
-            self.age = (self.age + 1) * hit
-        self.expected_seqlens = cache.cache_seqlens + 1
-        if void is not None:
-            self.expected_seqlens.masked_fill_(void, -1)
+    def store(self, lists: Lists, cache: KVCache) -> None:
+        """Keep the lists of the step that `lookup` began; the next hit extends them in place."""
         self.lists = lists
         self._version = (cache.serial, cache.version)
-        self.num_nonfinite = self._nonfinite(cache, direction.shape[1]).clone()
-
-    @staticmethod
-    def _nonfinite(cache: KVCache, num_lists: int) -> Tensor:
-        """Defects that each list's heads met, [batch, num_lists]; a new one forces a miss."""
-        counts = cache.num_nonfinite
-        if num_lists == counts.shape[1]:
-            return counts
-        return counts.view(counts.shape[0], num_lists, -1).sum(-1)
 
     def clear(self) -> None:
         """Forget everything: the next step misses."""
-        self.anchor_query = self.age = self.expected_seqlens = self.lists = self._version = None
-        self.num_nonfinite = None
+        self.lists = self.anchor_query = self._version = None
+
+    def _allocate(self, q: Tensor, num_lists: int) -> None:
+        """State in which every list misses."""
+        batch, _, num_q_heads, head_dim = q.shape
+        device = q.device
+        self.anchor_query = torch.zeros((batch, num_q_heads, head_dim), device=device)
+        self.age = torch.zeros((batch, num_lists), dtype=torch.int32, device=device)
+        self.expected_seqlens = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        self.known_nonfinite = torch.zeros((batch, num_lists), dtype=torch.int64, device=device)

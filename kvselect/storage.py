@@ -87,20 +87,17 @@ class HeadMajorRows:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._k = torch.zeros((batch, num_kv_heads, 0, head_dim), dtype=dtype, device=device)
-        self._v = torch.zeros_like(self._k)
+        k = torch.zeros((batch, num_kv_heads, 0, head_dim), dtype=dtype, device=device)
+        self._set_stores(k, torch.zeros_like(k))
+
+    def _set_stores(self, k: Tensor, v: Tensor) -> None:
+        self._k, self._v = k, v
+        # Views that every op of every step takes: made once.
+        self.k_pages, self.v_pages = k.transpose(1, 2), v.transpose(1, 2)
 
     @property
     def capacity(self) -> int:
         return self._k.shape[2]
-
-    @property
-    def k_pages(self) -> Tensor:
-        return self._k.transpose(1, 2)
-
-    @property
-    def v_pages(self) -> Tensor:
-        return self._v.transpose(1, 2)
 
     @property
     def block_table(self) -> None:
@@ -110,7 +107,7 @@ class HeadMajorRows:
         longest = max(lengths, default=0)
         if longest > self.capacity:
             capacity = grown_capacity(longest, exactly)
-            self._k, self._v = grown(self._k, 2, capacity), grown(self._v, 2, capacity)
+            self._set_stores(grown(self._k, 2, capacity), grown(self._v, 2, capacity))
 
     def release(self, lengths: list[int]) -> None:
         """Rows keep their room."""
@@ -123,12 +120,12 @@ class HeadMajorRows:
             fresh = store.new_zeros((len(rows), *store.shape[1:]))
             fresh[:, :, :used] = store[:, :, :used].index_select(0, picked)  # only what is stored
             stores.append(fresh)
-        self._k, self._v = stores
+        self._set_stores(*stores)
 
     def tokens(self, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Views."""
         used = max(lengths, default=0)
-        return self._k[:, :, :used].transpose(1, 2), self._v[:, :, :used].transpose(1, 2)
+        return self.k_pages[:, :used], self.v_pages[:, :used]
 
     def row_keys(self, row: int, begin: int, end: int) -> Tensor:
         """A view."""

@@ -25,6 +25,7 @@ SCHEMAS = {
     "sparse_attention",
     "merge_splits",
     "recovered_mass",
+    "selection_cache_step",
 }
 
 
@@ -138,6 +139,25 @@ def mass_arguments() -> dict[str, Any]:
     return arguments
 
 
+def cache_step_arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    q = torch.randn(2, 1, 4, HEAD_DIM, generator=torch.Generator().manual_seed(6)).to(dtype)
+    return {
+        "q": q,
+        "cache_seqlens": int32(150, 50),
+        "starts": int32(0, 3),
+        "num_nonfinite": torch.zeros(2, 2, dtype=torch.int64),
+        "similarity": "min",
+        "similarity_threshold": 0.9,
+        "max_age": 64,
+        "dense_limit": 10,
+        "anchor_query": q[:, 0].float().clone(),
+        "age": int32(0, 1, 64, 3).view(2, 2),
+        "expected_seqlens": int32(150, 50),
+        "known_nonfinite": torch.zeros(2, 2, dtype=torch.int64),
+        "reuse_counts": torch.zeros(2, dtype=torch.int64),
+    }
+
+
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_append": ("kv_append", append_arguments()),
     "kv_append paged bf16": ("kv_append", append_arguments(paged=True, dtype=torch.bfloat16)),
@@ -167,6 +187,8 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         {"partial_out": torch.randn(3, 2, 4, HEAD_DIM), "partial_lse": torch.randn(3, 2, 4)},
     ),
     "recovered_mass": ("recovered_mass", mass_arguments()),
+    "selection_cache_step": ("selection_cache_step", cache_step_arguments()),
+    "selection_cache_step bf16": ("selection_cache_step", cache_step_arguments(torch.bfloat16)),
 }
 
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings/ops.h"
+#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
@@ -35,8 +36,8 @@ std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse) 
 
     const Tensor out_parts = torch::stable::contiguous(partial_out);
     const Tensor lse_parts = torch::stable::contiguous(partial_lse);
-    Tensor out = torch::stable::new_empty(partial_out, out_shape);
-    Tensor lse = torch::stable::new_empty(partial_out, lse_shape);
+    Tensor out = new_output(out_shape, ScalarType::Float);
+    Tensor lse = new_output(lse_shape, ScalarType::Float);
     MergeSplitsParams p{};
     p.num_splits = out_arg.size(0);
     p.num_rows = num_rows;

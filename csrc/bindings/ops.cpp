@@ -34,6 +34,12 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "recovered_mass(Tensor q, Tensor k_cache, Tensor? block_table, Tensor cache_seqlens, "
         "Tensor? starts, Tensor indices, Tensor topk_length, Tensor? q_block_offsets, "
         "float softmax_scale, SymInt max_seqlen_k) -> Tensor");
+    m.def(
+        "selection_cache_step(Tensor q, Tensor cache_seqlens, Tensor? starts, "
+        "Tensor num_nonfinite, str similarity, float similarity_threshold, int max_age, "
+        "SymInt dense_limit, Tensor(a!) anchor_query, Tensor(b!) age, "
+        "Tensor(c!) expected_seqlens, Tensor(d!) known_nonfinite, Tensor(e!) reuse_counts) "
+        "-> Tensor hit");
     m.def("build_info() -> str");
     m.def("cpu_implementations() -> str");
     m.def("cpu_implementation() -> str");
@@ -47,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
     m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
     m.impl("merge_splits", TORCH_BOX(&merge_splits));
     m.impl("recovered_mass", TORCH_BOX(&recovered_mass));
+    m.impl("selection_cache_step", TORCH_BOX(&selection_cache_step));
 }
 
 // No tensor tells these where to run, so they are registered for every backend.

@@ -39,6 +39,11 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
                       OptionalTensor starts, Tensor indices, Tensor topk_length,
                       OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k);
 
+Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor starts,
+                            Tensor num_nonfinite, StringArg similarity, double similarity_threshold,
+                            int64_t max_age, int64_t dense_limit, Tensor anchor_query, Tensor age,
+                            Tensor expected_seqlens, Tensor known_nonfinite, Tensor reuse_counts);
+
 std::string build_info();
 std::string cpu_implementations();
 std::string cpu_implementation();

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/ops.h"
+#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
@@ -31,8 +32,7 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
     require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
     const IndexListsArg lists = read_index_lists(indices, topk_length, p.blocks, keys.num_kv_heads);
 
-    Tensor mass = torch::stable::new_empty(q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads},
-                                           ScalarType::Float);
+    Tensor mass = new_output({batch, seqlen_q, num_q_heads}, ScalarType::Float);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;

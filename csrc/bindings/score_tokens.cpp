@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "bindings/ops.h"
+#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
@@ -75,7 +76,6 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
             .require_contiguous();
         p.q_local = local_arg.data<float>();
     }
-    require_stored_pages(keys, p.blocks);
     require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
     int64_t longest = 0;
     for (int64_t row = 0; row < batch; ++row) {
@@ -91,14 +91,16 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
             .require_contiguous();
         p.hit = hit_arg.data<int32_t>();
     }
+    // Where every list is reused, no key is read: nothing then grows with the length of a row.
+    const bool reads_keys = !p.hit || std::find(p.hit, p.hit + batch * keys.num_kv_heads, 0) !=
+                                          p.hit + batch * keys.num_kv_heads;
+    if (reads_keys) require_stored_pages(keys, p.blocks);
 
     const int64_t num_blocks = p.blocks.num_blocks;
-    Tensor scores = torch::stable::new_empty(
-        q, std::array<int64_t, 4>{batch, num_blocks, keys.num_kv_heads, max_seqlen_k});
-    Tensor lse = torch::stable::new_empty(
-        q, std::array<int64_t, 4>{batch, num_blocks, num_vectors, num_q_heads});
-    Tensor num_nonfinite = torch::stable::new_empty(
-        q, std::array<int64_t, 3>{batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
+    Tensor scores =
+        new_output({batch, num_blocks, keys.num_kv_heads, max_seqlen_k}, ScalarType::Float);
+    Tensor lse = new_output({batch, num_blocks, num_vectors, num_q_heads}, ScalarType::Float);
+    Tensor num_nonfinite = new_output({batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;

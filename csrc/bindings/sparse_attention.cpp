@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/ops.h"
+#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
@@ -54,10 +55,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
         }
     }
 
-    Tensor out = torch::stable::new_empty(
-        q, std::array<int64_t, 4>{batch, seqlen_q, num_q_heads, keys.head_dim});
-    Tensor lse = torch::stable::new_empty(q, std::array<int64_t, 3>{batch, seqlen_q, num_q_heads},
-                                          ScalarType::Float);
+    Tensor out = new_output({batch, seqlen_q, num_q_heads, keys.head_dim}, q_arg.dtype());
+    Tensor lse = new_output({batch, seqlen_q, num_q_heads}, ScalarType::Float);
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;

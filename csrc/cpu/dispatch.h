@@ -9,6 +9,7 @@
 #include "kvselect/recovered_mass.h"
 #include "kvselect/score_tokens.h"
 #include "kvselect/select_tokens.h"
+#include "kvselect/selection_cache_step.h"
 #include "kvselect/sparse_attention.h"
 
 namespace kvselect::cpu {
@@ -23,6 +24,7 @@ struct Implementation {
     SparseAttentionFn sparse_attention;
     MergeSplitsFn merge_splits;
     RecoveredMassFn recovered_mass;
+    SelectionCacheStepFn selection_cache_step;
 };
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.

@@ -43,7 +43,8 @@ const Implementation& amx_implementation() {
         amx::select_tokens,
         amx::sparse_attention,
         amx::merge_splits,
-        amx::recovered_mass};
+        amx::recovered_mass,
+        amx::selection_cache_step};
     return implementation;
 }
 

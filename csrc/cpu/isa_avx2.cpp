@@ -36,7 +36,8 @@ const Implementation& avx2_implementation() {
                                                    avx2::select_tokens,
                                                    avx2::sparse_attention,
                                                    avx2::merge_splits,
-                                                   avx2::recovered_mass};
+                                                   avx2::recovered_mass,
+                                                   avx2::selection_cache_step};
     return implementation;
 }
 

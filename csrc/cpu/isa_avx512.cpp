@@ -38,7 +38,8 @@ const Implementation& avx512_implementation() {
                                                    avx512::select_tokens,
                                                    avx512::sparse_attention,
                                                    avx512::merge_splits,
-                                                   avx512::recovered_mass};
+                                                   avx512::recovered_mass,
+                                                   avx512::selection_cache_step};
     return implementation;
 }
 

@@ -39,7 +39,8 @@ const Implementation& avx512_bf16_implementation() {
                                                    avx512_bf16::select_tokens,
                                                    avx512_bf16::sparse_attention,
                                                    avx512_bf16::merge_splits,
-                                                   avx512_bf16::recovered_mass};
+                                                   avx512_bf16::recovered_mass,
+                                                   avx512_bf16::selection_cache_step};
     return implementation;
 }
 

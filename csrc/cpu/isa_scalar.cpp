@@ -31,7 +31,8 @@ const Implementation& scalar_implementation() {
                                                    scalar::select_tokens,
                                                    scalar::sparse_attention,
                                                    scalar::merge_splits,
-                                                   scalar::recovered_mass};
+                                                   scalar::recovered_mass,
+                                                   scalar::selection_cache_step};
     return implementation;
 }
 

@@ -14,4 +14,5 @@
 #include "cpu/sketch_logits-inl.h"
 #include "cpu/score_tokens-inl.h"
 #include "cpu/select_tokens-inl.h"
+#include "cpu/selection_cache_step-inl.h"
 #include "cpu/sparse_attention-inl.h"

@@ -244,7 +244,8 @@ def selection_of(
         topk_length = topk_length.expand(-1, -1, num_kv_heads)
         kept_score = kept_score.expand(-1, -1, num_kv_heads)
     if queries.q_block_offsets is None:
-        indices, topk_length, kept_score = indices[:, 0], topk_length[:, 0], kept_score[:, 0]
+        indices, topk_length = indices.squeeze(1), topk_length.squeeze(1)
+        kept_score = kept_score.squeeze(1)
     return Selection(indices, topk_length, queries.q_block_offsets, kept_score, total_score, hit)
 
 
@@ -257,7 +258,9 @@ def longest_block(queries: Queries, cache: KVCache) -> tuple[int, int]:
 
 def visible_tokens(queries: Queries, cache: KVCache) -> int:
     """Tokens that dense attention would read, summed over rows, query blocks and KV heads."""
-    seqlen_q, later = queries.seqlen_q, queries.num_later_tokens
-    ends = [later + seqlen_q - offset for offset in queries.offsets[1:]]
-    total = sum(max(n - end, 0) for n in cache.num_real_tokens for end in ends)
+    behind = queries.seqlen_q + queries.num_later_tokens
+    total = 0
+    for offset in queries.offsets[1:]:
+        for num_tokens in cache.num_real_tokens:
+            total += max(num_tokens + offset - behind, 0)
     return total * cache.num_kv_heads

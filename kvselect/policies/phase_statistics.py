@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,19 @@ from kvselect.sketch import bytes_per_token
 
 __all__ = ["PhaseStatistics"]
 
-_ATTENDED, _MASS_SUM, _MASS_COUNT, _NONFINITE, _HITS, _LISTS_LOOKED_UP, _NOT_SCANNED = range(7)
+_ATTENDED, _MASS_SUM, _MASS_COUNT, _NONFINITE = range(4)
+_REUSED, _NOT_SCANNED = range(2)
+
+_CALLS_AT_ONCE = 64  # whose counts are added up together: a sum costs more than the step's checks
+
+
+class _Recorded(NamedTuple):
+    """Counts of one call that are not added up yet; none of them changes after the call."""
+
+    topk_length: Tensor
+    kept_score: Tensor | None
+    total_score: float | Tensor | None
+    num_nonfinite: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +51,10 @@ class PhaseStatistics:
     tokens_visible: int = 0
     _attended_densely: int = 0
     _scanned: int = 0
-    _totals: Tensor | None = None  # float64 [7]: exact far beyond any count here
+    _looked_up: int = 0
+    _recorded: list[_Recorded] = field(default_factory=list)
+    _totals: Tensor | None = None  # float64 [4]: exact far beyond any count here
+    _reuse_counts: Tensor | None = None  # int64 [2]
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything."""
@@ -53,44 +69,71 @@ class PhaseStatistics:
         tokens_visible: int,
         scored: bool,
         num_nonfinite: Tensor | None = None,
-        tokens_not_scanned: Tensor | None = None,
     ) -> None:
         """A call that attended to lists.
 
         Parameters
         ----------
+        selection : Selection
+            Its counts are kept for a while, its indices are not.
         scored : bool
             Whether the visible tokens were scored (StreamingLLM does not).
         num_nonfinite : Tensor, any shape, or None
             Tokens and query vectors that were not finite.
-        tokens_not_scanned : Tensor, scalar, or None
-            Visible tokens of reused lists.
         """
         self.num_calls += 1
         self.tokens_visible += tokens_visible
         self._scanned += tokens_visible if scored else 0
-        lengths = selection.topk_length
-        attended = lengths.sum(dtype=torch.float64)
-        zero = torch.zeros_like(attended)
-        parts = [attended, zero, zero, zero, zero, zero, zero]
-        if (mass := selection.kept_mass) is not None:
-            parts[_MASS_SUM] = mass.nansum(dtype=torch.float64)
+        if selection.hit is not None:
+            self._looked_up += selection.hit.numel()
+        self._recorded.append(
+            _Recorded(
+                selection.topk_length, selection.kept_score, selection.total_score, num_nonfinite
+            )
+        )
+        if len(self._recorded) == _CALLS_AT_ONCE:
+            self._add_up()
+
+    def reuse_counts(self, device: torch.device) -> Tensor:
+        """Lists that were reused and their visible tokens, int64 [2]: the lookups add to it."""
+        if self._reuse_counts is None:
+            self._reuse_counts = torch.zeros(2, dtype=torch.int64, device=device)
+        return self._reuse_counts
+
+    def _add_up(self) -> None:
+        """Bring the totals up to date, on the device."""
+        recorded, self._recorded = self._recorded, []
+        scores: dict[float, list[Tensor]] = {}
+        masses = []
+        for call in recorded:
+            if isinstance(call.total_score, Tensor) and call.kept_score is not None:
+                masses.append(call.kept_score / call.total_score)
+            elif call.total_score is not None and call.kept_score is not None:
+                scores.setdefault(call.total_score, []).append(call.kept_score)
+        masses += [_joined(kept) / total for total, kept in scores.items()]
+        zero = torch.zeros((), dtype=torch.float64, device=recorded[0].topk_length.device)
+        counts = [zero] * 4
+        counts[_ATTENDED] = _joined([call.topk_length for call in recorded]).sum(dtype=zero.dtype)
+        if masses:
+            mass = _joined(masses)
+            counts[_MASS_SUM] = mass.nansum(dtype=zero.dtype)
             # Reused lists hold NaN; 0 means that nothing was visible before the block: both say
             # nothing.
-            parts[_MASS_COUNT] = (mass > 0).sum(dtype=torch.float64)
-        if num_nonfinite is not None:
-            parts[_NONFINITE] = num_nonfinite.sum(dtype=torch.float64)
-        if selection.hit is not None:
-            parts[_HITS] = selection.hit.sum(dtype=torch.float64)
-            parts[_LISTS_LOOKED_UP] = zero + selection.hit.numel()
-        if tokens_not_scanned is not None:
-            parts[_NOT_SCANNED] = tokens_not_scanned.to(torch.float64)
-        counts = torch.stack(parts)
+            counts[_MASS_COUNT] = (mass > 0).sum(dtype=zero.dtype)
+        defects = [call.num_nonfinite for call in recorded if call.num_nonfinite is not None]
+        if defects:
+            counts[_NONFINITE] = _joined(defects).sum(dtype=zero.dtype)
         # Not in place: inference tensors may not be changed outside the mode that made them.
-        self._totals = counts if self._totals is None else self._totals + counts
+        totals = torch.stack(counts)
+        self._totals = totals if self._totals is None else self._totals + totals
 
     def _total(self, which: int) -> float:
+        if self._recorded:
+            self._add_up()
         return 0.0 if self._totals is None else float(self._totals[which])
+
+    def _reuse(self, which: int) -> int:
+        return 0 if self._reuse_counts is None else int(self._reuse_counts[which])
 
     @property
     def num_steps(self) -> int:
@@ -104,23 +147,22 @@ class PhaseStatistics:
     @property
     def tokens_scanned(self) -> int:
         """Tokens that were scored, from the sketch or the keys."""
-        return self._scanned - int(self._total(_NOT_SCANNED))
+        return self._scanned - self._reuse(_NOT_SCANNED)
 
     @property
     def num_hits(self) -> int:
         """Lists that the selection cache reused."""
-        return int(self._total(_HITS))
+        return self._reuse(_REUSED)
 
     @property
     def num_misses(self) -> int:
         """Lists that the selection cache looked at and made anew; forced misses do not count."""
-        return int(self._total(_LISTS_LOOKED_UP)) - self.num_hits
+        return self._looked_up - self.num_hits
 
     @property
     def hit_rate(self) -> float | None:
         """Share of the lists looked up that were reused; None: none was looked up."""
-        looked_up = self._total(_LISTS_LOOKED_UP)
-        return self._total(_HITS) / looked_up if looked_up else None
+        return self.num_hits / self._looked_up if self._looked_up else None
 
     @property
     def kept_mass(self) -> float | None:
@@ -159,3 +201,10 @@ class PhaseStatistics:
             "kept_mass": self.kept_mass,
             "num_nonfinite": self.num_nonfinite,
         }
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """All entries of tensors that may differ in shape."""
+    if all(tensor.shape == tensors[0].shape for tensor in tensors):
+        return torch.stack(tensors)
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -280,8 +280,8 @@ class TokenSelect(Policy):
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """Lists of every query block; None where everything is attended to.
 
-        With a selection cache the lists of decode steps belong to the state: the next step changes
-        them in place.
+        With a selection cache the indices of decode steps belong to the state: the next step
+        changes them in place.
         """
         self._require_usable(queries, cache)
         visible = visible_tokens(queries, cache)
@@ -302,21 +302,22 @@ class TokenSelect(Policy):
             statistics.record_selection(selection, visible, True, num_nonfinite)
             return selection
 
-        direction = reuse.direction(self._similarity_queries(queries, cache))
         longest = self._longest_list(queries, cache)
-        hit, reused = reuse.lookup(direction, cache), reuse.lists
-        if reused is None or reused.indices.shape[-1] < min(longest, queries.max_seqlen):
-            hit = reused = None
+        hit = reuse.lookup(
+            self._similarity_queries(queries),
+            cache,
+            num_lists=self._num_lists(cache),
+            width=min(longest, queries.max_seqlen),
+            dense_limit=self.dense_limit(queries.rope),
+            reuse_counts=statistics.reuse_counts(cache.device),
+        )
         votes, total, num_nonfinite = self._vote(queries, cache, hit)
         width = list_width(min(longest, max(self.capacity, 2 * queries.max_seqlen)))  # may grow
-        lists = self._pick(votes, queries, cache, width, hit, reused if hit is not None else None)
-        reuse.store(direction, hit, cache, lists, self._void_rows(queries, cache))
+        reused = None if hit is None else reuse.lists
+        lists = self._pick(votes, queries, cache, width, hit, reused)
+        reuse.store(lists, cache)
         selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
-        not_scanned = None
-        if hit is not None:
-            heads_per_list = cache.num_kv_heads // hit.shape[1]
-            not_scanned = (hit * _real_tokens(queries, cache)[:, None]).sum() * heads_per_list
-        statistics.record_selection(selection, visible, True, num_nonfinite, not_scanned)
+        statistics.record_selection(selection, visible, True, num_nonfinite)
         return selection
 
     def _require_usable(self, queries: Queries, cache: KVCache) -> None:
@@ -367,20 +368,25 @@ class TokenSelect(Policy):
             scores.append(part_scores)
             counts.append(num_nonfinite)
 
-        total: float | Tensor | None = None
-        if self.score_scale is None and self.normalise_over == "visible":
-            heads = queries.q.shape[2] if shared else queries.q.shape[2] // num_kv_heads
-            if self.aggregate != "max_vote":
-                per_part = [(p.last - p.first, float(heads * p.q.shape[2])) for p in parts]
-                total = per_part[0][1]
-                if len(parts) > 1:
-                    every = [score for blocks, score in per_part for _ in range(blocks)]
-                    total = torch.tensor(every, device=cache.device)[:, None]
-        if len(parts) == 1:
-            votes, num_nonfinite = scores[0], counts[0]
-        else:
+        votes, num_nonfinite = scores[0], counts[0]
+        if len(parts) > 1:
             votes, num_nonfinite = torch.cat(scores, dim=1), torch.cat(counts, dim=1)
+        total = self._total_score(parts, queries.q.shape[2] // (1 if shared else num_kv_heads))
         return votes.sum(2, keepdim=True) if shared else votes, total, num_nonfinite
+
+    def _total_score(self, parts: list[BlockVectors], heads: int) -> float | Tensor | None:
+        """What all visible tokens of a list score together; a Tensor where blocks differ."""
+        if not self._scores_are_mass():
+            return None
+        if len(parts) == 1:
+            return float(heads * parts[0].q.shape[2])
+        totals = [float(heads * p.q.shape[2]) for p in parts for _ in range(p.first, p.last)]
+        return torch.tensor(totals, device=parts[0].q.device)[:, None]
+
+    def _scores_are_mass(self) -> bool:
+        """Whether scores are shares of attention mass."""
+        by_attention = self.score_scale is None and self.normalise_over == "visible"
+        return by_attention and self.aggregate != "max_vote"
 
     def _pick(
         self,
@@ -426,15 +432,8 @@ class TokenSelect(Policy):
             return max(self.capacity, self.dense_limit(queries.rope))
         return self.capacity
 
-    def _void_rows(self, queries: Queries, cache: KVCache) -> Tensor | None:
-        """Rows that would be dense if they were alone, bool [batch]; None: no row is."""
-        limit = self.dense_limit(queries.rope)
-        if min(cache.num_real_tokens) > limit:
-            return None
-        return _real_tokens(queries, cache) <= limit
-
-    def _similarity_queries(self, queries: Queries, cache: KVCache) -> Tensor:
-        """What is compared: [batch, num_lists, heads per list, head_dim] float32."""
+    def _similarity_queries(self, queries: Queries) -> Tensor:
+        """What the selection cache compares, [batch, 1, num_q_heads, head_dim]."""
         q = queries.q
         if self.similarity_on == "unrotated" and self.positions == "original":
             if queries.q_unrotated is not None:
@@ -442,8 +441,10 @@ class TokenSelect(Policy):
             else:
                 allowed = "the queries before RoPE (or similarity_on='rotated')"
                 require(queries.rope is None, "q_unrotated", None, allowed)
-        num_lists = 1 if self.scope == "layer" else cache.num_kv_heads
-        return torch.unflatten(q[:, 0], 1, (num_lists, -1)).float()
+        return q
+
+    def _num_lists(self, cache: KVCache) -> int:
+        return 1 if self.scope == "layer" else cache.num_kv_heads
 
     def _scoring_vectors(self, queries: Queries, cache: KVCache) -> list[BlockVectors]:
         rope = queries.rope

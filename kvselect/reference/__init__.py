@@ -21,6 +21,7 @@ from kvselect.reference.query_blocks import WINDOW_RULES, BlockRange, QueryBlock
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
 from kvselect.reference.selection import BlockLists, select_query_blocks, select_tokens
+from kvselect.reference.selection_cache import CacheStep, selection_cache_step
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -29,6 +30,7 @@ __all__ = [
     "BlockRange",
     "BlockScores",
     "CacheLike",
+    "CacheStep",
     "DecodeState",
     "PlainCache",
     "QueryBlocks",
@@ -45,6 +47,7 @@ __all__ = [
     "score_tokens",
     "select_query_blocks",
     "select_tokens",
+    "selection_cache_step",
     "sketched_keys",
     "sparse_attention",
 ]

@@ -14,6 +14,7 @@ from kvselect.reference.query_blocks import BlockRange, QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import score_query_blocks
 from kvselect.reference.selection import num_kept, pick, without_nonfinite
+from kvselect.reference.selection_cache import similarity_of
 from kvselect.selection import Selection
 
 if TYPE_CHECKING:
@@ -51,22 +52,6 @@ class StepInfo(NamedTuple):
     @property
     def kept_mass(self) -> Tensor | None:
         return None if self.selection is None else self.selection.kept_mass
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine of two vectors; 0 where one is zero, NaN where one is not finite."""
-    return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300))
-
-
-def similarity(q: Tensor, anchor: Tensor, how: str) -> float:
-    """Of the cosines of [heads, head_dim]: the smallest ("min"), the lower 10 % quantile ("q10").
-
-    "flat": the cosine of all heads laid end to end.
-    """
-    if how == "flat":
-        return cosine(q.flatten(), anchor.flatten())
-    cosines = sorted(cosine(a, b) for a, b in zip(q, anchor, strict=True))
-    return cosines[0 if how == "min" else (len(cosines) - 1) // 10]
 
 
 def decode_step(
@@ -169,7 +154,7 @@ def decode_step(
                 known = state.lists.pop((row, n), None)
                 anchor, age = compared[row, n], 0
                 if not dense[row] and known is not None and known.seqlen == at.end - 1:
-                    alike = similarity(anchor, known.anchor, how_similar(settings))
+                    alike = similarity_of(anchor, known.anchor, how_similar(settings))
                     hit = alike >= threshold and known.age < settings.max_age
                 if hit:
                     listed, score = [*known.listed, at.end - 1], float("nan")

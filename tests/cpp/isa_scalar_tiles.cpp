@@ -35,7 +35,8 @@ const cpu::Implementation& scalar_tiles_implementation() {
                                                         cpu::scalar_tiles::select_tokens,
                                                         cpu::scalar_tiles::sparse_attention,
                                                         cpu::scalar_tiles::merge_splits,
-                                                        cpu::scalar_tiles::recovered_mass};
+                                                        cpu::scalar_tiles::recovered_mass,
+                                                        cpu::scalar_tiles::selection_cache_step};
     return implementation;
 }
 

@@ -97,6 +97,10 @@ class StackPlan:
             if on_cpu and torch.equal(keys.starts, read.starts):
                 read = KeyRange(keys.starts, read.ends, read.validity)
                 break
+        else:
+            if read.starts.is_inference():  # kept: a cache knows a tensor again by its version
+                with torch.inference_mode(False):
+                    read = KeyRange(read.starts.clone(), read.ends, read.validity)
         assert attention_mask is not None
         self._masks = [(weakref.ref(attention_mask), read), *self._masks[:KEPT_MASKS]]
         return read
