@@ -1,16 +1,17 @@
 """What does a decode step cost besides its kernels: our Python, torch's dispatch, the HF layer?
 
-Tiny shapes on one thread, so that kernels are short and the rest shows. Three tables:
+Tiny shapes on one thread: kernels are short and the rest shows. Three tables:
 
 - dense: torch's SDPA, the bare op, and `decode_step` with `Dense`, at lengths from 16 to 512;
 - select: the ops of one `TokenSelect` step called alone with the arguments that the step gave them,
-  and the step itself: without a selection cache, when lists hit until they are too old, when all miss;
+  and the step itself: without a selection cache, with lists that hit until they are too old, with
+  lists that always miss;
 - transformers: one token of a two-layer Llama with random weights, stock and attached.
 
-Every sample is a run of calls in one process, contenders interleaved; the lowest fifth of samples is
-what counts, since everything else that runs on the machine only adds. Calls in a row are the best
-case: between the layers of a large model caches are cold, and the same code takes about twice as
-long.
+Every sample is a run of calls in one process, contenders interleaved; the lowest fifth of samples
+is what counts, since everything else that runs on the machine only adds. Calls in a row are the
+best case: between the layers of a large model caches are cold, and the same code takes about twice
+as long.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def require_choice(value: object, name: str, choices: Sequence[str | None]) -> N
 def _fits(got: Sequence[int], shape: Sequence[int | None]) -> bool:
     if len(got) != len(shape):
         return False
-    for size, wanted in zip(got, shape):  # a loop: any() of a generator takes three times as long
+    for size, wanted in zip(got, shape):  # noqa: SIM110  all() of a generator: three times as long
         if wanted is not None and size != wanted:
             return False
     return True

@@ -184,9 +184,7 @@ class Rope:
         head_dim].
         """
         x = x.float()
-        partner = _partners(
-            self.start, self.num_pairs, self.interleaved, x.shape[-1], x.device
-        )
+        partner = _partners(self.start, self.num_pairs, self.interleaved, x.shape[-1], x.device)
         return x * own + x.index_select(-1, partner) * other
 
     def _spread(self, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ def make_step(
     q: Tensor, num_kv_heads: int, *, num_lists: int | None = None, seqlen: int = 50, **change: Any
 ) -> dict[str, Any]:
     """A step that hits in every list: the query is its own anchor, the row grew by one token."""
-    batch, _, num_q_heads, head_dim = q.shape
+    batch = q.shape[0]
     num_lists = num_kv_heads if num_lists is None else num_lists
     arguments = {
         "q": q,
@@ -84,7 +84,9 @@ def test_equals_the_reference(
     hits = 0
     for seed in range(12):
         q = randn(3, 1, num_q_heads, head_dim, seed=seed).to(dtype)
-        share = 1.0 / (2 * num_q_heads // num_lists)  # about half the lists have a head that differs
+        share = 1.0 / (
+            2 * num_q_heads // num_lists
+        )  # about half the lists have a head that differs
         noise = 0.2 + 0.6 * (torch.rand(3, num_q_heads, 1, generator=generator) < share)
         step = make_step(
             non_contiguous(q) if seed % 2 else q,
@@ -178,7 +180,10 @@ def test_what_makes_a_list_miss() -> None:
         ({"expected_seqlens": int32(49)}, [0, 0]),
         ({"expected_seqlens": int32(-1)}, [0, 0]),
         ({"num_nonfinite": torch.tensor([[0, 2]])}, [1, 0]),
-        ({"num_nonfinite": torch.tensor([[3, 2]]), "known_nonfinite": torch.tensor([[3, 1]])}, [1, 0]),
+        (
+            {"num_nonfinite": torch.tensor([[3, 2]]), "known_nonfinite": torch.tensor([[3, 1]])},
+            [1, 0],
+        ),
         ({"anchor_query": q[:, 0] * torch.tensor([1.0, 1.0, 1.0, -1.0])[:, None]}, [1, 0]),
     ]:
         assert assert_equals_reference(make_step(q, 2, **change)).hit.tolist() == [hit], change
@@ -301,11 +306,20 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"anchor_query": torch.zeros(2, 4, 32).half()}, "anchor_query: got float16, allowed: float32"),
     ({"anchor_query": torch.zeros(2, 4, 64)}, r"anchor_query: got shape \[2, 4, 64\], allowed: \["),
     ({"expected_seqlens": torch.zeros(2)}, "expected_seqlens: got float32, allowed: int32"),
-    ({"expected_seqlens": int32(1, 2, 3)}, r"expected_seqlens: got shape \[3\], allowed: \[batch=2"),
+    (
+        {"expected_seqlens": int32(1, 2, 3)},
+        r"expected_seqlens: got shape \[3\], allowed: \[batch=2",
+    ),
     ({"known_nonfinite": torch.zeros(2, 2)}, "known_nonfinite: got float32, allowed: int64"),
-    ({"known_nonfinite": torch.zeros(2, 1).long()}, r"known_nonfinite: got shape \[2, 1\], allowed"),
+    (
+        {"known_nonfinite": torch.zeros(2, 1).long()},
+        r"known_nonfinite: got shape \[2, 1\], allowed",
+    ),
     ({"reuse_counts": torch.zeros(2)}, "reuse_counts: got float32, allowed: int64"),
-    ({"reuse_counts": torch.zeros(3).long()}, r"reuse_counts: got shape \[3\], allowed: \[counts=2\]"),
+    (
+        {"reuse_counts": torch.zeros(3).long()},
+        r"reuse_counts: got shape \[3\], allowed: \[counts=2\]",
+    ),
 ]
 
 

@@ -106,9 +106,11 @@ class PhaseStatistics:
         scores: dict[float, list[Tensor]] = {}
         masses = []
         for call in recorded:
-            if isinstance(call.total_score, Tensor) and call.kept_score is not None:
+            if call.kept_score is None or call.total_score is None:
+                continue
+            if isinstance(call.total_score, Tensor):
                 masses.append(call.kept_score / call.total_score)
-            elif call.total_score is not None and call.kept_score is not None:
+            else:
                 scores.setdefault(call.total_score, []).append(call.kept_score)
         masses += [_joined(kept) / total for total, kept in scores.items()]
         zero = torch.zeros((), dtype=torch.float64, device=recorded[0].topk_length.device)

@@ -88,8 +88,9 @@ def selection_cache_step(
         num_nonfinite.view(batch, num_lists, -1).sum(-1),
         reuse_counts.clone(),
     )
-    heads = q[:, 0].unflatten(1, (num_lists, -1))
-    anchors = anchor_query.unflatten(1, (num_lists, -1))
+    heads = torch.unflatten(q[:, 0], 1, (num_lists, -1))
+    anchors = torch.unflatten(anchor_query, 1, (num_lists, -1))
+    new_anchors = torch.unflatten(new.anchor_query, 1, (num_lists, -1))
     for row in range(batch):
         seqlen = int(cache_seqlens[row])
         real = seqlen - (0 if starts is None else int(starts[row]))
@@ -106,6 +107,6 @@ def selection_cache_step(
                 new.reuse_counts[0] += 1
                 new.reuse_counts[1] += max(real, 0) * (num_nonfinite.shape[1] // num_lists)
             else:
-                new.anchor_query.unflatten(1, (num_lists, -1))[row, n] = heads[row, n]
+                new_anchors[row, n] = heads[row, n]
         new.expected_seqlens[row] = seqlen + 1 if real > dense_limit else -1
     return new
