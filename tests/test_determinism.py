@@ -1,4 +1,4 @@
-"""Same inputs, same bits: run twice, and with one thread and with two."""
+"""Same inputs, same bits: run twice, on 1, 2, 3 and 7 threads, in a worker of a DataLoader."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from op_calls import attend, int32, make_case, mass, score, select
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from kvselect import ops
+from kvselect import KVCache, TokenSelect, decode_step, ops
 from kvselect.reference import QueryBlocks
 from kvselect.testing import make_qkv
 
@@ -32,9 +33,11 @@ def threads(count: int) -> Iterator[None]:
 def assert_same_bits(call: Callable[[], tuple[Tensor, ...]]) -> None:
     with threads(1):
         first, second = call(), call()
-    with threads(2):
-        parallel = call()
-    for results in (second, parallel):
+    others = [second]
+    for count in (2, 3, 7):
+        with threads(count):
+            others.append(call())
+    for results in others:
         for got, expected in zip(results, first, strict=True):
             assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -76,6 +79,54 @@ def test_attention_and_mass(seqlen_q: int, dtype: torch.dtype) -> None:
         return *listed, *attend(case, q), mass(case, q, indices, lengths)
 
     assert_same_bits(call)
+
+
+@pytest.mark.parametrize("sketch", [None, "int4", "int8"])
+def test_one_long_row_is_cut_into_parts(sketch: str | None) -> None:
+    """Three KV heads leave 2 and 7 threads idle: scores and attention are then cut along tokens."""
+    seqlens = int32(13001)
+    q, k, v = make_qkv(1, 1, 13001, 12, 3, 64, dtype=torch.bfloat16)
+    case = make_case(k, v, seqlens, sketch=sketch)
+    blocks = QueryBlocks(
+        cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=16, num_recent_tokens=128
+    )
+
+    def call() -> tuple[Tensor, ...]:
+        scored = score(case, q[:, None].float(), blocks, sketch=sketch is not None)
+        indices, lengths, kept = select(scored[0], blocks, keep=2000, width=2400)
+        return (*scored, indices, lengths, kept, *attend(case, q, indices, lengths))
+
+    assert_same_bits(call)
+
+
+class DecodeSteps(Dataset[tuple[Tensor, Tensor]]):
+    """Item: the output of a decode step over its own cache, and the lists that it attended to."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        q, k, v = make_qkv(1, 1, 5000, 12, 3, 64, dtype=torch.bfloat16, seed=number)
+        cache = KVCache(1, 3, 64, dtype=torch.bfloat16, capacity=5000)
+        cache.append(k, v)
+        policy = TokenSelect(topk=256, num_recent_tokens=128, dense_below_tokens=0)
+        out, info = decode_step(q, cache, policy, policy.new_state(cache))
+        assert info.selection is not None
+        return out, info.selection.indices
+
+
+def test_workers_of_a_data_loader() -> None:
+    """Processes forked while this one has threads and memory of its own."""
+    with threads(2):
+        here = [DecodeSteps()[number] for number in range(4)]
+        loader = DataLoader(
+            DecodeSteps(), batch_size=None, num_workers=2, multiprocessing_context="fork"
+        )
+        there = list(loader)
+    assert len(there) == 4
+    for (out, indices), (expected, expected_indices) in zip(there, here, strict=True):
+        assert torch.equal(out, expected)
+        assert torch.equal(indices, expected_indices)
 
 
 def test_append() -> None:

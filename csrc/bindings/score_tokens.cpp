@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     if (reads_keys) require_stored_pages(keys, p.blocks);
 
     const int64_t num_blocks = p.blocks.num_blocks;
-    Tensor scores =
-        new_output({batch, num_blocks, keys.num_kv_heads, max_seqlen_k}, ScalarType::Float);
+    Tensor scores = new_long_output({batch, num_blocks, keys.num_kv_heads, max_seqlen_k},
+                                    ScalarType::Float, sizeof(float));
     Tensor lse = new_output({batch, num_blocks, num_vectors, num_q_heads}, ScalarType::Float);
     Tensor num_nonfinite = new_output({batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
     p.dtype = keys.dtype;
