@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from bench_sizes import SHAPE
 
 from kvselect import TokenSelect, decode_step
+from kvselect.bench import watch as watch_module
 from kvselect.bench.layer import StructuredLayer
 from kvselect.bench.watch import KVSELECT_STAGES, REST, OpWatch, stage_ms
 
@@ -50,15 +50,23 @@ def test_a_step_is_taken_apart_and_its_lists_are_copies() -> None:
     assert bool((info.selection.indices != 0).any())
 
 
-def test_what_ops_do_not_explain_is_the_rest() -> None:
-    a = torch.ones(64, 64)
+def test_what_ops_do_not_explain_is_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, clock = torch.ones(64, 64), [0.0]
+
+    def ticking() -> float:
+        clock[0] += 1.0  # a second passes whenever somebody looks
+        return clock[0]
+
+    monkeypatch.setattr(watch_module, "clock_of", lambda number: ticking)
 
     def call() -> None:
         torch.mm(a, a)
-        time.sleep(0.001)
+        torch.mm(a, a)
+        clock[0] += 7.0
 
-    stages = stage_ms(call, 1000.0, {"aten.mm": "product"})
-    assert set(stages) == {"product", REST}
-    assert sum(stages.values()) == pytest.approx(1000.0)
-    assert set(stage_ms(call, 1000.0)) == {REST}
-    assert stage_ms(call, 0.0, {"aten.mm": "product"})[REST] == 0.0
+    # Both products take a second; between them, before and after them one more each, and the seven.
+    product = {"aten.mm": "product"}
+    assert stage_ms(call, 1e6, product) == {"product": 2000.0, REST: 10_000.0}
+    assert stage_ms(call, 5000.0, product) == {"product": 2000.0, REST: 3000.0}
+    assert stage_ms(call, 1000.0, product) == {"product": 2000.0, REST: 0.0}
+    assert stage_ms(call, 1e6) == {REST: 8000.0}

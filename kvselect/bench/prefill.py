@@ -438,8 +438,9 @@ def show(request: PrefillRequest, rows: Sequence[PrefillRow]) -> None:
             print_table(title, COLUMNS, [_cells(row) for row in chosen])
             for row in chosen:
                 if row.stages_ms:
+                    total = sum(row.stages_ms.values())
                     shares = (
-                        f"{stage} {ms:.0f} ms ({100 * ms / row.timing.median_ms:.0f} %)"
+                        f"{stage} {ms:.0f} ms ({100 * ms / total:.0f} %)"
                         for stage, ms in row.stages_ms.items()
                     )
                     print(f"{row.contender}: {', '.join(shares)}")
