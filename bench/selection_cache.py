@@ -82,13 +82,17 @@ class Row:
     samples_with_ms: list[float]
 
 
-def threshold_for(queries: Tensor, num_kv_heads: int, hit_rate: float, max_age: int) -> float:
+def threshold_for(
+    queries: Tensor, num_kv_heads: int, hit_rate: float, max_age: int, first: int = 1
+) -> float:
     """The similarity threshold at which so many lists are reused.
 
     Parameters
     ----------
     queries : Tensor, [steps, num_q_heads, head_dim]
         Before RoPE, in the order of the steps.
+    first : int, at least 1
+        The first step that counts.
     """
     unit = torch.nn.functional.normalize(queries.double(), dim=-1)
     heads = torch.unflatten(unit, 1, (num_kv_heads, -1))
@@ -100,10 +104,10 @@ def threshold_for(queries: Tensor, num_kv_heads: int, hit_rate: float, max_age: 
             anchor = 0
             for step in range(1, len(one)):
                 if one[anchor][step] >= threshold and step - anchor <= max_age:
-                    hits += 1
+                    hits += step >= first
                 else:
                     anchor = step
-        return hits / (len(cosines) * (len(cosines[0]) - 1))
+        return hits / (len(cosines) * (len(cosines[0]) - first))
 
     low, high = 0.0, 1.0  # a higher threshold hits less
     for _ in range(30):
@@ -134,7 +138,9 @@ def measure(
         else:
             drawn.append(layer.drifted(drawn[-1], rho, white=True))
     plain = TokenSelect(topk=topk, dense_below_tokens=0)
-    threshold = threshold_for(torch.stack(drawn), shape.num_kv_heads, hit_rate, plain.max_age)
+    threshold = threshold_for(
+        torch.stack(drawn), shape.num_kv_heads, hit_rate, plain.max_age, WARM_UP
+    )
     reusing = replace(plain, similarity_threshold=max(threshold, 1e-6))
     policies = {"without": plain, "with": reusing}
     states = {name: policy.new_state(cache) for name, policy in policies.items()}
