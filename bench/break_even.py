@@ -15,18 +15,21 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from decode_step import BOUND, matmul_attention
-from side_by_side import print_table, quantiles, write_results
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvselect
 from kvselect import break_even, crossovers
 from kvselect.attention import attend_queries
+from kvselect.bench.contenders import BOUND as BOUNDS
+from kvselect.bench.contenders import matmul_attention
+from kvselect.bench.measure import kept_heap, quantiles
+from kvselect.bench.request import parse, script_parser
+from kvselect.bench.results import print_table, save
 from kvselect.decode import require_step
 from kvselect.machine import last_level_cache_bytes
 from kvselect.queries import Queries
@@ -38,10 +41,11 @@ OURS = "TokenSelect, break-even"
 ALWAYS = "TokenSelect, always selecting"
 DENSE = "kvselect dense step"
 OP = "kvselect dense op alone"
+BOUND = BOUNDS[torch.bfloat16]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__doc__, __file__)
     parser.add_argument("--tokens", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -51,14 +55,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--states", nargs="+", default=["cold", "hot"], choices=("cold", "hot"))
     parser.add_argument("--seconds", type=float, default=3.0, help="per length and state (3)")
     parser.add_argument("--measure", action="store_true", help="measure the crossover anew")
-    parser.add_argument("--out", default="break_even", help="name of the file in bench/results")
-    return parser.parse_args()
+    parser.add_argument("--prefill-rounds", type=int, default=5, help="0: no prefill table (5)")
+    quick = {"tokens": [16, 1024], "seconds": 0.1, "prefill_rounds": 0, "topk": 256}
+    return parse(parser, arguments, quick)
 
 
 def clock(threads: int) -> Callable[[], float]:
     return time.thread_time if threads == 1 else time.perf_counter
 
 
+@kept_heap()
 def sample_us(
     contenders: dict[str, Callable[[], object]], seconds: float, flush: Tensor | None, threads: int
 ) -> dict[str, list[float]]:
@@ -170,8 +176,23 @@ def prefill_rows(args: argparse.Namespace, tokens: int, rounds: int) -> list[dic
     return found
 
 
-def main() -> None:
-    args = parse()
+def show_prefill(prefills: list[dict[str, object]], rounds: int) -> None:
+    rows = []
+    for row in prefills:
+        least_ms: dict[str, float] = row["least_ms"]  # type: ignore[assignment]
+        times = [f"{ms:.1f}" for ms in least_ms.values()]
+        ratios = [f"{least_ms[name] / least_ms['dense']:.2f}" for name in ("budget", "crossover")]
+        rows.append([str(row["call"]), str(row["tokens"]), *times, *ratios])
+    print_table(
+        f"prefill, ms (least of {rounds}): selecting above the budget; dense below the decode "
+        "crossover",
+        ["call", "tokens", "budget", "crossover", "Dense", "budget / Dense", "crossover / Dense"],
+        rows,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = options_of(arguments)
     torch.set_num_threads(args.threads)
     policy = kvselect.TokenSelect(topk=args.topk)
     shape = {
@@ -293,23 +314,13 @@ def main() -> None:
         ["tokens", *parts[1]],
         [[str(n), *(f"{us:.1f}" for us in times.values())] for n, times in parts.items()],
     )
-    prefills = prefill_rows(args, found.dense_below_tokens, rounds=5)
-    rows = []
-    for row in prefills:
-        least_ms: dict[str, float] = row["least_ms"]  # type: ignore[assignment]
-        times = [f"{ms:.1f}" for ms in least_ms.values()]
-        ratios = [f"{least_ms[name] / least_ms['dense']:.2f}" for name in ("budget", "crossover")]
-        rows.append([str(row["call"]), str(row["tokens"]), *times, *ratios])
-    print_table(
-        "prefill, ms (least of 5): selecting above the budget; dense below the decode crossover",
-        ["call", "tokens", "budget", "crossover", "Dense", "budget / Dense", "crossover / Dense"],
-        rows,
-    )
+    prefills = []
+    if args.prefill_rounds:
+        prefills = prefill_rows(args, found.dense_below_tokens, args.prefill_rounds)
+        show_prefill(prefills, args.prefill_rounds)
     config = {**vars(args), "crossover": found.to_dict()}
-    print(
-        "written:",
-        write_results(args.out, config, {"steps": results, "parts_us": parts, "prefill": prefills}),
-    )
+    found_here = [{"steps": results, "parts_us": parts, "prefill": prefills}]
+    print("written:", save(args.out, (__doc__ or "").splitlines()[0], config, found_here))
 
 
 if __name__ == "__main__":

@@ -6,27 +6,28 @@ needs. Some 30 minutes on two cores; partial results are in the JSON at any time
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import Progress
-from side_by_side import RESULTS, print_table
 
+from kvselect.bench.request import script_parser
+from kvselect.bench.results import print_table
 from kvselect.eval import report, runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.demo import demo_request
 from kvselect.eval.tasks import TASKS
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = script_parser(__doc__, __file__)
     parser.add_argument("--samples", type=int, default=500, help="questions per cell (500)")
     parser.add_argument(
         "--max-contexts", type=int, default=200, help="contexts per cell at most (200)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the contexts (1)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, options.samples, options.seed)
@@ -43,7 +44,7 @@ def main() -> None:
             checkpoint,
             request,
             on_progress=lambda what, amount: progress.update(bar, description=what, advance=amount),
-            on_cells=lambda partial: partial.save(RESULTS / "retrieval.json"),
+            on_cells=lambda partial: partial.save(options.out),
         )
     Console(width=120).print(report.table(results))
     rows = []

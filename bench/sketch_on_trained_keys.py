@@ -7,14 +7,14 @@ The best of the sketch's scan, 1, 1.25 and 1.5 times topk, are compared with the
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from side_by_side import print_table, write_results
 
+from kvselect.bench.request import script_parser
+from kvselect.bench.results import print_table, save
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.trained_keys import Layer, Ranking, capture, rank
 from kvselect.testing import structured_keys
@@ -57,11 +57,11 @@ def measure(num_tokens: int, sketch: str) -> Iterator[tuple[str, int, str, Ranki
             yield "synthetic", topk, positions, synthetic(num_tokens, topk, sketch, positions)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = script_parser(__doc__, __file__)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sketch", default="int4", choices=("int4", "int8"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
     rows, raw = [], []
@@ -93,7 +93,7 @@ def main() -> None:
         "\nthe exact top-k, of all queries and heads."
     )
     config = {"tokens": options.tokens, "sketch": options.sketch, "factors": FACTORS}
-    write_results("sketch_on_trained_keys", config, raw)
+    save(options.out, parser.description or "", config, raw)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,19 @@ as long.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from side_by_side import interleaved_ms, print_table, quantiles, write_results
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import kvselect
+from kvselect.bench.measure import Contender, interleaved_ms, quantiles
+from kvselect.bench.request import parse, script_parser
+from kvselect.bench.results import print_table, save
 from kvselect.testing import rel_err
 
 Call = Callable[[], object]
@@ -36,8 +38,8 @@ STEP_OPS = ("selection_cache_step", "score_tokens", "select_tokens", "sparse_att
 BOUND = 1.6e-2  # of dense contenders against each other, bfloat16
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = script_parser(__doc__, __file__)
     parser.add_argument("--dense-tokens", type=int, nargs="+", default=[16, 64, 128, 512])
     parser.add_argument("--select-tokens", type=int, default=4096)
     parser.add_argument("--q-heads", type=int, default=2)
@@ -46,7 +48,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--calls", type=int, default=10, help="calls per sample")
     parser.add_argument("--hf-tokens", type=int, default=1000, help="0: no transformers table")
-    return parser.parse_args()
+    quick = {"dense_tokens": [16], "select_tokens": 1024, "hf_tokens": 300, "rounds": 3}
+    return parse(parser, arguments, quick)
 
 
 def filled(args: argparse.Namespace, num_tokens: int, sketch: str | None) -> kvselect.KVCache:
@@ -65,18 +68,11 @@ def filled(args: argparse.Namespace, num_tokens: int, sketch: str | None) -> kvs
 
 def measure(contenders: dict[str, Call], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """CPU microseconds per call: the lowest fifth, the median, and all samples."""
-
-    def repeated(call: Call) -> Call:
-        def run() -> None:
-            for _ in range(args.calls):
-                call()
-
-        return run
-
-    samples = interleaved_ms({n: repeated(call) for n, call in contenders.items()}, args.rounds)
+    repeated = {n: Contender(call=call, repeats=args.calls) for n, call in contenders.items()}
+    samples = interleaved_ms(repeated, args.rounds)
     results: dict[str, dict[str, Any]] = {}
     for name, milliseconds in samples.items():
-        microseconds = [1e3 * sample / args.calls for sample in milliseconds]
+        microseconds = [1e3 * sample for sample in milliseconds]
         median, low, _ = quantiles(microseconds)
         results[name] = {"p20_us": low, "median_us": median, "samples_us": microseconds}
     return results
@@ -214,8 +210,8 @@ def show(title: str, results: dict[str, dict[str, Any]], bare: str | None = None
     print_table(title, columns, rows)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = options_of(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = f"{args.q_heads}/{args.kv_heads} heads of {args.head_dim}, bfloat16, one thread"
@@ -237,7 +233,8 @@ def main() -> None:
             results["transformers"] = measure_transformers(args)
             title = f"one token of a 2-layer Llama after {args.hf_tokens}, one thread"
             show(title, results["transformers"], "stock sdpa")
-    print("written:", write_results("step_overhead", vars(args), results))
+    question = (__doc__ or "").splitlines()[0]
+    print("written:", save(args.out, question, vars(args), [results]))
 
 
 if __name__ == "__main__":

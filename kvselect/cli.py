@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvselect.bench import command as bench_command
 from kvselect.cli_break_even import add_break_even
 
 # transformers takes seconds to import: what needs it is imported where it is used, so that --help
@@ -92,9 +92,13 @@ def _parser() -> argparse.ArgumentParser:
 
     add_break_even(commands)
 
-    bench = commands.add_parser("bench", help="list the bench scripts of a checkout, or run one")
-    bench.add_argument("name", nargs="?", help="a script's name, without .py; none: list them")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the script")
+    bench = commands.add_parser(
+        "bench",
+        help="time of a decode step, a prefill chunk or each op, beside torch and Quest",
+        epilog="Outputs are compared with float32 before anything is timed. README questions have "
+        "scripts of their own in a checkout's bench/.",
+    )
+    bench_command.add_options(bench)
     bench.set_defaults(prepare=_bench)
     return parser
 
@@ -256,24 +260,4 @@ def _run_and_show(checkpoint: Checkpoint, request: Request, out: Path) -> int:
 
 
 def _bench(options: argparse.Namespace) -> Job:
-    folder = Path(__file__).resolve().parents[1] / "bench"
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
-    if not scripts:
-        raise ValueError("bench: got an installation without scripts, allowed: a checkout")
-    if options.name is None:
-        return lambda: _list_benches(scripts)
-    if options.name not in scripts:
-        raise ValueError(f"bench: got {options.name!r}, allowed: {', '.join(scripts)}")
-    return lambda: _run_bench(scripts[options.name], options.arguments)
-
-
-def _list_benches(scripts: dict[str, Path]) -> int:
-    for name, path in scripts.items():
-        question = path.read_text(encoding="utf-8").split("\n", 1)[0].strip('"# ')
-        print(f"{name:24s} {question}")
-    return 0
-
-
-def _run_bench(path: Path, arguments: list[str]) -> int:
-    # A process of its own: benches import their neighbours and set threads for everyone.
-    return subprocess.run([sys.executable, str(path), *arguments], check=False).returncode
+    return bench_command.prepare(options)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvselect import ops
+from kvselect.bench import measure
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,3 +37,11 @@ def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.set_cpu_implementation(request.param)
     yield request.param
     ops.set_cpu_implementation(before)
+
+
+@pytest.fixture
+def small_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benches measure the machine on a few pages: rates mean nothing, and take no time."""
+    monkeypatch.setattr(measure, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(measure, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(measure, "last_level_cache_bytes", lambda: 1 << 16)

@@ -231,18 +231,14 @@ def test_another_folder_is_loaded_by_its_name(copy: Path) -> None:
 # ---- bench
 
 
-def test_bench_lists_questions_and_refuses_unknown_ones(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert run("bench") == 0
-    assert "retrieval" in capsys.readouterr().out
-    assert run("bench", "nothing") == 2
-    assert "bench: got 'nothing', allowed: " in capsys.readouterr().err
-
-
-def test_bench_runs_a_script(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("bench", "retrieval", "--help") == 0
-    assert "--samples" in capfd.readouterr().out
+def test_bench_is_a_command_and_refuses_unknown_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("bench", "nothing")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "nothing" in message and "'decode', 'prefill', 'ops', 'all'" in message
+    assert run("bench", "--rounds", "0") == 2
+    assert "kvselect bench: error: rounds: got 0" in capsys.readouterr().err
 
 
 # ---- break-even

@@ -27,13 +27,14 @@ FLOORS = (
     {"reference", "testing"},
     {"integrations"},
     {"eval"},
+    {"bench"},
     {"cli", "cli_break_even", "doctor", "explain"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # The specification and the test inputs serve those who check results; what computes them may not.
 FOR_CHECKING_ONLY = {"reference", "testing"}
-CHECKERS = {"reference", "testing", "doctor", "cli", "eval", "__init__"}
+CHECKERS = {"reference", "testing", "doctor", "cli", "eval", "bench", "__init__"}
 
 PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
 CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
@@ -116,7 +117,7 @@ def test_results_do_not_come_from_the_reference() -> None:
     [
         ("transformers", {"integrations", "eval"}),
         ("vllm", {"integrations"}),
-        ("matplotlib", {"eval", "explain"}),
+        ("matplotlib", {"eval", "bench", "explain"}),
     ],
 )
 def test_frameworks_stay_at_the_edge(framework: str, rooms: set[str]) -> None:

@@ -1,0 +1,118 @@
+"""Results of a bench: JSON with everything needed to run it again, and a table on screen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from kvselect.bench.measure import can_keep_heap, clock_name, quantiles
+from kvselect.eval import machine
+
+__all__ = ["Timing", "as_row", "load", "print_table", "save", "timing"]
+
+TABLE_COLUMNS = 160
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What one contender took, against the bytes that it cannot avoid.
+
+    Attributes
+    ----------
+    median_ms, p20_ms, p80_ms, samples_ms
+        Of the clock: "cpu" (one thread) or "wall" (several).
+    bytes_must_read : int
+        By the method's own plan; the floor is these bytes at the streaming-read bandwidth that the
+        same run measured.
+    gb_per_s : float
+        ``bytes_must_read`` over the median.
+    times_floor : float
+        Median over floor; 1 cannot be beaten by this method.
+    """
+
+    threads: int
+    clock: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    samples_ms: list[float]
+    bytes_must_read: int
+    streaming_gb_per_s: float
+    gb_per_s: float
+    floor_ms: float
+    times_floor: float
+
+
+def timing(
+    samples_ms: list[float], bytes_must_read: int, streaming_gb_per_s: float, threads: int
+) -> Timing:
+    """A `Timing` of these samples."""
+    median, p20, p80 = quantiles(samples_ms)
+    floor_ms = bytes_must_read / streaming_gb_per_s / 1e6
+    return Timing(
+        threads=threads,
+        clock=clock_name(threads),
+        median_ms=median,
+        p20_ms=p20,
+        p80_ms=p80,
+        samples_ms=samples_ms,
+        bytes_must_read=bytes_must_read,
+        streaming_gb_per_s=streaming_gb_per_s,
+        gb_per_s=bytes_must_read / median / 1e6,
+        floor_ms=floor_ms,
+        times_floor=median / floor_ms,
+    )
+
+
+def as_row(row: Any) -> dict[str, Any]:
+    """A dataclass as one flat dict: the fields of its `Timing` stand beside its own."""
+    found: dict[str, Any] = asdict(row) if is_dataclass(row) else dict(row)  # type: ignore[arg-type]
+    inner = found.pop("timing", None)
+    return found | (inner or {})
+
+
+def save(path: Path, question: str, config: dict[str, Any], rows: Iterable[Any]) -> Path:
+    """Write JSON: question, machine, versions, commit, config, rows; never half a file."""
+    content = {
+        "question": question,
+        **machine.describe(),
+        "freed_memory_kept": can_keep_heap(),
+        "config": config,
+        "results": [as_row(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """One table on stdout; the first column is text, the others are numbers."""
+    table = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for number, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(width=TABLE_COLUMNS).print(table)

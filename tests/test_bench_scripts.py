@@ -1,0 +1,415 @@
+"""Every script in bench/ runs at its quick sizes and answers its question in JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from bench_sizes import SIZES
+
+from kvselect import TokenSelect, crossovers, ops
+from kvselect.bench import decode, prefill
+from kvselect.bench.contenders import DisagreementError
+from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.results import load, save
+
+pytestmark = pytest.mark.usefixtures("small_reads")
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py"))
+
+
+def script(name: str) -> ModuleType:
+    import sys
+
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def quick(name: str, out: Path, *more: str) -> list[dict[str, Any]]:
+    """Rows of a quick run on a small layer."""
+    script(name).main(["--quick", *more, "--out", str(out / f"{name}.json")])
+    content = load(out / f"{name}.json")
+    assert content["question"].endswith("?") and content["machine"] and content["commit"]
+    rows: list[dict[str, Any]] = content["results"]
+    return rows
+
+
+# ---- all of them
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_first_line_is_a_question(name: str) -> None:
+    doc = script(name).__doc__
+    assert doc is not None and doc.split("\n", 1)[0].endswith("?")
+
+
+def test_the_readme_names_every_script_and_only_those() -> None:
+    text = (BENCH / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"bench/([a-z0-9_]+)\.py", text)) == set(SCRIPTS)
+
+
+def test_targets_name_scripts_that_exist() -> None:
+    targets = script("targets").TARGETS
+    assert {target.script for target in targets} <= set(SCRIPTS)
+    assert len({target.claim for target in targets}) == len(targets)
+
+
+# ---- decode, ops, prefill
+
+
+def test_decode_step(tmp_path: Path) -> None:
+    rows = quick("decode_step", tmp_path, *SIZES, "--threads", "1")
+    assert {row["tokens"] for row in rows} == {2048, 4096}
+    assert (tmp_path / "decode_step.png").read_bytes().startswith(b"\x89PNG")
+    ours = next(row for row in rows if row["contender"] == SELECT_INT4)
+    assert 0 < ours["kept_mass"] < 1 and ours["over_best_torch"] > 0
+
+
+def test_ops(tmp_path: Path) -> None:
+    rows = quick("ops", tmp_path, *SIZES, "--threads", "1")
+    assert {"scan int4", "select", "decode step, hit"} <= {row["op"] for row in rows}
+
+
+def test_prefill_chunk(tmp_path: Path) -> None:
+    rows = quick("prefill_chunk", tmp_path, *SIZES, "--dense-kv-heads", "2")
+    assert {row["chunk_tokens"] for row in rows} == {256}
+    assert {row["timed_kv_heads"] for row in rows} == {2}
+    assert {row["contender"] for row in rows} == {*prefill.TORCH, OUR_DENSE, SELECT_INT4}
+
+
+# ---- scaling
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quick("scaling", tmp_path, *SIZES)
+    steps = [row for row in rows if row["contender"] == SELECT_INT4]
+    assert [row["tokens"] for row in steps] == [2048, 4096]
+    ratio = steps[1]["median_ms"] / steps[0]["median_ms"] / 2
+    text = capsys.readouterr().out
+    assert (
+        f"time per token relative to the first, 1 thread(s): 2048: 1.000, 4096: {ratio:.3f}" in text
+    )
+    assert not [row for row in rows if "enable_gqa" in row["contender"]]
+
+
+# ---- implementations
+
+
+def test_implementations_are_forced_and_let_go(tmp_path: Path) -> None:
+    in_use = ops.cpu_implementation()
+    rows = quick("implementations", tmp_path, *SIZES)
+    assert ops.cpu_implementation() == in_use
+    assert [row["implementation"] for row in rows] == list(ops.cpu_implementations())
+    fastest = min(row["median_ms"] for row in rows)
+    for row in rows:
+        assert row["over_fastest"] == pytest.approx(fastest / row["median_ms"])
+        assert row["output_error"] <= 1e-5 and 0 < row["kept_mass"] < 1
+
+
+def test_the_scalar_implementation_is_left_out_beyond_its_length(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("implementations")
+    monkeypatch.setattr(module, "SCALAR_TOKENS", 2048)
+    out = tmp_path / "x.json"
+    module.main(["--quick", *SIZES, "--tokens", "2k,4k", "--out", str(out)])
+    rows = load(out)["results"]
+    assert [row["tokens"] for row in rows if row["implementation"] == "scalar"] == [2048]
+
+
+# ---- the selection cache
+
+
+def test_selection_cache(tmp_path: Path) -> None:
+    rows = quick("selection_cache", tmp_path, *SIZES, "--tokens", "2k", "--hit-rate", "0.6")
+    assert [(row["rho"], row["moving"]) for row in rows] == list(script("selection_cache").CASES)
+    for row in rows:
+        assert row["hit_rate"] == pytest.approx(0.6, abs=0.05)
+        assert len(row["samples_with_ms"]) == len(row["samples_without_ms"]) == 20
+        assert row["speed_up"] == pytest.approx(row["without_ms"] / row["with_ms"])
+        loss = 100 * (row["kept_mass_without"] - row["kept_mass_with"])
+        assert row["kept_mass_loss_points"] == pytest.approx(loss)
+    losses = [row["kept_mass_loss_points"] for row in rows if not row["moving"]]
+    assert losses[0] < losses[-1]  # faster drift at the same hits loses more
+
+
+def test_hit_rates_between_none_and_all() -> None:
+    module = script("selection_cache")
+    for rate in ("0", "1"):
+        with pytest.raises(ValueError, match=r"hit-rate: got \d\.0, allowed: between 0 and 1"):
+            module.main(["--quick", *SIZES, "--hit-rate", rate])
+
+
+@pytest.mark.parametrize("first", [1, 40])
+@pytest.mark.parametrize("hit_rate", [0.2, 0.8])
+def test_a_threshold_gives_the_hits_asked_for(hit_rate: float, first: int) -> None:
+    module, generator = script("selection_cache"), torch.Generator().manual_seed(0)
+    queries = [torch.randn(4, 16, generator=generator)]
+    for _ in range(299):
+        fresh = torch.randn(4, 16, generator=generator)
+        queries.append(0.9 * queries[-1] + 0.19**0.5 * fresh)
+    stacked = torch.stack(queries)
+    threshold = module.threshold_for(stacked, 2, hit_rate, 8, first)
+    hits = []
+    for head in (slice(0, 2), slice(2, 4)):
+        anchor = 0
+        for step in range(1, 300):
+            pair = torch.cosine_similarity(stacked[anchor, head], stacked[step, head], dim=-1)
+            hit = float(pair.min()) >= threshold and step - anchor <= 8
+            anchor = anchor if hit else step
+            if step >= first:
+                hits.append(hit)
+    assert sum(hits) / len(hits) == pytest.approx(hit_rate, abs=0.02)
+
+
+def test_a_wrong_step_stops_the_bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = script("selection_cache")
+    real = module.decode_step
+
+    def off(*arguments: Any, **more: Any) -> Any:
+        out, info = real(*arguments, **more)
+        return 1.01 * out, info
+
+    monkeypatch.setattr(module, "decode_step", off)
+    with pytest.raises(DisagreementError, match="without the cache"):
+        module.main(["--quick", *SIZES, "--tokens", "2k", "--out", str(tmp_path / "x.json")])
+    assert not (tmp_path / "x.json").exists()
+
+
+# ---- the steady state
+
+
+def test_steady_state(tmp_path: Path) -> None:
+    (row,) = quick("steady_state", tmp_path, "--tokens", "1k", "--rounds", "1100")
+    assert row["steps"] == 1100 and len(row["resident_bytes"]) == 4
+    assert 0 < row["hit_rate"] < 1
+    assert row["last_over_first"] == row["last_tenth_ms"] / row["first_tenth_ms"]
+    assert row["bytes_per_step"] == row["grown_bytes"] / 1100
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--threads"])
+def test_the_steady_state_is_of_one_size(option: str) -> None:
+    with pytest.raises(ValueError, match=f"{option[2:]}: got '1,2', allowed: one count"):
+        script("steady_state").main(["--quick", option, "1,2"])
+
+
+# ---- the break-even, the overhead of a step
+
+
+def test_break_even(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("break_even")
+    policy = TokenSelect(topk=256)
+    found = crossovers.Crossover(
+        machine=crossovers.machine_identity(),
+        workload=crossovers.Workload.of(policy.to_dict(), 32, 8, 128, torch.bfloat16),
+        tokens=200,
+        extrapolated=False,
+        points=(crossovers.Point(300, 2.0, 1.0, 0.01),),
+        measured_at="2026-01-02T03:04:05+00:00",
+        seconds=1.0,
+    )
+    monkeypatch.setattr(module.break_even, "crossover_for", lambda *_, **__: found)
+    module.main(["--quick", "--out", str(tmp_path / "x.json")])
+    content = load(tmp_path / "x.json")
+    (tables,) = content["results"]
+    steps = [(row["state"], row["tokens"], row["selects"]) for row in tables["steps"]]
+    expected = [(state, n, n == 1024) for state in ("cold", "hot") for n in (16, 1024)]
+    assert steps == expected
+    assert crossovers.Crossover.from_dict(content["config"]["crossover"]) == found
+    assert set(tables["parts_us"]) == {"1", "512"} and tables["prefill"] == []
+    for row in tables["steps"]:
+        assert row["rounds"] >= 9 and row["ratio_to_best_dense"] > 0
+
+
+def test_step_overhead(tmp_path: Path) -> None:
+    (tables,) = quick("step_overhead", tmp_path)
+    assert set(tables) == {"dense 16", "select", "transformers"}
+    for table in tables.values():
+        for times in table.values():
+            assert len(times["samples_us"]) == 3 and times["p20_us"] <= times["median_us"]
+
+
+# ---- generate
+
+
+def test_generate(tmp_path: Path) -> None:
+    module = script("generate")
+    rows = {row["contender"]: row for row in quick("generate", tmp_path, "--tokens", "1k")}
+    assert set(rows) == {module.SDPA, module.OURS}
+    ours, theirs = rows[module.OURS], rows[module.SDPA]
+    assert (ours["new_tokens_timed"], theirs["new_tokens_timed"]) == (7, 2)
+    assert theirs["over_sdpa"] == 1.0
+    assert ours["over_sdpa"] == pytest.approx(theirs["median_ms"] / ours["median_ms"])
+    assert {"linear layers", "append and sketch", "scan", "select", "attention"} <= set(
+        ours["stages_ms"]
+    )
+    assert {"linear layers", "attention"} <= set(theirs["stages_ms"])
+    assert ours["layers"] == 2 and ours["parameters"] > 0
+    assert ours["report"] is not None and theirs["report"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "0"), "layers: got 0, allowed: an int >= 1"),
+        (("--sdpa-tokens", "0"), "sdpa-tokens: got 0, allowed: an int >= 1"),
+        (("--rounds", "1"), "rounds: got 1, allowed: an int >= 2"),
+        (("--tokens", "1k,2k"), "tokens: got '1k,2k', allowed: one count"),
+        (("--threads", "1,2"), "threads: got '1,2', allowed: one count"),
+    ],
+)
+def test_generate_refuses(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        script("generate").main(["--quick", *arguments])
+
+
+def test_generate_counts_its_memory_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvselect.bench.memory.free_bytes", lambda: 1 << 30)
+    with pytest.raises(ValueError, match="layers: got 2 at 2048 tokens, which needs"):
+        script("generate").main(["--quick"])
+
+
+# ---- targets
+
+
+def result_files(folder: Path, shape: dict[str, object] | None = None) -> None:
+    """Figures that meet some targets, miss one, and leave others open."""
+    layer = shape or {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    over = {"torch SDPA, enable_gqa": 200.0, "torch SDPA, group folded": 21.0}
+    step = {
+        "contender": SELECT_INT4,
+        "tokens": 131072,
+        "threads": 1,
+        "over": over | {"TokenSelect as torch ops": 9.0},
+        "over_best_torch": 12.5,
+        "over_perfect_dense": 3.0,
+        "sketch_over_kv": 0.1328,
+    }
+    config = {"shape": layer, "topk": 2048}
+    save(folder / "decode_step.json", "?", config, [step])
+    options = {"q_heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "bfloat16", "topk": 256}
+    steady = {"steps": 100_000, "last_over_first": 1.06, "bytes_per_step": 0.0}
+    save(folder / "steady_state.json", "?", options, [steady])
+    flat = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16", "topk": 2048}
+    pair = [
+        {"tokens": 131072, "threads": 1, "implementation": name, "median_ms": ms}
+        for name, ms in (("avx2", 20.0), ("avx512", 9.0), ("avx512_bf16", 8.0))
+    ]
+    save(folder / "implementations.json", "?", flat, pair)
+    scaling = [
+        {"contender": SELECT_INT4, "tokens": tokens, "threads": 1, "median_ms": ms}
+        for tokens, ms in ((1 << 18, 10.0), (1 << 20, 44.0))
+    ]
+    save(folder / "scaling.json", "?", config, scaling)
+
+
+def verdicts(text: str) -> dict[str, list[str]]:
+    """Cells of a Markdown table by their first."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def test_targets_are_read_from_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result_files(tmp_path)
+    script("targets").main(["--results", str(tmp_path), "--markdown"])
+    text = capsys.readouterr().out
+    found = verdicts(text)
+    assert found["decode step 128K over torch's best, one thread"][:3] == [
+        ">= 12.0x",
+        "12.5x",
+        "met",
+    ]
+    assert found["decode step 128K over SDPA folded, one thread"][1:3] == ["21.0x", "missed"]
+    assert found["decode step 128K over SDPA enable_gqa, one thread"][1:3] == ["200.0x", "met"]
+    assert found["decode step 128K over torch's best, two threads"][1] == "not measured"
+    assert found["decode step 128K over TokenSelect as torch ops"][1:3] == ["9.0x", "met"]
+    assert found["int4 sketch over bfloat16 keys and values"][1:3] == ["13.3%", "met"]
+    assert found["speed of AVX2 over AVX-512"][1:3] == ["0.40x", "met"]
+    assert found["1M tokens: time over linear from 256K"][:3] == ["<= 15%", "+10%", "met"]
+    name = "100,000 steps: last tenth's time over the first's"
+    assert found[name][:3] == ["<= 1.050", "1.060", "missed"]
+    assert found[name][3] == "`python bench/steady_state.py`"
+    assert "8 of 10 measured are met; 21 in all" in text
+
+
+def test_figures_of_another_shape_do_not_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"num_q_heads": 8, "num_kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
+    result_files(tmp_path, shape)
+    script("targets").main(["--results", str(tmp_path), "--markdown"])
+    found = verdicts(capsys.readouterr().out)
+    assert found["decode step 128K over torch's best, one thread"][1] == "not measured"
+    assert found["speed of AVX2 over AVX-512"][1] == "0.40x"
+
+
+def test_targets_without_files_and_of_several_commits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = script("targets")
+    targets.main(["--results", str(tmp_path)])
+    assert f"0 of 0 measured are met; {len(targets.TARGETS)} in all" in capsys.readouterr().out
+    result_files(tmp_path)
+    path = tmp_path / "scaling.json"
+    path.write_text(json.dumps(load(path) | {"commit": "0123456789abcdef+"}), encoding="utf-8")
+    targets.main(["--results", str(tmp_path)])
+    assert "measured at several commits: 0123456789+, " in capsys.readouterr().out
+
+
+def test_real_rows_hold_what_targets_ask_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names in targets.py are those that benches write: each figure is found in real rows."""
+    targets = script("targets")
+    tiny = (4, 2, 32, "float32", 64)
+    sizes = (*SIZES, "--topk", "64", "--rounds", "1")
+    for name, tokens in (
+        ("decode_step", "1k,4k"),
+        ("ops", "4k"),
+        ("prefill_chunk", "4k"),
+        ("scaling", "1k,2k,4k"),
+        ("implementations", "4k"),
+        ("selection_cache", "4k"),
+    ):
+        more = ("--threads", "1,2") if name == "decode_step" else ()
+        if name == "selection_cache":
+            more = ("--rounds", "20")
+        quick(name, tmp_path, *sizes, "--tokens", tokens, *more)
+    quick("generate", tmp_path, "--tokens", "1k")
+    quick("steady_state", tmp_path, "--rounds", "1000")
+    lengths = {1 << 20: 4096, 1 << 19: 2048, 1 << 18: 1024}
+    lengths |= {1 << 17: 4096, 1 << 16: 1024, 1 << 15: 1024}
+    real = targets.the_row
+
+    def scaled(rows: list[dict[str, Any]], **criteria: Any) -> Any:
+        if "tokens" in criteria:
+            criteria["tokens"] = lengths[criteria["tokens"]]
+        if "steps" in criteria:
+            criteria["steps"] = 1000
+        return real(rows, **criteria)
+
+    monkeypatch.setattr(targets, "the_row", scaled)
+    for target in targets.TARGETS:
+        settings = {"generate": (4, 2, 64, "bfloat16", 256), "steady_state": targets.SMALL}
+        own = dataclasses.replace(target, settings=settings.get(target.script, tiny))
+        value, commit = targets.read(tmp_path, own)
+        assert value is not None and commit, target.claim
+    capsys.readouterr()
+
+
+def test_quick_budgets_are_some_of_all() -> None:
+    assert set(decode.QUICK_BUDGETS) < set(decode.BUDGETS)
