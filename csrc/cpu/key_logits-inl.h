@@ -58,13 +58,18 @@ inline void rotate_row(const T* x, const RopeView& rope, int64_t position, int64
 struct Upcoming {
     const char* const* rows = nullptr;
     int64_t count = 0;
-    int64_t bytes = 0;  // per row
+    int64_t bytes = 0;       // per row
+    bool scattered = false;  // rows far apart: into L2, where more fetches fit at once
 
     // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops
     // its calls.
     [[gnu::always_inline]] void fetch(int64_t index) const {
         if (index >= count) return;
-        for (int64_t at = 0; at < bytes; at += 64) prefetch(rows[index] + at);
+        if (scattered) {
+            for (int64_t at = 0; at < bytes; at += 64) prefetch_to_l2(rows[index] + at);
+        } else {
+            for (int64_t at = 0; at < bytes; at += 64) prefetch(rows[index] + at);
+        }
     }
 };
 

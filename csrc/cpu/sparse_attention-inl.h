@@ -185,8 +185,9 @@ inline void attend_part(const SparseAttentionParams& p, const AttentionItem& a, 
         tile_pointers(p.values, a, first, tokens, values);
         tile_pointers(p.keys, a, first + tokens, next, keys[turn ^ 1]);
         const int64_t row_bytes = head_dim * int64_t{sizeof(T)};
-        const Upcoming to_values{as_bytes(values), tokens, row_bytes},
-            to_keys{as_bytes(keys[turn ^ 1]), next, row_bytes};
+        const bool scattered = a.list != nullptr;
+        const Upcoming to_values{as_bytes(values), tokens, row_bytes, scattered},
+            to_keys{as_bytes(keys[turn ^ 1]), next, row_bytes, scattered};
         if (p.rope.cos) {
             for (int64_t t = 0; t < tokens; ++t) {
                 to_values.fetch(t);

@@ -143,3 +143,6 @@ inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 [[gnu::always_inline]] inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
+[[gnu::always_inline]] inline void prefetch_to_l2(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}

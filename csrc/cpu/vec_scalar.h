@@ -165,3 +165,4 @@ inline F32 to_f32(I32 a) {
     return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
 }
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch_to_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
