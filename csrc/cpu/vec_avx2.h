@@ -137,13 +137,6 @@ inline Codes high_nibbles(Codes c) {
     return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
 }
 inline I32 zero_i32() { return _mm256_setzero_si256(); }
-#if KVS_HAS_AVX_VNNI
-inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
-    return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(q4));
-}
-inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, codes, q4); }
-#else
-// Widens to 16 bits first: vpmaddubsw would saturate with codes above 127.
 inline I32 count_ge(I32 acc, F32 a, F32 b) {
     return _mm256_sub_epi32(acc, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
 }
@@ -152,6 +145,13 @@ inline int64_t reduce_add(I32 a) {
     const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
 }
+#if KVS_HAS_AVX_VNNI
+inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
+    return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(q4));
+}
+inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, codes, q4); }
+#else
+// Widens to 16 bits first: vpmaddubsw would saturate with codes above 127.
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     const I32 q = _mm256_set1_epi32(q4);
     const I32 q_even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8),
