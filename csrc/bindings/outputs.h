@@ -44,6 +44,7 @@ inline torch::stable::Tensor new_output(torch::headeronly::IntHeaderOnlyArrayRef
 // context grows by a token a step.
 class OutputBlocks {
 public:
+    static constexpr size_t kPageBytes = size_t{2} << 20;
     static constexpr size_t kSmallest = size_t{1} << 20, kLargest = size_t{64} << 20;
 
     static void* take(size_t num_bytes) {
@@ -53,10 +54,10 @@ public:
             if (block->num_bytes >= num_bytes) return block + 1;
             ::operator delete(block, kAlignment);  // the context has outgrown it
         }
-        const size_t whole = (sizeof(Block) + num_bytes + num_bytes / 8 + kHugePageBytes - 1) /
-                             kHugePageBytes * kHugePageBytes;
+        const size_t whole =
+            (sizeof(Block) + num_bytes + num_bytes / 8 + kPageBytes - 1) / kPageBytes * kPageBytes;
         void* const memory = ::operator new(whole, kAlignment);
-        advise_huge_pages(memory, whole);
+        advise_huge_pages(memory, static_cast<int64_t>(whole));
         return new (memory) Block{whole - sizeof(Block)} + 1;
     }
     static void give_back(void* data) {
@@ -72,7 +73,7 @@ private:
     struct alignas(64) Block {
         size_t num_bytes;
     };
-    static constexpr std::align_val_t kAlignment{kHugePageBytes};
+    static constexpr std::align_val_t kAlignment{kPageBytes};
     // No lock: a process may fork while another thread holds it.
     static inline std::atomic<Block*> slots_[2] = {nullptr, nullptr};
 };

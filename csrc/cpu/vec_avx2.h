@@ -6,6 +6,8 @@ constexpr int kGemmRows = 6, kGemmVecs = 2;
 constexpr int kValueCols = 4, kValueVecs = 2;
 constexpr int kSketchParts = 2;
 
+constexpr bool kFusedFma = true;
+
 using F32 = __m256;
 using I32 = __m256i;
 
@@ -82,13 +84,38 @@ inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
 inline uint32_t mask_ge(F32 a, F32 b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
 }
-inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
-    int64_t count = 0;
-    for (int i = 0; i < kLanes; ++i) {
-        out[count] = base + i;
-        count += mask >> i & 1u;
+inline uint32_t mask_between(F32 x, F32 low, F32 high) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(
+        _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ))));
+}
+// Byte i of entry m: which lane holds the i-th set bit of m.
+struct SetBits {
+    uint64_t lanes[256];
+};
+constexpr SetBits set_bits() {
+    SetBits out{};
+    for (int mask = 0; mask < 256; ++mask) {
+        int count = 0;
+        for (int i = 0; i < 8; ++i)
+            if (mask >> i & 1) out.lanes[mask] |= static_cast<uint64_t>(i) << 8 * count++;
     }
-    return count;
+    return out;
+}
+constexpr SetBits kSetBits = set_bits();
+inline I32 set_lanes(uint32_t mask) {
+    return _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.lanes + mask)));
+}
+inline int64_t pack_words(int32_t* out, const int32_t* in, uint32_t mask) {
+    const I32 words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(words, set_lanes(mask)));
+    return __builtin_popcount(mask);
+}
+inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_add_epi32(set_lanes(mask), _mm256_set1_epi32(base)));
+    return __builtin_popcount(mask);
 }
 inline void store_bytes(uint8_t* p, F32 x) {
     const I32 low_byte =
@@ -110,6 +137,14 @@ inline Codes high_nibbles(Codes c) {
     return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
 }
 inline I32 zero_i32() { return _mm256_setzero_si256(); }
+inline I32 count_ge(I32 acc, F32 a, F32 b) {
+    return _mm256_sub_epi32(acc, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+inline int64_t reduce_add(I32 a) {
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
+}
 #if KVS_HAS_AVX_VNNI
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(q4));
@@ -145,4 +180,65 @@ inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 }
 [[gnu::always_inline]] inline void prefetch_to_l2(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+
+constexpr int64_t kRawBytes = 32;
+using Raw = __m256i;
+inline Raw load_raw(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_raw(void* p, Raw x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline void stream_raw(void* p, Raw x) { _mm256_stream_si256(static_cast<__m256i*>(p), x); }
+inline void stream_fence() { _mm_sfence(); }
+inline Raw zero_raw() { return _mm256_setzero_si256(); }
+template <typename T>
+inline Raw larger_magnitude(Raw a, Raw b) {
+    if constexpr (sizeof(T) == 4)
+        return _mm256_max_epu32(a, _mm256_and_si256(b, _mm256_set1_epi32(0x7fffffff)));
+    else
+        return _mm256_max_epu16(a, _mm256_and_si256(b, _mm256_set1_epi16(0x7fff)));
+}
+template <typename T>
+inline Raw ordered(Raw a) {
+    if constexpr (sizeof(T) == 4)
+        return _mm256_xor_si256(
+            a, _mm256_and_si256(_mm256_srai_epi32(a, 31), _mm256_set1_epi32(0x7fffffff)));
+    else
+        return _mm256_xor_si256(
+            a, _mm256_and_si256(_mm256_srai_epi16(a, 15), _mm256_set1_epi16(0x7fff)));
+}
+template <typename T>
+inline void take_ordered(Raw a, Raw* low, Raw* high) {
+    if constexpr (sizeof(T) == 4)
+        *low = _mm256_min_epi32(*low, a), *high = _mm256_max_epi32(*high, a);
+    else
+        *low = _mm256_min_epi16(*low, a), *high = _mm256_max_epi16(*high, a);
+}
+template <typename T>
+inline bool any_nonfinite(Raw magnitudes) {  // no sign bits are set: signed comparison will do
+    constexpr int limit = static_cast<int>(element::infinity_bits(T{})) - 1;
+    const Raw above =
+        sizeof(T) == 4
+            ? _mm256_cmpgt_epi32(magnitudes, _mm256_set1_epi32(limit))
+            : _mm256_cmpgt_epi16(magnitudes, _mm256_set1_epi16(static_cast<int16_t>(limit)));
+    return _mm256_movemask_epi8(above) != 0;
+}
+
+inline Codes pack_levels(F32 t0, F32 t1, F32 t2, F32 t3, uint8_t highest) {
+    const I32 low = _mm256_packs_epi32(_mm256_cvtps_epi32(t0), _mm256_cvtps_epi32(t1)),
+              high = _mm256_packs_epi32(_mm256_cvtps_epi32(t2), _mm256_cvtps_epi32(t3));
+    return _mm256_min_epu8(_mm256_packus_epi16(low, high),
+                           _mm256_set1_epi8(static_cast<char>(highest)));
+}
+inline void store_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    store_raw(p, _mm256_permute2x128_si256(a, b, 0x20));
+    store_raw(p + 32, _mm256_permute2x128_si256(c, d, 0x20));
+    store_raw(p + 64, _mm256_permute2x128_si256(a, b, 0x31));
+    store_raw(p + 96, _mm256_permute2x128_si256(c, d, 0x31));
+}
+inline Codes paired_nibbles(Codes a, Codes b) {
+    return _mm256_or_si256(_mm256_permute2x128_si256(a, b, 0x20),
+                           _mm256_slli_epi16(_mm256_permute2x128_si256(a, b, 0x31), 4));
+}
+inline void store_nibble_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    store_raw(p, paired_nibbles(a, b));
+    store_raw(p + 32, paired_nibbles(c, d));
 }
