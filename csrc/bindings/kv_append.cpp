@@ -86,7 +86,7 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
     p.num_nonfinite = nonfinite_arg.mutable_data<int64_t>();
 
     const auto kernel = cpu::current_implementation().kv_append;
-    run_parallel(batch * p.num_kv_heads, 0,
+    run_parallel(kv_append_items(p).count, 0,
                  [&](int64_t begin, int64_t end, float*) { kernel(p, begin, end); });
 
     int32_t* seqlens_after = seqlens_arg.mutable_data<int32_t>();

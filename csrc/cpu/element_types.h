@@ -31,6 +31,11 @@ namespace element {
     return (bits_of(value) & 0x7f800000u) != 0x7f800000u;
 }
 
+// What the exponent's bits read when all are set: a magnitude from here on is infinity or NaN.
+[[gnu::always_inline]] inline constexpr uint32_t infinity_bits(float) { return 0x7f800000u; }
+[[gnu::always_inline]] inline constexpr uint32_t infinity_bits(Float16) { return 0x7c00u; }
+[[gnu::always_inline]] inline constexpr uint32_t infinity_bits(BFloat16) { return 0x7f80u; }
+
 [[gnu::always_inline]] inline float to_float(float value) { return value; }
 [[gnu::always_inline]] inline float to_float(BFloat16 value) {
     return float_of(uint32_t{value.bits} << 16);

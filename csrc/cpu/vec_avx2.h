@@ -6,6 +6,8 @@ constexpr int kGemmRows = 6, kGemmVecs = 2;
 constexpr int kValueCols = 4, kValueVecs = 2;
 constexpr int kSketchParts = 2;
 
+constexpr bool kFusedFma = true;
+
 using F32 = __m256;
 using I32 = __m256i;
 
@@ -142,4 +144,68 @@ inline I32 load(const int32_t* p) {
 inline F32 to_f32(I32 a) { return _mm256_cvtepi32_ps(a); }
 [[gnu::always_inline]] inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+[[gnu::always_inline]] inline void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+
+constexpr int64_t kRawBytes = 32;
+using Raw = __m256i;
+inline Raw load_raw(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_raw(void* p, Raw x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+inline void stream_raw(void* p, Raw x) { _mm256_stream_si256(static_cast<__m256i*>(p), x); }
+inline void stream_fence() { _mm_sfence(); }
+inline Raw zero_raw() { return _mm256_setzero_si256(); }
+template <typename T>
+inline Raw larger_magnitude(Raw a, Raw b) {
+    if constexpr (sizeof(T) == 4)
+        return _mm256_max_epu32(a, _mm256_and_si256(b, _mm256_set1_epi32(0x7fffffff)));
+    else
+        return _mm256_max_epu16(a, _mm256_and_si256(b, _mm256_set1_epi16(0x7fff)));
+}
+template <typename T>
+inline Raw ordered(Raw a) {
+    if constexpr (sizeof(T) == 4)
+        return _mm256_xor_si256(
+            a, _mm256_and_si256(_mm256_srai_epi32(a, 31), _mm256_set1_epi32(0x7fffffff)));
+    else
+        return _mm256_xor_si256(
+            a, _mm256_and_si256(_mm256_srai_epi16(a, 15), _mm256_set1_epi16(0x7fff)));
+}
+template <typename T>
+inline void take_ordered(Raw a, Raw* low, Raw* high) {
+    if constexpr (sizeof(T) == 4)
+        *low = _mm256_min_epi32(*low, a), *high = _mm256_max_epi32(*high, a);
+    else
+        *low = _mm256_min_epi16(*low, a), *high = _mm256_max_epi16(*high, a);
+}
+template <typename T>
+inline bool any_nonfinite(Raw magnitudes) {  // no sign bits are set: signed comparison will do
+    constexpr int limit = static_cast<int>(element::infinity_bits(T{})) - 1;
+    const Raw above =
+        sizeof(T) == 4
+            ? _mm256_cmpgt_epi32(magnitudes, _mm256_set1_epi32(limit))
+            : _mm256_cmpgt_epi16(magnitudes, _mm256_set1_epi16(static_cast<int16_t>(limit)));
+    return _mm256_movemask_epi8(above) != 0;
+}
+
+inline Codes pack_levels(F32 t0, F32 t1, F32 t2, F32 t3, uint8_t highest) {
+    const I32 low = _mm256_packs_epi32(_mm256_cvtps_epi32(t0), _mm256_cvtps_epi32(t1)),
+              high = _mm256_packs_epi32(_mm256_cvtps_epi32(t2), _mm256_cvtps_epi32(t3));
+    return _mm256_min_epu8(_mm256_packus_epi16(low, high),
+                           _mm256_set1_epi8(static_cast<char>(highest)));
+}
+inline void store_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    store_raw(p, _mm256_permute2x128_si256(a, b, 0x20));
+    store_raw(p + 32, _mm256_permute2x128_si256(c, d, 0x20));
+    store_raw(p + 64, _mm256_permute2x128_si256(a, b, 0x31));
+    store_raw(p + 96, _mm256_permute2x128_si256(c, d, 0x31));
+}
+inline Codes paired_nibbles(Codes a, Codes b) {
+    return _mm256_or_si256(_mm256_permute2x128_si256(a, b, 0x20),
+                           _mm256_slli_epi16(_mm256_permute2x128_si256(a, b, 0x31), 4));
+}
+inline void store_nibble_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    store_raw(p, paired_nibbles(a, b));
+    store_raw(p + 32, paired_nibbles(c, d));
 }

@@ -5,6 +5,8 @@ constexpr int kGemmRows = 6, kGemmVecs = 4;
 constexpr int kValueCols = 4, kValueVecs = 4;
 constexpr int kSketchParts = 4;
 
+constexpr bool kFusedFma = true;
+
 using F32 = __m512;
 using I32 = __m512i;
 
@@ -121,4 +123,71 @@ inline I32 load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline F32 to_f32(I32 a) { return _mm512_cvtepi32_ps(a); }
 [[gnu::always_inline]] inline void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+[[gnu::always_inline]] inline void prefetch_far(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+
+constexpr int64_t kRawBytes = 64;
+using Raw = __m512i;
+inline Raw load_raw(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_raw(void* p, Raw x) { _mm512_storeu_si512(p, x); }
+inline void stream_raw(void* p, Raw x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
+inline void stream_fence() { _mm_sfence(); }
+inline Raw zero_raw() { return _mm512_setzero_si512(); }
+template <typename T>
+inline Raw larger_magnitude(Raw a, Raw b) {
+    if constexpr (sizeof(T) == 4)
+        return _mm512_max_epu32(a, _mm512_and_si512(b, _mm512_set1_epi32(0x7fffffff)));
+    else
+        return _mm512_max_epu16(a, _mm512_and_si512(b, _mm512_set1_epi16(0x7fff)));
+}
+template <typename T>
+inline Raw ordered(Raw a) {  // a ^ (sign & all other bits)
+    if constexpr (sizeof(T) == 4)
+        return _mm512_ternarylogic_epi32(a, _mm512_srai_epi32(a, 31), _mm512_set1_epi32(0x7fffffff),
+                                         0x78);
+    else
+        return _mm512_ternarylogic_epi32(a, _mm512_srai_epi16(a, 15), _mm512_set1_epi16(0x7fff),
+                                         0x78);
+}
+template <typename T>
+inline void take_ordered(Raw a, Raw* low, Raw* high) {
+    if constexpr (sizeof(T) == 4)
+        *low = _mm512_min_epi32(*low, a), *high = _mm512_max_epi32(*high, a);
+    else
+        *low = _mm512_min_epi16(*low, a), *high = _mm512_max_epi16(*high, a);
+}
+template <typename T>
+inline bool any_nonfinite(Raw magnitudes) {
+    constexpr int limit = static_cast<int>(element::infinity_bits(T{}));
+    if constexpr (sizeof(T) == 4)
+        return _mm512_cmpge_epu32_mask(magnitudes, _mm512_set1_epi32(limit)) != 0;
+    else
+        return _mm512_cmpge_epu16_mask(magnitudes, _mm512_set1_epi16(limit)) != 0;
+}
+
+inline Codes pack_levels(F32 t0, F32 t1, F32 t2, F32 t3, uint8_t highest) {
+    const I32 low = _mm512_packs_epi32(_mm512_cvtps_epi32(t0), _mm512_cvtps_epi32(t1)),
+              high = _mm512_packs_epi32(_mm512_cvtps_epi32(t2), _mm512_cvtps_epi32(t3));
+    return _mm512_min_epu8(_mm512_packus_epi16(low, high),
+                           _mm512_set1_epi8(static_cast<char>(highest)));
+}
+// A transposition of 4 x 4 groups of 16 bytes.
+inline void store_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    const I32 ab01 = _mm512_shuffle_i32x4(a, b, 0x44), ab23 = _mm512_shuffle_i32x4(a, b, 0xee),
+              cd01 = _mm512_shuffle_i32x4(c, d, 0x44), cd23 = _mm512_shuffle_i32x4(c, d, 0xee);
+    store_raw(p, _mm512_shuffle_i32x4(ab01, cd01, 0x88));
+    store_raw(p + 64, _mm512_shuffle_i32x4(ab01, cd01, 0xdd));
+    store_raw(p + 128, _mm512_shuffle_i32x4(ab23, cd23, 0x88));
+    store_raw(p + 192, _mm512_shuffle_i32x4(ab23, cd23, 0xdd));
+}
+inline Codes paired_nibbles(Codes a, Codes b) {
+    return _mm512_or_si512(_mm512_shuffle_i32x4(a, b, 0x88),
+                           _mm512_slli_epi16(_mm512_shuffle_i32x4(a, b, 0xdd), 4));
+}
+inline void store_nibble_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    const Codes ab = paired_nibbles(a, b), cd = paired_nibbles(c, d);
+    store_raw(p, _mm512_shuffle_i32x4(ab, cd, 0x88));
+    store_raw(p + 64, _mm512_shuffle_i32x4(ab, cd, 0xdd));
 }

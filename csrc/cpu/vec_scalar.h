@@ -7,6 +7,8 @@ constexpr int kGemmRows = 2, kGemmVecs = 2;    // register tile of the prefill k
 constexpr int kValueCols = 2, kValueVecs = 2;  // register tile of the decode kernel's weighted sum
 constexpr int kSketchParts = 2;                // registers of tokens per pass over an int4 sketch
 
+constexpr bool kFusedFma = false;  // whether fma() rounds once
+
 struct F32 {
     float lane[kLanes];
 };
@@ -165,3 +167,102 @@ inline F32 to_f32(I32 a) {
     return map_lanes([&](int i) { return static_cast<float>(a.lane[i]); });
 }
 [[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }
+[[gnu::always_inline]] inline void prefetch_far(const void* p) {
+    __builtin_prefetch(p, 0, 2);
+}  // into L2
+
+// Bytes of a row on their way from one place to another.
+constexpr int64_t kRawBytes = 32;
+struct Raw {
+    uint8_t byte[kRawBytes];
+};
+inline Raw load_raw(const void* p) {
+    Raw out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+}
+inline void store_raw(void* p, Raw x) { std::memcpy(p, &x, sizeof x); }
+// Past the caches; p is a multiple of kRawBytes, and stream_fence() comes before anyone is told.
+inline void stream_raw(void* p, Raw x) { store_raw(p, x); }
+inline void stream_fence() {}
+inline Raw zero_raw() { return Raw{}; }
+// Per element of type T the larger magnitude, as bits.
+template <typename T>
+inline Raw larger_magnitude(Raw a, Raw b) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    Bits x[kRawBytes / sizeof(T)], y[kRawBytes / sizeof(T)];
+    std::memcpy(x, &a, sizeof a);
+    std::memcpy(y, &b, sizeof b);
+    for (size_t i = 0; i < kRawBytes / sizeof(T); ++i) {
+        const Bits magnitude = static_cast<Bits>(y[i] & (std::numeric_limits<Bits>::max() >> 1));
+        x[i] = magnitude > x[i] ? magnitude : x[i];
+    }
+    std::memcpy(&a, x, sizeof a);
+    return a;
+}
+// Bits of finite elements as signed integers of the same order (-0 below 0), and back.
+template <typename T>
+inline Raw ordered(Raw a) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+    Bits x[kRawBytes / sizeof(T)];
+    std::memcpy(x, &a, sizeof a);
+    for (Bits& bits : x)
+        bits = static_cast<Bits>(bits < 0 ? bits ^ std::numeric_limits<Bits>::max() : bits);
+    std::memcpy(&a, x, sizeof a);
+    return a;
+}
+template <typename T>
+inline void take_ordered(Raw a, Raw* low, Raw* high) {
+    using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+    Bits x[kRawBytes / sizeof(T)], l[kRawBytes / sizeof(T)], h[kRawBytes / sizeof(T)];
+    std::memcpy(x, &a, sizeof a);
+    std::memcpy(l, low, sizeof a);
+    std::memcpy(h, high, sizeof a);
+    for (size_t i = 0; i < kRawBytes / sizeof(T); ++i) {
+        l[i] = x[i] < l[i] ? x[i] : l[i];
+        h[i] = x[i] > h[i] ? x[i] : h[i];
+    }
+    std::memcpy(low, l, sizeof a);
+    std::memcpy(high, h, sizeof a);
+}
+template <typename T>
+inline bool any_nonfinite(Raw magnitudes) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    Bits x[kRawBytes / sizeof(T)];
+    std::memcpy(x, &magnitudes, sizeof x);
+    bool any = false;
+    for (Bits bits : x) any |= bits >= element::infinity_bits(T{});
+    return any;
+}
+
+// Levels of 4 tokens x kLanes channels as bytes: rounded to nearest even, clamped to [0, highest].
+// 16 bytes m hold channels 4m .. 4m + 3 of token 0, then of token 1, 2, 3.
+inline Codes pack_levels(F32 t0, F32 t1, F32 t2, F32 t3, uint8_t highest) {
+    uint8_t bytes[sizeof(Codes)];
+    const F32* tokens[4] = {&t0, &t1, &t2, &t3};
+    for (int i = 0; i < kLanes; ++i) {
+        for (int t = 0; t < 4; ++t) {
+            const float level = std::nearbyint(tokens[t]->lane[i]);
+            bytes[i / 4 * 16 + t * 4 + i % 4] =
+                level >= highest ? highest : (level > 0.f ? static_cast<uint8_t>(level) : 0);
+        }
+    }
+    return load_codes(bytes);
+}
+// Four of those, of 16 tokens, as kLanes / 4 lines of 64 bytes (sketch.h, int8).
+inline void store_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    const Codes* quarters[4] = {&a, &b, &c, &d};
+    for (int line = 0; line < kLanes / 4; ++line)
+        for (int i = 0; i < 4; ++i)
+            std::memcpy(p + line * 64 + i * 16,
+                        reinterpret_cast<const uint8_t*>(quarters[i]) + line * 16, 16);
+}
+// The same as kLanes / 8 lines whose bytes hold two levels each, all below 16 (sketch.h, int4).
+inline void store_nibble_lines(uint8_t* p, Codes a, Codes b, Codes c, Codes d) {
+    uint8_t lines[kLanes / 4 * 64];
+    store_lines(lines, a, b, c, d);
+    for (int line = 0; line < kLanes / 8; ++line)
+        for (int i = 0; i < 64; ++i)
+            p[line * 64 + i] =
+                static_cast<uint8_t>(lines[line * 128 + i] | lines[line * 128 + 64 + i] << 4);
+}

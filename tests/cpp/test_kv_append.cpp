@@ -54,7 +54,7 @@ struct Append {
             strides[2] = cache.head_dim;
         }
         p.num_valid = valid.data();
-        const int64_t items = p.batch * p.num_kv_heads;
+        const int64_t items = kv_append_items(p).count;
         ops.kv_append(p, 0, items / 2);  // two calls, as two threads would
         ops.kv_append(p, items / 2, items);
         for (size_t row = 0; row < before.size(); ++row) before[row] += valid[row];
