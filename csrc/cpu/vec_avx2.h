@@ -84,13 +84,38 @@ inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
 inline uint32_t mask_ge(F32 a, F32 b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
 }
-inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
-    int64_t count = 0;
-    for (int i = 0; i < kLanes; ++i) {
-        out[count] = base + i;
-        count += mask >> i & 1u;
+inline uint32_t mask_between(F32 x, F32 low, F32 high) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(
+        _mm256_and_ps(_mm256_cmp_ps(x, low, _CMP_GE_OQ), _mm256_cmp_ps(x, high, _CMP_LE_OQ))));
+}
+// Byte i of entry m: which lane holds the i-th set bit of m.
+struct SetBits {
+    uint64_t lanes[256];
+};
+constexpr SetBits set_bits() {
+    SetBits out{};
+    for (int mask = 0; mask < 256; ++mask) {
+        int count = 0;
+        for (int i = 0; i < 8; ++i)
+            if (mask >> i & 1) out.lanes[mask] |= static_cast<uint64_t>(i) << 8 * count++;
     }
-    return count;
+    return out;
+}
+constexpr SetBits kSetBits = set_bits();
+inline I32 set_lanes(uint32_t mask) {
+    return _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.lanes + mask)));
+}
+inline int64_t pack_words(int32_t* out, const int32_t* in, uint32_t mask) {
+    const I32 words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_permutevar8x32_epi32(words, set_lanes(mask)));
+    return __builtin_popcount(mask);
+}
+inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm256_add_epi32(set_lanes(mask), _mm256_set1_epi32(base)));
+    return __builtin_popcount(mask);
 }
 inline void store_bytes(uint8_t* p, F32 x) {
     const I32 low_byte =
@@ -112,6 +137,14 @@ inline Codes high_nibbles(Codes c) {
     return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15));
 }
 inline I32 zero_i32() { return _mm256_setzero_si256(); }
+inline I32 count_ge(I32 acc, F32 a, F32 b) {
+    return _mm256_sub_epi32(acc, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+inline int64_t reduce_add(I32 a) {
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i pair = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
+}
 #if KVS_HAS_AVX_VNNI
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm256_dpbusd_avx_epi32(acc, codes, _mm256_set1_epi32(q4));

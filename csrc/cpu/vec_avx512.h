@@ -95,6 +95,14 @@ inline void reduce_max4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 inline uint32_t mask_ge(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t mask_between(F32 x, F32 low, F32 high) {
+    return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(x, low, _CMP_GE_OQ), x, high, _CMP_LE_OQ);
+}
+inline int64_t pack_words(int32_t* out, const int32_t* in, uint32_t mask) {
+    _mm512_storeu_si512(
+        out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_loadu_si512(in)));
+    return __builtin_popcount(mask);
+}
 inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
     const I32 lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const I32 positions = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
@@ -112,6 +120,11 @@ inline Codes high_nibbles(Codes c) {
     return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15));
 }
 inline I32 zero_i32() { return _mm512_setzero_si512(); }
+inline I32 count_ge(I32 acc, F32 a, F32 b) {
+    return _mm512_mask_add_epi32(acc, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), acc,
+                                 _mm512_set1_epi32(1));
+}
+inline int64_t reduce_add(I32 a) { return _mm512_reduce_add_epi32(a); }
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(q4));
 }

@@ -105,12 +105,28 @@ inline uint32_t mask_ge(F32 a, F32 b) {
     for (int i = 0; i < kLanes; ++i) out |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
     return out;
 }
+// Bit i: low <= x <= high.
+inline uint32_t mask_between(F32 x, F32 low, F32 high) {
+    return mask_ge(x, low) & mask_ge(high, x);
+}
 // Writes base + i for every set bit i of the mask, ascending; returns how many. May write up to
 // kLanes entries.
 inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
     int64_t count = 0;
     for (int i = 0; i < kLanes; ++i) {
         out[count] = base + i;
+        count += mask >> i & 1u;
+    }
+    return count;
+}
+// Writes in[i] for every set bit i of the mask, in order; returns how many. Reads kLanes entries
+// and may write as many; `out` may be `in` or lie before it.
+inline int64_t pack_words(int32_t* out, const int32_t* in, uint32_t mask) {
+    int32_t words[kLanes];
+    std::memcpy(words, in, sizeof words);
+    int64_t count = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        out[count] = words[i];
         count += mask >> i & 1u;
     }
     return count;
@@ -140,6 +156,15 @@ inline Codes high_nibbles(Codes c) {
     return out;
 }
 inline I32 zero_i32() { return I32{}; }
+inline I32 count_ge(I32 acc, F32 a, F32 b) {  // acc[i] + (a[i] >= b[i])
+    for (int i = 0; i < kLanes; ++i) acc.lane[i] += a.lane[i] >= b.lane[i];
+    return acc;
+}
+inline int64_t reduce_add(I32 a) {
+    int64_t out = 0;
+    for (int i = 0; i < kLanes; ++i) out += a.lane[i];
+    return out;
+}
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     int8_t q[4];
     std::memcpy(q, &q4, 4);

@@ -26,7 +26,9 @@ struct SelectTokensParams {
 
 // Work items are (row, block, list): [0, batch * num_blocks * num_lists). Scratch per worker, in
 // floats:
-inline int64_t select_tokens_room(const SelectTokensParams& p) { return p.max_seqlen_k + 16; }
+inline int64_t select_tokens_room(const SelectTokensParams& p) {
+    return (p.max_seqlen_k + 31) / 16 * 16;
+}
 inline int64_t select_tokens_scratch_floats(const SelectTokensParams& p) {
     return select_tokens_room(p) * (p.pool_width > 1 ? 4 : 2);
 }
