@@ -117,7 +117,8 @@ inline float lower_bound_of_kept(const float* values, int64_t count, int64_t kee
 }
 
 // Packs the finite entries of values[0, count) that reach `bound`; pads their values.
-inline void pack_at_least(const float* values, int64_t count, float bound, Candidates* out) {
+inline void pack_at_least(const float* values, int64_t count, float bound, const float* next,
+                          Candidates* out) {
     constexpr int64_t kWord = 64, kFew = 4;
     static_assert(kWord % kLanes == 0, "a word holds the masks of whole vectors");
     const float least = bound > -kLargest ? bound : -kLargest;
@@ -126,6 +127,7 @@ inline void pack_at_least(const float* values, int64_t count, float bound, Candi
     int64_t packed = 0;
     const int64_t whole = count / kWord * kWord;
     for (int64_t i = 0; i < whole; i += kWord) {
+        for (int64_t j = 0; next && j < kWord; j += 16) prefetch_far(next + i + j);
         uint64_t word = 0;
         for (int64_t j = 0; j < kWord; j += kLanes)
             word |= uint64_t{mask_ge(load(values + i + j), threshold)} << j;
@@ -225,7 +227,7 @@ struct ListWriter {
 };
 
 inline void write_picked(const SelectTokensParams& p, const float* scores, int64_t begin,
-                         int64_t end, float* scratch, ListWriter* list) {
+                         int64_t end, const float* next, float* scratch, ListWriter* list) {
     const int64_t count = end - begin;
     if (count <= 0 || p.keep <= 0) return;
     if (count <= p.keep) return list->write_range(begin, end);
@@ -237,7 +239,7 @@ inline void write_picked(const SelectTokensParams& p, const float* scores, int64
         pool_maximum(own, count, p.pool_width, scratch + 2 * room);
         ranked = scratch + 2 * room;
     }
-    pack_at_least(ranked, count, lower_bound_of_kept(ranked, count, p.keep, all.value), &all);
+    pack_at_least(ranked, count, lower_bound_of_kept(ranked, count, p.keep, all.value), next, &all);
     const Border border = find_border(all.value, all.count, p.keep, 0);
     if (p.pool_width <= 1 || border.ties == kAllTies) {
         keep_border(&all, border);
@@ -278,7 +280,11 @@ void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t end, floa
                               which * p.scores_strides[2];
         ListWriter list{indices, scores, 0};
         list.write_range(range.start, range.sink_end);
-        write_picked(p, scores, range.sink_end, range.window_start, scratch, &list);
+        // Lists of one row lie one behind the other and are as long.
+        const float* next = item + 1 < end && which + 1 < p.num_lists
+                                ? scores + p.scores_strides[2] + range.sink_end
+                                : nullptr;
+        write_picked(p, scores, range.sink_end, range.window_start, next, scratch, &list);
         list.write_range(range.window_start, range.end);
         p.topk_length[item] = static_cast<int32_t>(list.count);
         p.kept_score[item] = list.kept_score();
