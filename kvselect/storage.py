@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.checks import require
 
 __all__ = ["ForeignPages", "HeadMajorRows", "OwnPages", "Storage"]
@@ -68,10 +69,19 @@ def grown_capacity(needed: int, exactly: bool) -> int:
     return -(-(needed + slack) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
+def zeros_in_huge_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of the dtype and device of ``like``, in huge pages where the system has them."""
+    out = like.new_empty(shape)
+    if out.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Advice counts for pages that are not there yet: before the zeros are written.
+        torch.ops.kvselect.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out.zero_()
+
+
 def grown(store: Tensor, dim: int, size: int) -> Tensor:
     """A copy of ``store`` with ``size`` entries along ``dim``, the new ones zero."""
     # Zero, not empty: someone else's masked attention over a row's unused end must find numbers.
-    larger = store.new_zeros((*store.shape[:dim], size, *store.shape[dim + 1 :]))
+    larger = zeros_in_huge_pages(store, (*store.shape[:dim], size, *store.shape[dim + 1 :]))
     larger.narrow(dim, 0, store.shape[dim]).copy_(store)
     return larger
 
@@ -117,7 +127,7 @@ class HeadMajorRows:
         used = max(lengths, default=0)
         stores = []
         for store in (self._k, self._v):
-            fresh = store.new_zeros((len(rows), *store.shape[1:]))
+            fresh = zeros_in_huge_pages(store, (len(rows), *store.shape[1:]))
             fresh[:, :, :used] = store[:, :, :used].index_select(0, picked)  # only what is stored
             stores.append(fresh)
         self._set_stores(*stores)
@@ -260,7 +270,7 @@ class OwnPages(ForeignPages):
         count = max(self._k.shape[0], len(old))
         stores = []
         for store in (self._k, self._v):
-            fresh = store.new_zeros((count, *store.shape[1:]))
+            fresh = zeros_in_huge_pages(store, (count, *store.shape[1:]))
             fresh[: len(old)] = store[picked]
             stores.append(fresh)
         self._k, self._v = stores

@@ -144,7 +144,13 @@ FOREIGN_HEADERS = {
     "include": (),
     "cpu": ("immintrin.h", "arm_neon.h", "cpuid.h", "sys/syscall.h", "unistd.h"),
     "cuda": ("cuda", "cub/", "cooperative_groups", "mma.h"),
-    "bindings": ("torch/csrc/stable/", "torch/headeronly/", "cuda_runtime"),
+    "bindings": (
+        "torch/csrc/stable/",
+        "torch/headeronly/",
+        "cuda_runtime",
+        "sys/mman.h",
+        "unistd.h",
+    ),
 }
 
 

@@ -1,3 +1,4 @@
+#include "bindings/huge_pages.h"
 #include "bindings/ops.h"
 #include "cpu/dispatch.h"
 
@@ -48,5 +49,9 @@ std::string cpu_implementations() {
 std::string cpu_implementation() { return cpu::current_implementation().name; }
 
 void set_cpu_implementation(StringArg name) { cpu::force_implementation(take_string(name)); }
+
+void advise_huge_pages_at(int64_t address, int64_t num_bytes) {
+    advise_huge_pages(reinterpret_cast<void*>(address), num_bytes);
+}
 
 }  // namespace kvselect::bindings

@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def("cpu_implementations() -> str");
     m.def("cpu_implementation() -> str");
     m.def("set_cpu_implementation(str name) -> ()");
+    m.def("advise_huge_pages(int address, int num_bytes) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
@@ -62,4 +63,5 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CompositeExplicitAutograd, m) {
     m.impl("cpu_implementations", TORCH_BOX(&cpu_implementations));
     m.impl("cpu_implementation", TORCH_BOX(&cpu_implementation));
     m.impl("set_cpu_implementation", TORCH_BOX(&set_cpu_implementation));
+    m.impl("advise_huge_pages", TORCH_BOX(&advise_huge_pages_at));
 }

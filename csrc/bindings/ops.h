@@ -48,5 +48,6 @@ std::string build_info();
 std::string cpu_implementations();
 std::string cpu_implementation();
 void set_cpu_implementation(StringArg name);
+void advise_huge_pages_at(int64_t address, int64_t num_bytes);
 
 }  // namespace kvselect::bindings

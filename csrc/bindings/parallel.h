@@ -12,6 +12,8 @@
 #include <mutex>
 #include <new>
 
+#include "bindings/huge_pages.h"
+
 namespace kvselect::bindings {
 
 // Floats of the calling thread, 64-byte aligned. They grow by half at least and are kept between
@@ -28,6 +30,7 @@ public:
             own.data_.reset(static_cast<float*>(
                 ::operator new(static_cast<size_t>(capacity) * sizeof(float), kAlignment)));
             own.capacity_ = capacity;
+            advise_huge_pages(own.data_.get(), capacity * static_cast<int64_t>(sizeof(float)));
         }
         return own.data_.get();
     }
