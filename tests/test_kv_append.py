@@ -335,3 +335,46 @@ def test_error_messages_and_nothing_written(change: dict[str, Any], message: str
     assert (storage.k == UNTOUCHED).all() and (storage.v == UNTOUCHED).all()
     assert storage.sketch is not None and (storage.sketch == 0xA5).all()
     assert (storage.cache_seqlens == 0).all() and (storage.num_nonfinite == 0).all()
+
+
+@pytest.mark.parametrize("sketch, levels", [("int4", 15), ("int8", 255)])
+@pytest.mark.parametrize("exponent", [-24, -14, -3, 0, 5])
+def test_halves_between_levels_round_as_the_division_does(
+    sketch: str, levels: int, exponent: int
+) -> None:
+    """Kernels multiply by an inverse: it must not move a key across, onto or off a half."""
+    head_dim = 256
+    significand = 1.0 + torch.arange(head_dim) * 4 / 1024 if exponent >= -14 else torch.ones(256)
+    step = significand * 2.0**exponent  # a float16 per channel
+    halves = torch.linspace(0, levels - 1, 120).floor()[:, None] + 0.5
+    k = halves * step
+    k[1::3] = torch.nextafter(k[1::3], torch.tensor(torch.inf))
+    k[2::3] = torch.nextafter(k[2::3], torch.tensor(-torch.inf))
+    ends = torch.stack([torch.zeros(head_dim), levels * step]).repeat(4, 1)
+    k = torch.cat([ends, k]).view(1, 128, 1, head_dim)
+    storage = Storage(1, 128, 1, head_dim, sketch=sketch)
+    storage.append(k, k)
+    assert storage.sketch is not None
+    stored_step = storage.sketch[0, 0, 0, : 2 * head_dim].view(torch.float16)
+    assert torch.equal(stored_step.float(), step)
+    assert torch.equal(storage.sketch[0, 0, 0], encode_block(k[0, :, 0], sketch))
+
+
+def test_an_append_past_the_caches_stores_what_short_ones_store() -> None:
+    """More than 32 MiB: lines are written past the caches, and an item is a run of blocks."""
+    k = torch.randn(1, 8300, 8, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    v = -k
+    k[0, 7777, 3, 5] = torch.nan
+    at_once, in_parts = (
+        Storage(1, 8320, 8, 128, dtype=torch.bfloat16, sketch="int4") for _ in range(2)
+    )
+    at_once.append(k[:, :37], v[:, :37])
+    at_once.append(k[:, 37:], v[:, 37:])
+    for part in torch.arange(8300).split(1000):
+        in_parts.append(k[:, part], v[:, part])
+    assert same_bits(at_once.k, in_parts.k) and same_bits(at_once.v, in_parts.v)
+    assert same_bits(at_once.k[:, :8300], k) and same_bits(at_once.v[:, :8300], v)
+    assert at_once.sketch is not None and in_parts.sketch is not None
+    assert torch.equal(at_once.sketch[:, :, :64], in_parts.sketch[:, :, :64])
+    assert at_once.num_nonfinite.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0]]
+    assert torch.equal(at_once.num_nonfinite, in_parts.num_nonfinite)
