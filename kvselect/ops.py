@@ -182,6 +182,42 @@ def _selection_cache_step(
     return age.new_empty(age.shape)
 
 
+@_fake("rolling_sweep")
+def _rolling_sweep(
+    q: Tensor,
+    q_local: Tensor | None,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    sketch: Tensor | None,
+    sketch_format: str,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+    keep: int,
+    scale: float,
+    normalise_candidates_only: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rope_start: int,
+    rope_interleaved: bool,
+    hit: Tensor | None,
+    scan_all: Tensor | None,
+    pool: Tensor,
+    pool_length: Tensor,
+    scanned_to: Tensor,
+    next_segment: Tensor,
+    indices: Tensor,
+    topk_length: Tensor,
+    kept_score: Tensor,
+) -> tuple[Tensor, Tensor]:
+    batch, num_lists, _, _ = pool.shape
+    return (
+        pool.new_empty((batch, num_lists, 2)),
+        pool.new_empty((batch, k_cache.shape[2]), dtype=torch.int64),
+    )
+
+
 def build_info() -> dict[str, object]:
     """What this kvselect was built with and what it found here.
 

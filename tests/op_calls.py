@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvselect.reference import PlainCache, QueryBlocks, kv_append
+from kvselect.reference import PlainCache, QueryBlocks, SweepState, kv_append
 from kvselect.testing import StoredKV, store
 
 NONE = "none"  # sketch_format of a call without a sketch
@@ -179,3 +179,46 @@ def rope_arguments(rope: Any) -> dict[str, Any]:
         "rope_start": 0 if rope is None else rope.start,
         "rope_interleaved": False if rope is None else rope.interleaved,
     }
+
+
+def sweep(
+    case: Case,
+    q: Tensor,
+    blocks: QueryBlocks,
+    state: SweepState,
+    *,
+    keep: int,
+    sketch: bool = False,
+    width: int = 448,
+    rope: Any = None,
+    indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """indices, topk_length, kept_score, num_seen, num_nonfinite; the state is changed."""
+    lists = tuple(state.next_segment.shape)
+    indices = torch.full((*lists, width), 12345, dtype=torch.int32) if indices is None else indices
+    if topk_length is None:
+        topk_length = torch.full(lists, 777, dtype=torch.int32)
+    kept_score = torch.full(lists, -5.0)
+    arguments: dict[str, Any] = {
+        "q": q,
+        "q_local": None,
+        **case.cache_arguments(),
+        "sketch": case.plain.sketch_data if sketch else None,
+        "sketch_format": case.plain.sketch_format if sketch else NONE,
+        "num_sink_tokens": blocks.num_sink_tokens,
+        "num_recent_tokens": blocks.num_recent_tokens,
+        "keep": keep,
+        "scale": q.shape[-1] ** -0.5,
+        "normalise_candidates_only": False,
+        **rope_arguments(rope),
+        "hit": None,
+        "scan_all": None,
+        **state._asdict(),
+        "indices": indices,
+        "topk_length": topk_length,
+        "kept_score": kept_score,
+    }
+    num_seen, num_nonfinite = torch.ops.kvselect.rolling_sweep(**(arguments | options))
+    return indices, topk_length, kept_score, num_seen, num_nonfinite

@@ -20,7 +20,7 @@ FLOORS = (
     {"ops"},
     {"crossovers", "query_blocks", "rope", "sketch", "storage"},
     {"cache"},
-    {"arguments", "attention", "queries", "score", "selection", "selection_cache"},
+    {"arguments", "attention", "queries", "rolling_pools", "score", "selection", "selection_cache"},
     {"policies"},
     {"decode", "prefill"},
     {"break_even"},

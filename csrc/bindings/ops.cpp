@@ -40,6 +40,15 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "SymInt dense_limit, Tensor(a!) anchor_query, Tensor(b!) age, "
         "Tensor(c!) expected_seqlens, Tensor(d!) known_nonfinite, Tensor(e!) reuse_counts) "
         "-> Tensor hit");
+    m.def(
+        "rolling_sweep(Tensor q, Tensor? q_local, Tensor k_cache, Tensor? block_table, "
+        "Tensor cache_seqlens, Tensor? starts, Tensor? sketch, str sketch_format, "
+        "int num_sink_tokens, int num_recent_tokens, SymInt keep, float scale, "
+        "bool normalise_candidates_only, Tensor? cos, Tensor? sin, int rope_start, "
+        "bool rope_interleaved, Tensor? hit, Tensor? scan_all, Tensor(a!) pool, "
+        "Tensor(b!) pool_length, Tensor(c!) scanned_to, Tensor(d!) next_segment, "
+        "Tensor(e!) indices, Tensor(f!) topk_length, Tensor(g!) kept_score) "
+        "-> (Tensor num_seen, Tensor num_nonfinite)");
     m.def("build_info() -> str");
     m.def("cpu_implementations() -> str");
     m.def("cpu_implementation() -> str");
@@ -55,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
     m.impl("merge_splits", TORCH_BOX(&merge_splits));
     m.impl("recovered_mass", TORCH_BOX(&recovered_mass));
     m.impl("selection_cache_step", TORCH_BOX(&selection_cache_step));
+    m.impl("rolling_sweep", TORCH_BOX(&rolling_sweep));
 }
 
 // No tensor tells these where to run, so they are registered for every backend.

@@ -44,6 +44,15 @@ Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor start
                             int64_t max_age, int64_t dense_limit, Tensor anchor_query, Tensor age,
                             Tensor expected_seqlens, Tensor known_nonfinite, Tensor reuse_counts);
 
+std::tuple<Tensor, Tensor> rolling_sweep(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, OptionalTensor cos, OptionalTensor sin, int64_t rope_start,
+    bool rope_interleaved, OptionalTensor hit, OptionalTensor scan_all, Tensor pool,
+    Tensor pool_length, Tensor scanned_to, Tensor next_segment, Tensor indices, Tensor topk_length,
+    Tensor kept_score);
+
 std::string build_info();
 std::string cpu_implementations();
 std::string cpu_implementation();

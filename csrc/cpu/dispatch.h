@@ -7,6 +7,7 @@
 #include "kvselect/kv_append.h"
 #include "kvselect/merge_splits.h"
 #include "kvselect/recovered_mass.h"
+#include "kvselect/rolling_sweep.h"
 #include "kvselect/score_tokens.h"
 #include "kvselect/select_tokens.h"
 #include "kvselect/selection_cache_step.h"
@@ -25,6 +26,7 @@ struct Implementation {
     MergeSplitsFn merge_splits;
     RecoveredMassFn recovered_mass;
     SelectionCacheStepFn selection_cache_step;
+    RollingSweepFn rolling_sweep;
 };
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.

@@ -44,7 +44,8 @@ const Implementation& amx_implementation() {
         amx::sparse_attention,
         amx::merge_splits,
         amx::recovered_mass,
-        amx::selection_cache_step};
+        amx::selection_cache_step,
+        amx::rolling_sweep};
     return implementation;
 }
 

@@ -37,7 +37,8 @@ const Implementation& avx2_implementation() {
                                                    avx2::sparse_attention,
                                                    avx2::merge_splits,
                                                    avx2::recovered_mass,
-                                                   avx2::selection_cache_step};
+                                                   avx2::selection_cache_step,
+                                                   avx2::rolling_sweep};
     return implementation;
 }
 

@@ -39,7 +39,8 @@ const Implementation& avx512_implementation() {
                                                    avx512::sparse_attention,
                                                    avx512::merge_splits,
                                                    avx512::recovered_mass,
-                                                   avx512::selection_cache_step};
+                                                   avx512::selection_cache_step,
+                                                   avx512::rolling_sweep};
     return implementation;
 }
 

@@ -40,7 +40,8 @@ const Implementation& avx512_bf16_implementation() {
                                                    avx512_bf16::sparse_attention,
                                                    avx512_bf16::merge_splits,
                                                    avx512_bf16::recovered_mass,
-                                                   avx512_bf16::selection_cache_step};
+                                                   avx512_bf16::selection_cache_step,
+                                                   avx512_bf16::rolling_sweep};
     return implementation;
 }
 

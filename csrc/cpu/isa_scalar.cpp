@@ -33,7 +33,8 @@ const Implementation& scalar_implementation() {
                                                    scalar::sparse_attention,
                                                    scalar::merge_splits,
                                                    scalar::recovered_mass,
-                                                   scalar::selection_cache_step};
+                                                   scalar::selection_cache_step,
+                                                   scalar::rolling_sweep};
     return implementation;
 }
 

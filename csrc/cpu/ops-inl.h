@@ -16,3 +16,4 @@
 #include "cpu/select_tokens-inl.h"
 #include "cpu/selection_cache_step-inl.h"
 #include "cpu/sparse_attention-inl.h"
+#include "cpu/rolling_sweep-inl.h"

@@ -112,7 +112,7 @@ inline int32_t query_quad(const int8_t* bytes) {
 // the sub-blocks).
 template <SketchFormat kFormat, int kCols, int kParts>
 inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries<>& q, int64_t group,
-                      float* const* out) {
+                      float* const* out, int64_t ahead) {
     constexpr int64_t kGroups = kSketchSubBlockTokens / kLanes;  // per line
     I32 acc[kCols][kParts], fine[kCols][kParts];
 #pragma GCC unroll 4
@@ -128,7 +128,7 @@ inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries<>
         Codes raw[kParts];
 #pragma GCC unroll 4
         for (int part = 0; part < kParts; ++part) {
-            prefetch(from[part] + line * 64 + kSketchAhead);
+            prefetch(from[part] + line * 64 + ahead);
             raw[part] = load_codes(from[part] + line * 64);
         }
 #pragma GCC unroll 4
@@ -173,12 +173,12 @@ inline void scan_part(const uint8_t* codes, int64_t lines, const SketchQueries<>
 
 template <SketchFormat kFormat, int kCols>
 inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQueries<>& q, float* out,
-                         int64_t stride) {
+                         int64_t stride, int64_t ahead) {
     constexpr int kParts = kFormat == SketchFormat::kInt4 ? kSketchParts : kSketchParts / 2;
     float* target[kCols];
     for (int c = 0; c < kCols; ++c) target[c] = out + c * stride;
     for (int64_t group = 0; group < kSketchBlockTokens / kLanes; group += kParts)
-        scan_part<kFormat, kCols, kParts>(codes, lines, q, group, target);
+        scan_part<kFormat, kCols, kParts>(codes, lines, q, group, target, ahead);
 }
 
 // The columns q + first * q_stride .. of num_columns; short of kSketchColumns, the last one again.
@@ -194,11 +194,12 @@ inline void pick_columns(const float* q, int64_t q_stride, int64_t first, int64_
 #include "cpu/sketch_tile_logits-inl.h"
 #endif
 
-// out[c * stride + t] for the block's 128 tokens and any number of columns of q.
+// out[c * stride + t] for the block's 128 tokens and any number of columns of q. `ahead`: where the
+// codes lie that are used next, seen from those in use; other than in a scan of neighbouring blocks.
 template <SketchFormat kFormat>
 inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q_stride,
                                 int64_t num_columns, int64_t head_dim, float scale, float* out,
-                                int64_t stride) {
+                                int64_t stride, int64_t ahead = kSketchAhead) {
 #if KVS_HAS_TILE_DOT
     if (num_columns >= kMinTileColumns)
         return sketch_block_logits_by_tiles<kFormat>(record, q, q_stride, num_columns, head_dim,
@@ -216,16 +217,16 @@ inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q
         float* part = out + first * stride;
         switch (count) {
             case 1:
-                scan_columns<kFormat, 1>(codes, lines, queries, part, stride);
+                scan_columns<kFormat, 1>(codes, lines, queries, part, stride, ahead);
                 break;
             case 2:
-                scan_columns<kFormat, 2>(codes, lines, queries, part, stride);
+                scan_columns<kFormat, 2>(codes, lines, queries, part, stride, ahead);
                 break;
             case 3:
-                scan_columns<kFormat, 3>(codes, lines, queries, part, stride);
+                scan_columns<kFormat, 3>(codes, lines, queries, part, stride, ahead);
                 break;
             default:
-                scan_columns<kFormat, 4>(codes, lines, queries, part, stride);
+                scan_columns<kFormat, 4>(codes, lines, queries, part, stride, ahead);
                 break;
         }
     }

@@ -22,6 +22,7 @@ from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
 from kvselect.reference.selection import BlockLists, select_query_blocks, select_tokens
 from kvselect.reference.selection_cache import CacheStep, selection_cache_step
+from kvselect.reference.sweep import SweepState, SweptLists, rolling_sweep
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -36,12 +37,15 @@ __all__ = [
     "QueryBlocks",
     "RopeTable",
     "StepInfo",
+    "SweepState",
+    "SweptLists",
     "decode_block",
     "decode_step",
     "encode_block",
     "kv_append",
     "merge_splits",
     "recovered_mass",
+    "rolling_sweep",
     "rotate",
     "score_query_blocks",
     "score_tokens",
