@@ -133,6 +133,7 @@ class Session:
             counts: dict[str, Any] = layer.decode
             read += counts["tokens_attended"] * 2 * key_bytes
             read += counts["tokens_scanned"] * scan_bytes
+            read += counts["tokens_scored_from_keys"] * key_bytes
             dense += counts["tokens_visible"] * 2 * key_bytes
             tokens += (layer.tokens_per_step or 0.0) / len(layers)
         return tokens, read / dense if dense else 1.0

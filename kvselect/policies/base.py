@@ -15,6 +15,7 @@ from kvselect.checks import require, require_type
 from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase, Queries
+from kvselect.rolling_pools import RollingPools
 from kvselect.rope import Rope
 from kvselect.selection import Lists, Selection
 from kvselect.selection_cache import SelectionCache
@@ -34,6 +35,8 @@ class PolicyState:
         Counts for reports.
     selection_cache : SelectionCache or None
         Of policies that reuse lists.
+    rolling_pools : RollingPools or None
+        Of policies that scan a part of the row per step.
     decode_policies : dict
         By number of query heads: the policy of decode steps where a crossover was measured. The
         state settles it when it is made, so that no step looks anything up.
@@ -43,6 +46,7 @@ class PolicyState:
     prefill: PhaseStatistics = field(default_factory=PhaseStatistics)
     decode: PhaseStatistics = field(default_factory=PhaseStatistics)
     selection_cache: SelectionCache | None = None
+    rolling_pools: RollingPools | None = None
     decode_policies: dict[int, Policy] = field(default_factory=dict)
 
     def decode_policy(self, num_q_heads: int) -> Policy:
@@ -66,12 +70,14 @@ class PolicyState:
         require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
         fresh = policy.new_state(cache)
         self.policy, self.decode_policies = policy, fresh.decode_policies
-        self.selection_cache = fresh.selection_cache
+        self.selection_cache, self.rolling_pools = fresh.selection_cache, fresh.rolling_pools
 
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
         if self.selection_cache is not None:
             self.selection_cache.clear()
+        if self.rolling_pools is not None:
+            self.rolling_pools.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvselect.rolling_pools import SweepCounts
 from kvselect.selection import Selection
 from kvselect.sketch import bytes_per_token
 
 __all__ = ["PhaseStatistics"]
 
-_ATTENDED, _MASS_SUM, _MASS_COUNT, _NONFINITE = range(4)
+_ATTENDED, _MASS_SUM, _MASS_COUNT, _NONFINITE, _ROLLED, _NOT_SWEPT, _MEMBERS = range(7)
 _REUSED, _NOT_SCANNED = range(2)
+_AUDITED, _AUDITED_TOKENS, _AUDIT_KEPT, _AUDIT_FRESH, _STOPPED = range(5)
 
 _CALLS_AT_ONCE = 64  # whose counts are added up together: a sum costs more than the step's checks
 
@@ -26,6 +28,7 @@ class _Recorded(NamedTuple):
     kept_score: Tensor | None
     total_score: float | Tensor | None
     num_nonfinite: Tensor | None
+    sweep: SweepCounts | None
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +56,9 @@ class PhaseStatistics:
     _scanned: int = 0
     _looked_up: int = 0
     _recorded: list[_Recorded] = field(default_factory=list)
-    _totals: Tensor | None = None  # float64 [4]: exact far beyond any count here
+    _totals: Tensor | None = None  # float64 [7]: exact far beyond any count here
     _reuse_counts: Tensor | None = None  # int64 [2]
+    _audits: Tensor | None = None  # float64 [5]
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything."""
@@ -69,6 +73,7 @@ class PhaseStatistics:
         tokens_visible: int,
         scored: bool,
         num_nonfinite: Tensor | None = None,
+        sweep: SweepCounts | None = None,
     ) -> None:
         """A call that attended to lists.
 
@@ -80,6 +85,8 @@ class PhaseStatistics:
             Whether the visible tokens were scored (StreamingLLM does not).
         num_nonfinite : Tensor, any shape, or None
             Tokens and query vectors that were not finite.
+        sweep : SweepCounts or None
+            Of a rolling sweep.
         """
         self.num_calls += 1
         self.tokens_visible += tokens_visible
@@ -88,7 +95,11 @@ class PhaseStatistics:
             self._looked_up += selection.hit.numel()
         self._recorded.append(
             _Recorded(
-                selection.topk_length, selection.kept_score, selection.total_score, num_nonfinite
+                selection.topk_length,
+                selection.kept_score,
+                selection.total_score,
+                num_nonfinite,
+                sweep,
             )
         )
         if len(self._recorded) == _CALLS_AT_ONCE:
@@ -114,7 +125,7 @@ class PhaseStatistics:
                 scores.setdefault(call.total_score, []).append(call.kept_score)
         masses += [_joined(kept) / total for total, kept in scores.items()]
         zero = torch.zeros((), dtype=torch.float64, device=recorded[0].topk_length.device)
-        counts = [zero] * 4
+        counts = [zero] * 7
         counts[_ATTENDED] = _joined([call.topk_length for call in recorded]).sum(dtype=zero.dtype)
         if masses:
             mass = _joined(masses)
@@ -125,9 +136,24 @@ class PhaseStatistics:
         defects = [call.num_nonfinite for call in recorded if call.num_nonfinite is not None]
         if defects:
             counts[_NONFINITE] = _joined(defects).sum(dtype=zero.dtype)
+        sweeps = [call.sweep for call in recorded if call.sweep is not None]
+        if sweeps:  # of one policy and cache: as many KV heads per list
+            heads = sweeps[0].heads_per_list
+            counts[_ROLLED] = _joined([s.rolled for s in sweeps]).sum(dtype=zero.dtype)
+            not_scanned = _joined([s.not_scanned for s in sweeps]).sum(dtype=zero.dtype)
+            counts[_NOT_SWEPT] = not_scanned * heads
+            counts[_MEMBERS] = _joined([s.members for s in sweeps]).sum(dtype=zero.dtype) * heads
         # Not in place: inference tensors may not be changed outside the mode that made them.
         totals = torch.stack(counts)
         self._totals = totals if self._totals is None else self._totals + totals
+
+    def record_audit(
+        self, counted: Tensor, kept: Tensor, fresh: Tensor, stopped: Tensor, tokens: Tensor
+    ) -> None:
+        """What `RollingPools.add_audit` found; ``tokens`` were scored for it, over all KV heads."""
+        counts = [counted.sum(), tokens, kept.sum(), fresh.sum(), stopped.sum()]
+        new = torch.stack([count.double() for count in counts])
+        self._audits = new if self._audits is None else self._audits + new
 
     def _total(self, which: int) -> float:
         if self._recorded:
@@ -136,6 +162,9 @@ class PhaseStatistics:
 
     def _reuse(self, which: int) -> int:
         return 0 if self._reuse_counts is None else int(self._reuse_counts[which])
+
+    def _audit(self, which: int) -> float:
+        return 0.0 if self._audits is None else float(self._audits[which])
 
     @property
     def num_steps(self) -> int:
@@ -148,8 +177,13 @@ class PhaseStatistics:
 
     @property
     def tokens_scanned(self) -> int:
-        """Tokens that were scored, from the sketch or the keys."""
-        return self._scanned - self._reuse(_NOT_SCANNED)
+        """Tokens that were scored one after another, from the sketch or the keys."""
+        return self._scanned - self._reuse(_NOT_SCANNED) - int(self._total(_NOT_SWEPT))
+
+    @property
+    def tokens_scored_from_keys(self) -> int:
+        """What rolling sweeps scored besides, from the keys: pool members, and all in an audit."""
+        return int(self._total(_MEMBERS)) + int(self._audit(_AUDITED_TOKENS))
 
     @property
     def num_hits(self) -> int:
@@ -173,6 +207,27 @@ class PhaseStatistics:
         return self._total(_MASS_SUM) / count if count else None
 
     @property
+    def num_rolled(self) -> int:
+        """Lists made by a rolling sweep of a part of the row."""
+        return int(self._total(_ROLLED))
+
+    @property
+    def num_audited(self) -> int:
+        """Lists among them that were compared with a fresh exact top-k."""
+        return int(self._audit(_AUDITED))
+
+    @property
+    def num_stopped(self) -> int:
+        """Audits that made a list scan everything from then on."""
+        return int(self._audit(_STOPPED))
+
+    @property
+    def rolling_mass(self) -> float | None:
+        """Mass that audited lists kept, over that of a fresh exact top-k; None: no audit."""
+        fresh = self._audit(_AUDIT_FRESH)
+        return self._audit(_AUDIT_KEPT) / fresh if fresh else None
+
+    @property
     def num_nonfinite(self) -> int:
         """Tokens and vectors met by the scores that were not finite, once per call."""
         return int(self._total(_NONFINITE))
@@ -180,10 +235,13 @@ class PhaseStatistics:
     def bytes_read(self, head_dim: int, itemsize: int, sketch: str | None) -> float:
         """Bytes that scoring and attention read: modelled, not measured.
 
-        Sketch, or keys, per token scanned; keys and values per token attended.
+        Sketch, or keys, per token scanned; keys per token scored from them besides; keys and values
+        per token attended.
         """
-        scan = 0.0 + head_dim * itemsize if sketch is None else bytes_per_token(sketch, head_dim)
-        return self.tokens_scanned * scan + self.tokens_attended * 2.0 * head_dim * itemsize
+        key = 1.0 * head_dim * itemsize
+        scan = key if sketch is None else bytes_per_token(sketch, head_dim)
+        read = self.tokens_scanned * scan + self.tokens_scored_from_keys * key
+        return read + self.tokens_attended * 2.0 * key
 
     def dense_bytes_read(self, head_dim: int, itemsize: int) -> float:
         """Bytes that dense attention would have read, by the same model."""
@@ -197,10 +255,15 @@ class PhaseStatistics:
             "tokens_visible": self.tokens_visible,
             "tokens_attended": self.tokens_attended,
             "tokens_scanned": self.tokens_scanned,
+            "tokens_scored_from_keys": self.tokens_scored_from_keys,
             "num_hits": self.num_hits,
             "num_misses": self.num_misses,
             "hit_rate": self.hit_rate,
             "kept_mass": self.kept_mass,
+            "num_rolled": self.num_rolled,
+            "num_audited": self.num_audited,
+            "num_stopped": self.num_stopped,
+            "rolling_mass": self.rolling_mass,
             "num_nonfinite": self.num_nonfinite,
         }
 

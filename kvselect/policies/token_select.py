@@ -38,6 +38,7 @@ from kvselect.policies.scoring_vectors import (
 )
 from kvselect.queries import Phase, Queries
 from kvselect.query_blocks import block_range
+from kvselect.rolling_pools import MAX_SEGMENTS, RollingPools, SweepCounts, Swept
 from kvselect.rope import Rope
 from kvselect.score import score_blocks
 from kvselect.selection import (
@@ -113,6 +114,19 @@ class TokenSelect(Policy):
         "q10" for "layer".
     similarity_on : "unrotated" or "rotated"
         Which queries are compared: rotated ones drift by position alone.
+    num_segments : int in [2, 64], or None
+        Rolling sweep: a decode step scans one of so many interleaved segments of the row, and
+        scores anew what mattered when the others were scanned (their pools). None: every step scans
+        everything. A list that the selection cache reuses does not even scan its segment.
+    pool_factor : float > 0
+        Rolling sweep: ``ceil(pool_factor * topk)`` tokens per segment and list are remembered.
+    rolling_floor : float > 0
+        Rolling sweep: a list whose audits find less than this share of the attention mass that a
+        fresh exact top-k keeps scans everything until its pools are void (the next prefill, crop,
+        reorder).
+    rolling_audit_interval : int or None
+        Rolling sweep: steps from one audit to the next, each of which scores all keys; the first is
+        due one step after the pools are filled. None: no audits.
 
     Raises
     ------
@@ -155,6 +169,10 @@ class TokenSelect(Policy):
     max_age: int = 64
     similarity: Literal["min", "q10", "flat"] | None = None
     similarity_on: Literal["unrotated", "rotated"] = "unrotated"
+    num_segments: int | None = None
+    pool_factor: float = 2.0
+    rolling_floor: float = 0.98
+    rolling_audit_interval: int | None = 64
 
     def __post_init__(self) -> None:
         for name in ("topk", "num_recent_tokens", "chunk_size", "q_block_size"):
@@ -185,6 +203,19 @@ class TokenSelect(Policy):
             allowed = "None or a float in (0, 1]"
             threshold = require_float(self.similarity_threshold, "similarity_threshold", allowed)
             require(0.0 < threshold <= 1.0, "similarity_threshold", threshold, allowed)
+        if self.num_segments is not None:
+            allowed = f"None or an int in 2..{MAX_SEGMENTS}"
+            require_int(self.num_segments, "num_segments", 2, allowed)
+            enough = self.num_segments <= MAX_SEGMENTS
+            require(enough, "num_segments", self.num_segments, allowed)
+            allowed = "1 with num_segments (a pool member's neighbours are not scored)"
+            require(self.pool_width == 1, "pool_width", self.pool_width, allowed)
+        for name in ("pool_factor", "rolling_floor"):
+            value = require_float(getattr(self, name), name, "a float > 0")
+            require(value > 0.0, name, value, "a float > 0")
+        if self.rolling_audit_interval is not None:
+            allowed = "None or an int >= 1"
+            require_int(self.rolling_audit_interval, "rolling_audit_interval", 1, allowed)
         require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
         for layer in self.dense_layers:
             require_int(layer, "dense_layers", 0, "layer indices >= 0")
@@ -275,6 +306,13 @@ class TokenSelect(Policy):
             similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
             reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
             state.selection_cache = reuse
+        if self.num_segments is not None:
+            state.rolling_pools = RollingPools(
+                self.num_segments,
+                num_kept(self.topk, self.pool_factor),
+                self.rolling_floor,
+                self.rolling_audit_interval,
+            )
         return state
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
@@ -292,8 +330,9 @@ class TokenSelect(Policy):
         if self.positions == "compact":
             require_compact_rope(queries.rope, self.capacity)
 
-        reuse = state.selection_cache
-        if reuse is None or queries.phase == "prefill" or queries.seqlen_q != 1:
+        reuse, rolling = state.selection_cache, state.rolling_pools
+        remembers = reuse is not None or rolling is not None
+        if not remembers or queries.phase == "prefill" or queries.seqlen_q != 1:
             state.invalidate()
             votes, total, num_nonfinite = self._vote(queries, cache)
             width = list_width(min(self._longest_list(queries, cache), queries.max_seqlen))
@@ -303,22 +342,89 @@ class TokenSelect(Policy):
             return selection
 
         longest = self._longest_list(queries, cache)
-        hit = reuse.lookup(
-            self._similarity_queries(queries),
-            cache,
-            num_lists=self._num_lists(cache),
-            width=min(longest, queries.max_seqlen),
-            dense_limit=self.dense_limit(queries.rope),
-            reuse_counts=statistics.reuse_counts(cache.device),
-        )
-        votes, total, num_nonfinite = self._vote(queries, cache, hit)
-        width = list_width(min(longest, max(self.capacity, 2 * queries.max_seqlen)))  # may grow
-        reused = None if hit is None else reuse.lists
-        lists = self._pick(votes, queries, cache, width, hit, reused)
-        reuse.store(lists, cache)
+        hit: Tensor | None = None
+        reused: Lists | None = None
+        width = min(longest, queries.max_seqlen)
+        if reuse is not None:
+            hit = reuse.lookup(
+                self._similarity_queries(queries),
+                cache,
+                num_lists=self._num_lists(cache),
+                width=width,
+                dense_limit=self.dense_limit(queries.rope),
+                reuse_counts=statistics.reuse_counts(cache.device),
+            )
+            reused = None if hit is None else reuse.lists
+            width = min(longest, max(self.capacity, 2 * queries.max_seqlen))  # may grow
+        sweep: SweepCounts | None = None
+        if rolling is not None:
+            rolling.follow(cache, self._num_lists(cache))
+        if rolling is not None and not rolling.all_stopped:
+            swept = self._sweep(rolling, queries, cache, list_width(width), hit, reused)
+            lists, num_nonfinite, sweep = swept.lists, swept.num_nonfinite, swept.counts
+            self._audit(state, lists, sweep.rolled, queries, cache)
+            heads = queries.q.shape[2] // self._num_lists(cache)
+            total: float | Tensor | None = float(heads) if self._scores_are_mass() else None
+            if self._has_dense_rows(queries, cache):
+                lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
+        else:
+            votes, total, num_nonfinite = self._vote(queries, cache, hit)
+            lists = self._pick(votes, queries, cache, list_width(width), hit, reused)
+        if reuse is not None:
+            reuse.store(lists, cache)
         selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
-        statistics.record_selection(selection, visible, True, num_nonfinite)
+        statistics.record_selection(selection, visible, True, num_nonfinite, sweep)
         return selection
+
+    def _sweep(
+        self,
+        rolling: RollingPools,
+        queries: Queries,
+        cache: KVCache,
+        width: int,
+        hit: Tensor | None,
+        reused: Lists | None,
+    ) -> Swept:
+        """Lists of a rolling sweep, and what it looked at."""
+        vectors = self._scoring_vectors(queries, cache)[0]
+        return rolling.sweep(
+            vectors.q[:, 0, 0],
+            None if vectors.q_local is None else vectors.q_local[:, 0, 0],
+            cache,
+            num_sink_tokens=self.num_sink_tokens,
+            num_recent_tokens=self.num_recent_tokens,
+            keep=self.keep,
+            scale=queries.softmax_scale if self.score_scale is None else self.score_scale,
+            sketch=self.sketch,
+            normalise_candidates_only=self.normalise_over == "candidates",
+            rope=queries.rope if self.positions == "compact" else None,
+            width=width,
+            hit=hit,
+            reused=reused,
+        )
+
+    def _audit(
+        self, state: PolicyState, lists: Lists, rolled: Tensor, queries: Queries, cache: KVCache
+    ) -> None:
+        """Compare the lists that rolled, in rows that are due, with a fresh exact top-k.
+
+        By the mass that either keeps, sinks and recent tokens included.
+        """
+        rolling = state.rolling_pools
+        assert rolling is not None
+        limit = self.dense_limit(queries.rope)
+        due = rolling.due()
+        if any(due):
+            counted = rolled & torch.tensor(due, device=cache.device)[:, None]
+            votes, _, _ = self._vote(queries, cache, (~counted).int(), exact=True)
+            fresh = self._pick(votes, queries, cache, lists.indices.shape[-1], keep=self.topk)
+            held = votes.gather(3, lists.indices.clamp(min=0).long())
+            kept = held.where(lists.indices >= 0, 0.0).nan_to_num(0.0, 0.0, 0.0).sum(3)[:, 0]
+            audited = rolling.add_audit(kept, fresh.kept_score[:, 0], counted)
+            real = torch.tensor(cache.num_real_tokens, device=cache.device)[:, None]
+            tokens = (counted * real).sum() * (cache.num_kv_heads // counted.shape[1])
+            state.statistics(queries.phase).record_audit(*audited, tokens)
+        rolling.void([tokens <= limit for tokens in cache.num_real_tokens])
 
     def _require_usable(self, queries: Queries, cache: KVCache) -> None:
         """What is missing would be missed at the first long row only; say so at the first step."""
@@ -329,12 +435,16 @@ class TokenSelect(Policy):
             require_compact_rope(queries.rope, 0)
 
     def _vote(
-        self, queries: Queries, cache: KVCache, hit: Tensor | None = None
+        self,
+        queries: Queries,
+        cache: KVCache,
+        hit: Tensor | None = None,
+        exact: bool = False,
     ) -> tuple[Tensor, float | Tensor | None, Tensor]:
         """Scores, what all tokens of a list score together, and counts of what was not finite.
 
         Scores are [batch, num_blocks, num_lists, max_seqlen]; the total is None where they are no
-        shares of attention mass.
+        shares of attention mass. ``exact``: from the keys, whatever the sketch.
         """
         scale = queries.softmax_scale if self.score_scale is None else self.score_scale
         num_kv_heads, shared = cache.num_kv_heads, self.scope == "layer"
@@ -358,7 +468,7 @@ class TokenSelect(Policy):
                 num_recent_tokens=self.num_recent_tokens,
                 keep=self.keep,
                 scale=scale,
-                sketch=self.sketch,
+                sketch=None if exact else self.sketch,
                 max_vote=self.aggregate == "max_vote",
                 normalise_candidates_only=self.normalise_over == "candidates",
                 q_local=part.q_local,
@@ -396,6 +506,7 @@ class TokenSelect(Policy):
         width: int,
         hit: Tensor | None = None,
         reused: Lists | None = None,
+        keep: int | None = None,
     ) -> Lists:
         """Sinks, the best candidates and the window; everything, where a row is dense."""
         lists = select_blocks(
@@ -407,7 +518,7 @@ class TokenSelect(Policy):
             window_rule=self._window_rule(queries),
             num_sink_tokens=self.num_sink_tokens,
             num_recent_tokens=self.num_recent_tokens,
-            keep=self.keep,
+            keep=self.keep if keep is None else keep,
             width=width,
             pool_width=self.pool_width,
             hit=hit,
