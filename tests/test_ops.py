@@ -26,6 +26,7 @@ SCHEMAS = {
     "merge_splits",
     "recovered_mass",
     "selection_cache_step",
+    "rolling_sweep",
 }
 
 
@@ -158,6 +159,26 @@ def cache_step_arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
+def sweep_arguments(**cache: Any) -> dict[str, Any]:
+    """Row 0 rolls over its two blocks, row 1 is reused."""
+    arguments = score_arguments(**cache)
+    for name in ("q_block_offsets", "seqlen_q", "window_rule", "max_seqlen_k", "max_vote"):
+        del arguments[name]
+    num_lists, num_segments = 2, 2
+    return arguments | {
+        "q": torch.randn(2, 4, HEAD_DIM, generator=torch.Generator().manual_seed(3)),
+        "hit": int32(0, 0, 1, 1).view(2, num_lists),
+        "scan_all": torch.zeros(2, num_lists, dtype=torch.int32),
+        "pool": torch.arange(4, 12, dtype=torch.int32).expand(2, num_lists, num_segments, 8).clone(),
+        "pool_length": torch.full((2, num_lists, num_segments), 8, dtype=torch.int32),
+        "scanned_to": torch.full((2, num_lists, num_segments), 140, dtype=torch.int32),
+        "next_segment": torch.ones(2, num_lists, dtype=torch.int32),
+        "indices": torch.full((2, num_lists, 32), -1, dtype=torch.int32),
+        "topk_length": torch.zeros(2, num_lists, dtype=torch.int32),
+        "kept_score": torch.zeros(2, num_lists),
+    }
+
+
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_append": ("kv_append", append_arguments()),
     "kv_append paged bf16": ("kv_append", append_arguments(paged=True, dtype=torch.bfloat16)),
@@ -188,6 +209,11 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "recovered_mass": ("recovered_mass", mass_arguments()),
     "selection_cache_step": ("selection_cache_step", cache_step_arguments()),
+    "rolling_sweep": ("rolling_sweep", sweep_arguments()),
+    "rolling_sweep paged bf16": (
+        "rolling_sweep",
+        sweep_arguments(paged=True, dtype=torch.bfloat16),
+    ),
     "selection_cache_step bf16": ("selection_cache_step", cache_step_arguments(torch.bfloat16)),
 }
 
