@@ -1,0 +1,303 @@
+"""Is a rolling sweep faster than a scan of the whole sketch, and does it keep the attention mass?
+
+The same decode steps under every contender in turn: a full scan at every step, the cosine selection
+cache, and rolling sweeps. Twice: the embedded model's own queries, keys and values, captured while
+it answers questions token by token on 16 trained windows; and structured random keys in the shape
+of a 7-8B model's layer, whose queries drift (METHODS: q' = rho q + sqrt(1 - rho^2) noise). Kept
+mass is measured from outside on the exact keys, in a second pass that is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from side_by_side import print_table, quantiles, write_results
+from torch import Tensor
+from transformers import DynamicCache
+
+import kvselect
+from kvselect.eval.audit import Audit, audited
+from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
+from kvselect.eval.demo import demo_policies
+from kvselect.eval.tasks import TASKS, dialect_sample
+from kvselect.integrations.hf import attach
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.queries import Queries
+from kvselect.rope import Rope
+from kvselect.testing import structured_keys
+
+COLUMNS = [
+    "",
+    "CPU ms\na step",
+    "p20-p80",
+    "mean",
+    "x full\nscan",
+    "bytes of\nfull scan",
+    "lists\nreused",
+    "lists\nrolled",
+    "stopped",
+    "kept mass",
+    "of full\nscan's",
+    "by layer",
+]
+LOGIT_STD = 2.2  # of the structured queries, METHODS 5.2 (a)
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Decode steps of one layer: step ``t`` appends token ``num_context + t``, then asks ``q[t]``.
+
+    Attributes
+    ----------
+    q : Tensor, [num_steps, num_q_heads, head_dim]
+    k, v : Tensor, [num_context + num_steps, num_kv_heads, head_dim]
+    rope : Rope or None
+        Given: nothing is rotated yet, positions are compact.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rope: Rope | None
+
+    @property
+    def num_context(self) -> int:
+        return self.k.shape[0] - self.q.shape[0]
+
+    def cosines(self) -> float:
+        """Mean cosine of a head's consecutive queries."""
+        q = self.q.float()
+        return float(torch.cosine_similarity(q[1:], q[:-1], dim=-1).mean())
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One contender, all layers."""
+
+    step_ms: list[float]  # summed over layers
+    bytes_read: float
+    num_hits: int
+    num_rolled: int
+    num_stopped: int
+    mass_by_layer: list[float]
+
+    @property
+    def kept_mass(self) -> float:
+        return statistics.fmean(self.mass_by_layer)
+
+
+def trained_steps(
+    checkpoint: Checkpoint, num_tokens: int, task: str, num_steps: int
+) -> list[Steps]:
+    """The embedded model reads a context and is asked about it, one token at a time, nothing
+    forgotten: questions and right answers follow each other as in a conversation."""
+    calls: list[tuple[Tensor, Rope | None]] = []
+    base: Any = demo_policies()["TokenSelect compact"]
+
+    class Watched(kvselect.TokenSelect):
+        __slots__ = ()
+
+        def select(self, state: PolicyState, queries: Queries, cache: kvselect.KVCache) -> Any:
+            if queries.phase == "decode":
+                calls.append((queries.q[0, 0].clone(), queries.rope))
+            return kvselect.TokenSelect.select(self, state, queries, cache)
+
+    watched = Watched(
+        **{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    )
+    words = checkpoint.tokenizer.get_vocab()
+    asked: list[int] = []
+    sample = dialect_sample(TASKS[task], num_tokens, seed=1, max_questions=128)
+    for question in sample.questions:
+        asked += [*question.tokens, *(words[word] for word in question.answer)]
+    if len(asked) < num_steps:
+        raise SystemExit(f"steps: got {num_steps}, allowed: at most {len(asked)} (the questions)")
+    cache = DynamicCache(config=checkpoint.model.config)
+    with attach(checkpoint.model, watched, break_even="off"), torch.inference_mode():
+        checkpoint.model(torch.as_tensor(np.asarray(sample.context))[None], past_key_values=cache)
+        calls.clear()
+        for token in asked[:num_steps]:
+            checkpoint.model(torch.tensor([[token]]), past_key_values=cache)
+    num_layers = len(cache.layers)
+    rope = calls[0][1]
+    assert rope is not None  # positions are compact
+    return [
+        Steps(
+            torch.stack([q for q, _ in calls[index::num_layers]]),
+            layer.keys[0].transpose(0, 1).contiguous(),
+            layer.values[0].transpose(0, 1).contiguous(),
+            rope,
+        )
+        for index, layer in enumerate(cache.layers)
+    ]
+
+
+def drifting_steps(args: argparse.Namespace, rho: float) -> Steps:
+    """Structured keys, un-rotated, and queries that walk: the noise is a difference of two random
+    keys, scaled to the same deviation of the logits, so that later queries are like the first."""
+    group = args.q_heads // args.kv_heads
+    num_tokens = args.tokens + args.drift_steps
+    q, k = structured_keys(num_tokens, args.kv_heads, group, args.head_dim, rotated=False)
+    generator = torch.Generator().manual_seed(1)
+    some = torch.randint(num_tokens, (4096,), generator=generator)
+    sampled = k[some].repeat_interleave(group, dim=1)  # [4096, num_q_heads, head_dim]
+
+    def scaled(query: Tensor) -> Tensor:
+        logits = torch.einsum("hd,thd->ht", query, sampled) * args.head_dim**-0.5
+        return query * (LOGIT_STD / logits.std(-1, keepdim=True))
+
+    walk = [scaled(q)]
+    for _ in range(args.drift_steps - 1):
+        one, other = torch.randint(4096, (2, args.q_heads), generator=generator)
+        heads = torch.arange(args.q_heads)
+        noise = scaled(sampled[one, heads] - sampled[other, heads])
+        walk.append(scaled(rho * walk[-1] + (1 - rho**2) ** 0.5 * noise))
+    v = torch.randn(k.shape, generator=generator)
+    return Steps(torch.stack(walk).bfloat16(), k.bfloat16(), v.bfloat16(), None)
+
+
+def contenders(base: Policy, args: argparse.Namespace) -> dict[str, Policy]:
+    """Every way to make the lists, of the same budget."""
+
+    def changed(**settings: Any) -> Policy:
+        return dataclasses.replace(base, **settings)
+
+    found = {"full scan": base}
+    for threshold in args.thresholds:
+        found[f"cosine cache {threshold}"] = changed(similarity_threshold=threshold)
+    for factor in args.pool_factors:
+        for segments in args.segments:
+            found[f"rolling {segments} segments, {factor:g}x"] = changed(
+                num_segments=segments, pool_factor=factor, rolling_audit_interval=None
+            )
+    found["rolling 8 segments, 2x, audited"] = changed(num_segments=8)
+    return found
+
+
+def replay(layer: Steps, policies: dict[str, Policy]) -> Iterator[dict[str, tuple[float, Any]]]:
+    """CPU milliseconds and state of every contender, step after step, on one cache."""
+    (sketch,) = {policy.required_sketch for policy in policies.values()}
+    num_heads, head_dim = layer.k.shape[1:]
+    cache = kvselect.KVCache(
+        1, num_heads, head_dim, dtype=layer.k.dtype, capacity=layer.k.shape[0], sketch=sketch
+    )
+    n = layer.num_context
+    cache.append(layer.k[None, :n], layer.v[None, :n])
+    states = {name: policy.new_state(cache) for name, policy in policies.items()}
+    for t, q in enumerate(layer.q):
+        cache.append(layer.k[None, n + t : n + t + 1], layer.v[None, n + t : n + t + 1])
+        taken = {}
+        names = list(policies)
+        for name in names[t % len(names) :] + names[: t % len(names)]:
+            before = time.process_time()
+            kvselect.decode_step(q[None, None], cache, policies[name], states[name], rope=layer.rope)
+            taken[name] = (1e3 * (time.process_time() - before), states[name])
+        yield taken
+
+
+def run(layers: list[Steps], policies: dict[str, Policy]) -> dict[str, Outcome]:
+    num_steps = layers[0].q.shape[0]
+    outcomes = {name: Outcome([0.0] * num_steps, 0.0, 0, 0, 0, []) for name in policies}
+    for layer in layers:
+        for t, taken in enumerate(replay(layer, policies)):
+            for name, (milliseconds, _) in taken.items():
+                outcomes[name].step_ms[t] += milliseconds
+        for name, (_, state) in taken.items():
+            counts, outcome = state.decode, outcomes[name]
+            outcome.bytes_read += counts.bytes_read(
+                layer.k.shape[2], layer.k.dtype.itemsize, policies[name].required_sketch
+            )
+            outcome.num_hits += counts.num_hits
+            outcome.num_rolled += counts.num_rolled
+            outcome.num_stopped += counts.num_stopped
+        audits = {name: Audit() for name in policies}
+        watched = {name: audited(policy, audits[name]) for name, policy in policies.items()}
+        for _ in replay(layer, watched):
+            pass
+        for name, audit in audits.items():
+            assert audit.recovered_mass is not None  # every step was audited
+            outcomes[name].mass_by_layer.append(audit.recovered_mass)
+    return outcomes
+
+
+def table(title: str, layers: list[Steps], outcomes: dict[str, Outcome]) -> None:
+    full = outcomes["full scan"]
+    full_ms = quantiles(full.step_ms)[0]
+    num_lists = sum(layer.q.shape[0] * layer.k.shape[1] for layer in layers)
+    rows = []
+    for name, outcome in outcomes.items():
+        median, low, high = quantiles(outcome.step_ms)
+        rows.append(
+            [
+                name,
+                f"{median:.2f}",
+                f"{low:.2f}-{high:.2f}",
+                f"{statistics.fmean(outcome.step_ms):.2f}",
+                f"{full_ms / median:.2f}",
+                f"{outcome.bytes_read / full.bytes_read:.2f}",
+                f"{outcome.num_hits / num_lists:.2f}",
+                f"{outcome.num_rolled / num_lists:.2f}",
+                str(outcome.num_stopped),
+                f"{outcome.kept_mass:.3f}",
+                f"{outcome.kept_mass / full.kept_mass:.3f}",
+                " ".join(f"{mass:.3f}"[1:] for mass in outcome.mass_by_layer),
+            ]
+        )
+    print_table(title, COLUMNS, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--segments", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--pool-factors", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.7])
+    parser.add_argument("--tasks", nargs="*", default=["niah_multikey", "vt"])
+    parser.add_argument("--trained-tokens", type=int, default=8192)
+    parser.add_argument("--trained-steps", type=int, default=128)
+    parser.add_argument("--rho", type=float, nargs="*", default=[0.99, 0.9])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--drift-steps", type=int, default=72)
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--topk", type=int, nargs="+", default=[2048, 512])
+    parser.add_argument("--out", default="rolling_sweep", help="name of the file in bench/results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    results = []
+
+    def report(title: str, what: dict[str, Any], layers: list[Steps], base: Policy) -> None:
+        outcomes = run(layers, contenders(base, args))
+        cosine = statistics.fmean(layer.cosines() for layer in layers)
+        table(f"{title}; consecutive queries' cosine {cosine:.2f}; one thread", layers, outcomes)
+        for name, outcome in outcomes.items():
+            record = dataclasses.asdict(outcome)
+            results.append(what | {"contender": name, "cosine": cosine} | record)
+
+    if args.tasks:
+        checkpoint = load_checkpoint(EMBEDDED)
+    for task in args.tasks:
+        layers = trained_steps(checkpoint, args.trained_tokens, task, args.trained_steps)
+        title = f"embedded model, {task}, {args.trained_tokens} tokens, all layers (trained)"
+        report(title, {"keys": task}, layers, demo_policies()["TokenSelect compact"])
+    for rho in args.rho:
+        layer = drifting_steps(args, rho)
+        for topk in args.topk:
+            shape = f"{args.q_heads}/{args.kv_heads} heads of {args.head_dim}, bfloat16"
+            title = f"{args.tokens} tokens, {shape}, topk {topk}, drift {rho} (simulated)"
+            base = kvselect.TokenSelect(topk=topk, dense_below_tokens=0)
+            report(title, {"keys": f"drift {rho}", "topk": topk}, [layer], base)
+    print("written:", write_results(args.out, vars(args), results))
+
+
+if __name__ == "__main__":
+    main()
