@@ -162,6 +162,18 @@ inline void score_pooled(const RollingSweepParams& p, const SweepItem& s, float*
     constexpr int64_t kAhead = kTileTokens / 2;
     const T* rows[kTileTokens + kAhead];
     const T* base = static_cast<const T*>(p.keys.data) + p.keys.offset(s.row, 0, s.kv_head);
+    [[maybe_unused]] bool bfloat16_products = false;
+#if KVS_HAS_BF16_DOT
+    alignas(64) BFloat16 columns[kMaxBf16Group * kMaxHeadDim];
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        bfloat16_products = p.head_dim % 32 == 0 && s.num_columns <= kMaxBf16Group;
+        for (int64_t i = 0; bfloat16_products && i < s.num_columns * p.head_dim; ++i)
+            bfloat16_products = (element::bits_of(s.q[i]) & 0xffffu) == 0;
+        for (int64_t c = 0; bfloat16_products && c < s.num_columns; ++c)
+            for (int64_t d = 0; d < p.head_dim; d += kLanes)
+                store(columns + c * kMaxHeadDim + d, load(s.q + c * p.head_dim + d));
+    }
+#endif
     int64_t known = 0;  // rows whose place was looked up for the tile before
     for (int64_t first = 0; first < s.num_pooled; first += kTileTokens) {
         const int64_t left = s.num_pooled - first;
@@ -176,6 +188,15 @@ inline void score_pooled(const RollingSweepParams& p, const SweepItem& s, float*
         known = needed > kTileTokens ? needed - kTileTokens : 0;
         const Upcoming upcoming{as_bytes(rows + kAhead), needed > kAhead ? needed - kAhead : 0,
                                 p.head_dim * int64_t{sizeof(T)}};
+#if KVS_HAS_BF16_DOT
+        if constexpr (std::is_same_v<T, BFloat16>) {
+            if (bfloat16_products) {
+                dot_rows_bf16(rows, tokens, columns, s.num_columns, p.head_dim, s.scale, upcoming,
+                              out + first, s.stride);
+                continue;
+            }
+        }
+#endif
         dot_rows(rows, tokens, s.q, p.head_dim, s.num_columns, p.head_dim, s.scale, upcoming,
                  out + first, s.stride);
     }
