@@ -197,9 +197,10 @@ def replay(layer: Steps, policies: dict[str, Policy]) -> Iterator[dict[str, tupl
         taken = {}
         names = list(policies)
         for name in names[t % len(names) :] + names[: t % len(names)]:
+            policy, state = policies[name], states[name]
             before = time.process_time()
-            kvselect.decode_step(q[None, None], cache, policies[name], states[name], rope=layer.rope)
-            taken[name] = (1e3 * (time.process_time() - before), states[name])
+            kvselect.decode_step(q[None, None], cache, policy, state, rope=layer.rope)
+            taken[name] = (1e3 * (time.process_time() - before), state)
         yield taken
 
 

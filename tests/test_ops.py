@@ -165,11 +165,12 @@ def sweep_arguments(**cache: Any) -> dict[str, Any]:
     for name in ("q_block_offsets", "seqlen_q", "window_rule", "max_seqlen_k", "max_vote"):
         del arguments[name]
     num_lists, num_segments = 2, 2
+    members = torch.arange(4, 12, dtype=torch.int32)
     return arguments | {
         "q": torch.randn(2, 4, HEAD_DIM, generator=torch.Generator().manual_seed(3)),
         "hit": int32(0, 0, 1, 1).view(2, num_lists),
         "scan_all": torch.zeros(2, num_lists, dtype=torch.int32),
-        "pool": torch.arange(4, 12, dtype=torch.int32).expand(2, num_lists, num_segments, 8).clone(),
+        "pool": members.expand(2, num_lists, num_segments, 8).clone(),
         "pool_length": torch.full((2, num_lists, num_segments), 8, dtype=torch.int32),
         "scanned_to": torch.full((2, num_lists, num_segments), 140, dtype=torch.int32),
         "next_segment": torch.ones(2, num_lists, dtype=torch.int32),

@@ -195,7 +195,8 @@ inline void pick_columns(const float* q, int64_t q_stride, int64_t first, int64_
 #endif
 
 // out[c * stride + t] for the block's 128 tokens and any number of columns of q. `ahead`: where the
-// codes lie that are used next, seen from those in use; other than in a scan of neighbouring blocks.
+// codes lie that are used next, seen from those in use; other than in a scan of neighbouring
+// blocks.
 template <SketchFormat kFormat>
 inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q_stride,
                                 int64_t num_columns, int64_t head_dim, float scale, float* out,

@@ -364,7 +364,7 @@ class TokenSelect(Policy):
             lists, num_nonfinite, sweep = swept.lists, swept.num_nonfinite, swept.counts
             self._audit(state, lists, sweep.rolled, queries, cache)
             heads = queries.q.shape[2] // self._num_lists(cache)
-            total: float | Tensor | None = float(heads) if self._scores_are_mass() else None
+            total = float(heads) if self._scores_are_mass() else None
             if self._has_dense_rows(queries, cache):
                 lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         else:
