@@ -1,10 +1,11 @@
 """Is a rolling sweep faster than a scan of the whole sketch, and does it keep the attention mass?
 
 The same decode steps under every contender in turn: a full scan at every step, the cosine selection
-cache, and rolling sweeps (number of segments, pool_factor). Twice: the embedded model's own queries, keys and values, captured while
-it answers questions token by token on 16 trained windows; and structured random keys in the shape
-of a 7-8B model's layer, whose queries drift (METHODS: q' = rho q + sqrt(1 - rho^2) noise). Kept
-mass is measured from outside on the exact keys, in a second pass that is not timed.
+cache, and rolling sweeps (number of segments, pool_factor). Twice: the embedded model's own
+queries, keys and values, captured while it answers questions token by token on 16 trained windows;
+and structured random keys in the shape of a 7-8B model's layer, whose queries drift
+(q' = rho q + sqrt(1 - rho^2) noise). Kept mass is measured from outside on the exact keys, in a
+second pass that is not timed.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from side_by_side import print_table, quantiles, write_results
 from torch import Tensor
 from transformers import DynamicCache
 
 import kvselect
+from kvselect.bench.measure import kept_heap, quantiles, threads
+from kvselect.bench.request import parse, script_parser
+from kvselect.bench.results import print_table, save
 from kvselect.eval.audit import Audit, audited
 from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
 from kvselect.eval.demo import demo_policies
@@ -253,26 +256,9 @@ def table(title: str, layers: list[Steps], outcomes: dict[str, Outcome]) -> None
     print_table(title, COLUMNS, rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--segments", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--pool-factors", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.7])
-    parser.add_argument("--tasks", nargs="*", default=["niah_multikey", "vt"])
-    parser.add_argument("--trained-tokens", type=int, default=8192)
-    parser.add_argument("--trained-steps", type=int, default=80)
-    parser.add_argument("--rho", type=float, nargs="*", default=[0.99, 0.9])
-    parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--drift-steps", type=int, default=72)
-    parser.add_argument("--q-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--topk", type=int, nargs="+", default=[2048, 512])
-    parser.add_argument("--out", default="rolling_sweep", help="name of the file in bench/results")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-
-    results = []
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a table per stream; everything that is in them."""
+    results: list[dict[str, Any]] = []
 
     def report(title: str, what: dict[str, Any], layers: list[Steps], base: Policy) -> None:
         outcomes = run(layers, contenders(base, args))
@@ -295,7 +281,29 @@ def main() -> None:
             title = f"{args.tokens} tokens, {shape}, topk {topk}, drift {rho} (simulated)"
             base = kvselect.TokenSelect(topk=topk, dense_below_tokens=0)
             report(title, {"keys": f"drift {rho}", "topk": topk}, [layer], base)
-    print("written:", write_results(args.out, vars(args), results))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = script_parser(__doc__, __file__)
+    parser.add_argument("--segments", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--pool-factors", type=float, nargs="+", default=[1.0, 2.0])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.7])
+    parser.add_argument("--tasks", nargs="*", default=["niah_multikey", "vt"])
+    parser.add_argument("--trained-tokens", type=int, default=8192)
+    parser.add_argument("--trained-steps", type=int, default=80)
+    parser.add_argument("--rho", type=float, nargs="*", default=[0.99, 0.9])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--drift-steps", type=int, default=72)
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--topk", type=int, nargs="+", default=[2048, 512])
+    quick = {"trained_tokens": 2048, "trained_steps": 12, "tokens": 4096, "drift_steps": 12}
+    args = parse(parser, arguments, quick | {"topk": [256], "rho": [0.9], "tasks": ["vt"]})
+    with threads(1), kept_heap():
+        results = measure(args)
+    print("written:", save(args.out, parser.description or "", vars(args), results))
 
 
 if __name__ == "__main__":
