@@ -72,9 +72,10 @@ class RollingPools:
     `clear` voids everything. A list that stopped rolling starts again when its pools are filled
     anew.
 
-    Audits are due at the first step after a fill and every ``audit_interval`` steps from there, by
-    the tokens of the row: a row is audited at the same steps alone and in a batch. Masses of all
-    audits since the fill add up, because one query says little.
+    Audits are due ``num_segments`` steps after a fill, when the pools are as old as they become,
+    and every ``audit_interval`` steps from there, by the tokens of the row: a row is audited at the
+    same steps alone and in a batch. Masses of all audits since the fill add up, because one query
+    says little.
     """
 
     def __init__(
@@ -160,7 +161,8 @@ class RollingPools:
         if interval is None:
             return [False] * len(self._lengths)
         ages = [now - filled for now, filled in zip(self._lengths, self._filled_at)]
-        return [age > 0 and (age - 1) % interval == 0 for age in ages]
+        first = self.num_segments
+        return [age >= first and (age - first) % interval == 0 for age in ages]
 
     def sweep(
         self,

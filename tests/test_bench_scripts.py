@@ -129,6 +129,22 @@ def test_the_scalar_implementation_is_left_out_beyond_its_length(
     assert [row["tokens"] for row in rows if row["implementation"] == "scalar"] == [2048]
 
 
+# ---- the rolling sweep
+
+
+def test_rolling_sweep(tmp_path: Path) -> None:
+    sizes = ("--q-heads", "4", "--kv-heads", "2", "--head-dim", "32", "--segments", "2", "4")
+    rows = quick("rolling_sweep", tmp_path, *sizes)
+    assert {row["keys"] for row in rows} == {"vt", "drift 0.9"}
+    for keys in ("vt", "drift 0.9"):
+        by_name = {row["contender"]: row for row in rows if row["keys"] == keys}
+        full, rolled = by_name["full scan"], by_name["rolling 4, 1x"]
+        assert len(full["step_ms"]) == 12 and full["num_rolled"] == 0
+        assert rolled["num_rolled"] > 0 and rolled["bytes_read"] < full["bytes_read"]
+        masses = zip(rolled["mass_by_layer"], full["mass_by_layer"], strict=True)
+        assert all(0.5 * whole < part < 1.001 * whole for part, whole in masses)
+
+
 # ---- the selection cache
 
 

@@ -126,7 +126,7 @@ class TokenSelect(Policy):
         reorder).
     rolling_audit_interval : int or None
         Rolling sweep: steps from one audit to the next, each of which scores all keys; the first is
-        due one step after the pools are filled. None: no audits.
+        due ``num_segments`` steps after the pools are filled. None: no audits.
 
     Raises
     ------
