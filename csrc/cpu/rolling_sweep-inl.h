@@ -156,10 +156,11 @@ inline void scan_keys(const RollingSweepParams& p, const SweepItem& s, float* ou
     }
 }
 
-// Pool members: exact keys, row by row; the rows a tile ahead are on their way.
+// Pool members: exact keys, row by row; the rows half a tile ahead are on their way. Into L2 and a
+// whole tile ahead took 10 % less at 28,000 members per head, and 25 % more at 3,600.
 template <typename T>
 inline void score_pooled(const RollingSweepParams& p, const SweepItem& s, float* out) {
-    constexpr int64_t kAhead = kTileTokens;
+    constexpr int64_t kAhead = kTileTokens / 2;
     const T* rows[kTileTokens + kAhead];
     const T* base = static_cast<const T*>(p.keys.data) + p.keys.offset(s.row, 0, s.kv_head);
     [[maybe_unused]] bool bfloat16_products = false;
@@ -187,7 +188,7 @@ inline void score_pooled(const RollingSweepParams& p, const SweepItem& s, float*
         }
         known = needed > kTileTokens ? needed - kTileTokens : 0;
         const Upcoming upcoming{as_bytes(rows + kAhead), needed > kAhead ? needed - kAhead : 0,
-                                p.head_dim * int64_t{sizeof(T)}, true};
+                                p.head_dim * int64_t{sizeof(T)}};
 #if KVS_HAS_BF16_DOT
         if constexpr (std::is_same_v<T, BFloat16>) {
             if (bfloat16_products) {
