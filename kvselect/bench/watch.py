@@ -19,6 +19,7 @@ KVSELECT_STAGES = {
     "kvselect.select_tokens": "select",
     "kvselect.sparse_attention": "attention",
     "kvselect.merge_splits": "attention",
+    "kvselect.rolling_sweep": "rolling sweep",
     "kvselect.selection_cache_step": "selection cache",
     "kvselect.recovered_mass": "audit",
 }
