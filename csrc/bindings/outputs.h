@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -87,9 +88,13 @@ inline torch::stable::Tensor new_long_output(torch::headeronly::IntHeaderOnlyArr
     if (num_bytes < OutputBlocks::kSmallest || num_bytes > OutputBlocks::kLargest)
         return new_output(sizes, dtype);
     const std::vector<int64_t> strides = contiguous_strides(sizes);
-    return torch::stable::from_blob(OutputBlocks::take(num_bytes), sizes, strides,
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    dtype, &OutputBlocks::give_back);
+    std::unique_ptr<void, void (*)(void*)> block(OutputBlocks::take(num_bytes),
+                                                 &OutputBlocks::give_back);
+    torch::stable::Tensor output = torch::stable::from_blob(
+        block.get(), sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+        dtype, &OutputBlocks::give_back);
+    (void)block.release();  // the tensor's now
+    return output;
 }
 
 }  // namespace kvselect::bindings

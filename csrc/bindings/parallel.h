@@ -106,7 +106,7 @@ struct PartedWork {
 inline bool splits(const PartedWork& work) {
     const int64_t threads = torch::stable::get_num_threads();
     if (work.num_parts == 1 ||
-        work.num_items * work.workspace_floats > SharedWorkspace::kKeptFloats)
+        work.num_items * whole_lines(work.workspace_floats) > SharedWorkspace::kKeptFloats)
         return false;
     if (work.items_together > 1) return true;
     return threads > 1 && work.num_items < 4 * threads && work.num_items % threads != 0;
@@ -138,6 +138,7 @@ void run_parted(const PartedWork& work, const Whole& whole, const Part& part,
     };
     in_order(work.num_parts, part);
     in_order(work.num_finishes, finish);
+    SharedWorkspace::give_back_if_large();  // it grows by half, past what is kept
 }
 
 }  // namespace kvselect::bindings

@@ -113,6 +113,7 @@ inline bool take_range(const T* const* rows, int64_t begin, int64_t bytes, T* lo
             take_ordered<T>(ordered<T>(load_raw(row + at[i])), &low[i], &high[i]);
         if (begin == 0) value_copy.step();
     }
+    *values = value_copy;
     Raw magnitudes = zero_raw();
     for (int i = 0; i < kSteps; ++i) {
         low[i] = ordered<T>(low[i]), high[i] = ordered<T>(high[i]);
