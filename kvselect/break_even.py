@@ -203,7 +203,7 @@ def find_crossover(
     result is where a line through their ratios, over the logarithm of the length, passes one: each
     single ratio is off by some per cent. Where only two lengths are near, the lines between them
     count. If the longest length loses, the lines through the last two say where they meet; that
-    counts if dense grows faster by a tenth, and within four times the longest length.
+    counts if dense grows, faster by a tenth, and within four times the longest length.
 
     A length that is not `Point.steady` the second time either ends the search: the machine is busy.
 
@@ -276,7 +276,7 @@ def _extrapolate(points: list[Point]) -> int | None:
     dense_slope = (last.dense_us - before.dense_us) / width
     selecting_slope = (last.selecting_us - before.selecting_us) / width
     gain = dense_slope - selecting_slope
-    if gain <= 0.1 * dense_slope:
+    if dense_slope <= 0.0 or gain <= 0.1 * dense_slope:  # dense that gets faster is noise
         return None
     meeting = last.tokens + (last.selecting_us - last.dense_us) / gain
     return int(meeting) if meeting <= 4 * last.tokens else None

@@ -19,7 +19,14 @@ from kvselect.checks import (
     require_type,
 )
 from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS, block_bytes, encode, op_format
-from kvselect.storage import ForeignPages, HeadMajorRows, OwnPages, Storage, grown
+from kvselect.storage import (
+    ForeignPages,
+    HeadMajorRows,
+    OwnPages,
+    Storage,
+    grown,
+    zeros_in_huge_pages,
+)
 
 __all__ = ["KVCache"]
 
@@ -168,7 +175,7 @@ class KVCache:
             v = pages.row_values(row, 0, length)
             finite = k.isfinite().all(-1) & v.isfinite().all(-1)
             cache._num_nonfinite[row] = (~finite).sum(0)
-        cache._sketch_rows()
+        cache._sketch_data = cache._sketched(cache._host_starts)
         return cache
 
     # --- what is stored ---------------------------------------------------------------------------
@@ -381,21 +388,20 @@ class KVCache:
         Raises
         ------
         ValueError, TypeError
-            If an entry is no row, or a row of a foreign pool appears twice.
+            If an entry is no row, or a row of a foreign pool appears twice; nothing changes then.
         """
         rows = _read_ints(index, "index", None)
         allowed = f"rows 0..{self.batch - 1}"
         require(all(0 <= row < self.batch for row in rows), "index", rows, allowed)
         lengths = [self._lengths[row] for row in rows]
-        self._storage.take_rows(rows, lengths)
         picked = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        if self._sketch_data is not None:
-            self._sketch_data = self._sketch_data[picked]
-        self._cache_seqlens = self._cache_seqlens[picked]
-        self._num_nonfinite = self._num_nonfinite[picked]
-        if self._starts is not None:
-            self._starts = self._starts[picked]
-        self._given_starts = None
+        sketch_data = None if self._sketch_data is None else self._sketch_data[picked]
+        cache_seqlens, num_nonfinite = self._cache_seqlens[picked], self._num_nonfinite[picked]
+        starts = None if self._starts is None else self._starts[picked]
+        self._storage.take_rows(rows, lengths)
+        # Nothing from here on can fail: an error before it has changed nothing.
+        self._sketch_data, self._starts, self._given_starts = sketch_data, starts, None
+        self._cache_seqlens, self._num_nonfinite = cache_seqlens, num_nonfinite
         self._set_lengths(lengths, [self._host_starts[row] for row in rows])
         self._changed()
 
@@ -421,23 +427,23 @@ class KVCache:
         Raises
         ------
         ValueError, TypeError
-            If it is no list of such numbers.
+            If it is no list of such numbers; nothing changes then.
         """
         if self._are_starts(starts):
             return
         values = [0] * self.batch if starts is None else _read_ints(starts, "starts", self.batch)
         require(all(start >= 0 for start in values), "starts", values, "ints >= 0")
-        self._given_starts = None
+        moved = values != self._host_starts
+        on_device = None if starts is None else self._starts
+        if starts is not None and (moved or on_device is None):
+            on_device = torch.tensor(values, dtype=torch.int32, device=self._device)
+        sketch_data = self._sketched(values) if moved else self._sketch_data
+        # Nothing from here on can fail: an error before it has changed nothing.
+        self._starts, self._sketch_data, self._given_starts = on_device, sketch_data, None
         if isinstance(starts, Tensor) and not starts.is_inference():
             self._given_starts = (starts, starts._version)
-        moved = values != self._host_starts
-        if starts is None:
-            self._starts = None
-        elif moved or self._starts is None:
-            self._starts = torch.tensor(values, dtype=torch.int32, device=self._device)
         if moved:
             self._set_lengths(self._lengths, values)
-            self._sketch_rows()
             self._changed()
 
     def _are_starts(self, starts: Sequence[int] | Tensor | None) -> bool:
@@ -449,17 +455,22 @@ class KVCache:
         given = self._given_starts
         return given is not None and starts is given[0] and starts._version == given[1]
 
-    def _sketch_rows(self) -> None:
-        """Sketch all whole blocks anew; they count from each row's first real token."""
+    def _sketched(self, starts: list[int]) -> Tensor | None:
+        """`sketch_data` of all whole blocks, anew; they count from each row's first real token."""
         if self._sketch_data is None or self._sketch_format is None:
-            return
-        for row, (start, length) in enumerate(zip(self._host_starts, self._lengths)):
-            whole = max(length - start, 0) // BLOCK_TOKENS
+            return None
+        num_whole = [max(n - start, 0) // BLOCK_TOKENS for start, n in zip(starts, self._lengths)]
+        if not any(num_whole):
+            return self._sketch_data
+        # Not in place: tensors made under inference_mode refuse that outside of it.
+        fresh = zeros_in_huge_pages(self._sketch_data, tuple(self._sketch_data.shape))
+        for row, (start, whole) in enumerate(zip(starts, num_whole)):
             if whole:
                 keys = self._storage.row_keys(row, start, start + whole * BLOCK_TOKENS)
                 blocks = keys.reshape(whole, BLOCK_TOKENS, *keys.shape[1:])
                 records = encode(blocks.permute(2, 0, 1, 3), self._sketch_format)
-                self._sketch_data[row, :, :whole] = records
+                fresh[row, :, :whole] = records
+        return fresh
 
     def _set_lengths(self, lengths: list[int], starts: list[int] | None = None) -> None:
         """What the host knows of the rows, and what follows from it for every call until a change.

@@ -50,6 +50,9 @@ FORMAT = 1
 LARGEST_NOISE = 0.3
 """Of a point that means something."""
 
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+"""What reading a damaged file raises; OverflowError: a number beyond the range of floats."""
+
 Mode = Literal["auto", "stored", "off"]
 MODES: tuple[Mode, ...] = ("auto", "stored", "off")
 
@@ -190,7 +193,7 @@ class Crossover:
 
         Raises
         ------
-        ValueError, TypeError, KeyError
+        ValueError, TypeError, KeyError, OverflowError
             If it is anything else.
         """
         workload = Workload(**content["workload"])
@@ -210,8 +213,9 @@ class Crossover:
         times = [t for point in points for t in (point.dense_us, point.selecting_us)]
         noises = [point.noise for point in points]
         ints = all(type(n) is int and 0 <= n < 2**31 for n in lengths)
-        finite = all(math.isfinite(t) and t > 0.0 for t in times) and min(noises, default=-1) >= 0
-        if not ints or not finite:
+        finite = all(map(math.isfinite, (*times, *noises)))
+        positive = min(times, default=0) > 0 and min(noises, default=-1) >= 0
+        if not (ints and finite and positive):
             raise ValueError("tokens or points out of bounds")
         if not isinstance(workload.settings, dict):
             raise TypeError("settings is no object")
@@ -380,7 +384,7 @@ def _read_folder(folder: Path) -> dict[str, Crossover]:
                 found[path.name] = Crossover.from_dict(content)
         except FileNotFoundError:
             continue  # forgotten by another process just now
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except UNREADABLE as error:
             _warn_once(
                 f"break-even: {path} cannot be read ({type(error).__name__}: {error}) and is left "
                 "out; `kvselect break-even forget` removes it"
@@ -447,7 +451,7 @@ def forget(every_machine: bool = False) -> int:
             kept = not every_machine and any(own.get(k) != v for k, v in machine.items())
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except UNREADABLE:
             kept = False
         if not kept:
             path.unlink(missing_ok=True)

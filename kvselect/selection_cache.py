@@ -100,7 +100,9 @@ class SelectionCache:
             and self.lists.indices.shape[-1] >= width
         )
         self._version = None
-        if not usable:  # anew, not in place: it may be an inference tensor, which must not change
+        if not usable:
+            # Anew: sizes may differ. Tensors made under inference_mode are no reason: the op writes
+            # to them, in and outside of it.
             self._allocate(q, num_lists)
         assert self.anchor_query is not None
         hit: Tensor = torch.ops.kvselect.selection_cache_step.default(

@@ -72,7 +72,9 @@ def grown_capacity(needed: int, exactly: bool) -> int:
 def zeros_in_huge_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros of the dtype and device of ``like``, in huge pages where the system has them."""
     out = like.new_empty(shape)
-    if out.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Subclasses, FakeTensor among them, may have no memory that advice could be about.
+    has_memory = type(out) is Tensor and out.device.type == "cpu"
+    if has_memory and not torch.compiler.is_compiling():
         # Advice counts for pages that are not there yet: before the zeros are written.
         torch.ops.kvselect.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out.zero_()
@@ -247,9 +249,8 @@ class OwnPages(ForeignPages):
             self._k, self._v = grown(self._k, 0, after), grown(self._v, 0, after)
             self._free[:0] = range(after - 1, before - 1, -1)  # the lowest is taken first
         if needed:
-            self._table = (
-                self._table.clone()
-            )  # it may be an inference tensor, which must not change
+            # Not in place: a table made under inference_mode refuses that outside of it.
+            self._table = self._table.clone()
         for row, count in enumerate(missing):
             if count <= 0:
                 continue
@@ -273,7 +274,6 @@ class OwnPages(ForeignPages):
             fresh = zeros_in_huge_pages(store, (count, *store.shape[1:]))
             fresh[: len(old)] = store[picked]
             stores.append(fresh)
-        self._k, self._v = stores
         table = self._table.new_zeros((len(rows), self._table.shape[1]))
         owned: list[list[int]] = []
         first = 0
@@ -282,5 +282,5 @@ class OwnPages(ForeignPages):
             owned.append(list(range(first, last)))
             table[row, : last - first] = torch.arange(first, last, dtype=torch.int32)
             first = last
-        self._table, self._owned = table, owned
+        (self._k, self._v), self._table, self._owned = stores, table, owned
         self._free = list(range(count - 1, first - 1, -1))

@@ -145,6 +145,17 @@ def test_lines_that_clearly_close_are_extrapolated_but_not_far() -> None:
     assert find_crossover(costs, 1000, 4000, never)[:2] == (None, False)  # 5 times the longest
 
 
+@pytest.mark.parametrize("last_us", [850.0, 899.0, 900.0, 980.0, 1000.0])
+@pytest.mark.parametrize("selecting_us", [1010.0, 1100.0, 1200.0])
+def test_dense_that_got_faster_by_noise_says_nothing_about_slopes(
+    last_us: float, selecting_us: float
+) -> None:
+    costs = Costs(
+        lambda n: 1000.0 if n == 1000 else last_us, lambda n: 1100.0 if n == 1000 else selecting_us
+    )
+    assert find_crossover(costs, 1000, 2000, never)[:2] == (None, False)
+
+
 def test_one_length_says_nothing_about_slopes() -> None:
     costs = Costs(lambda n: 0.1 * n, lambda n: 900.0)
     tokens, extrapolated, points = find_crossover(costs, 1000, 8000, lambda: True)
@@ -559,6 +570,18 @@ def test_given_crossovers_need_no_store(monkeypatch: pytest.MonkeyPatch) -> None
     assert decode_step(q, cache, policy, none)[1].selection is not None
     for method in (Dense(), StreamingLLM()):
         assert method.new_state(cache, {GROUP * HEADS: found}).decode_policies == {}
+
+
+def test_given_crossovers_serve_the_next_policy_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, other = small(), small(topk=11)
+    found = stored(policy)
+    stored(other)
+    q, cache = filled((100,))
+    monkeypatch.setattr(crossovers, "find_all", None)
+    for given in ({}, {GROUP * HEADS: found}):
+        state = policy.new_state(cache, given)
+        for one in (policy, other, policy):
+            assert (decode_step(q, cache, one, state)[1].selection is None) == bool(given)
 
 
 def test_compact_positions_end_at_the_trained_length() -> None:

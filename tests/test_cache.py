@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvselect import KVCache
 from kvselect.sketch import BLOCK_TOKENS, encode
@@ -443,3 +445,84 @@ def test_sketch_blocks_count_from_the_first_real_token(page_block_size: int | No
     late.set_starts([30])
     assert late.sketch_data is not None
     assert torch.equal(late.sketch_data[:, :, :2], alone.sketch_data[:, :, :2])
+
+
+@pytest.mark.parametrize("page_block_size", LAYOUTS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_starts_of_tokens_from_inference_mode(inside: bool, page_block_size: int | None) -> None:
+    k, v = tokens(2, 600), tokens(2, 600, seed=1)
+    late = KVCache(2, HEADS, DIM, page_block_size=page_block_size)
+    with torch.inference_mode():
+        late.append(k, v)
+    with torch.inference_mode(inside):
+        late.set_starts([5, 7])
+    first = KVCache(2, HEADS, DIM, page_block_size=page_block_size)
+    first.set_starts([5, 7])
+    first.append(k, v)
+    assert late.sketch_data is not None and first.sketch_data is not None
+    assert torch.equal(late.sketch_data[:, :, :4], first.sketch_data[:, :, :4])
+    assert late.num_real_tokens == (595, 593) and late.version == 1
+
+
+class FailAt(TorchDispatchMode):
+    """Out of memory at one op."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.left == 0:
+            raise torch.OutOfMemoryError("no memory")
+        self.left -= 1
+        return func(*args, **(kwargs or {}))
+
+
+def everything(cache: KVCache) -> list[Any]:
+    """What a cache shows, with copies of its tensors."""
+    shown = [cache.k, cache.v, cache.cache_seqlens, cache.num_nonfinite, cache.starts]
+    shown += [cache.sketch_data, cache.block_table]
+    copies = [None if one is None else one.clone() for one in shown]
+    return [*copies, cache.lengths, cache.num_real_tokens, cache.max_seqlen, cache.version]
+
+
+def same(before: list[Any], after: list[Any]) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+@pytest.mark.parametrize("page_block_size", [None, 16])
+@pytest.mark.parametrize(
+    "change", [lambda cache: cache.set_starts([5, 7]), lambda cache: cache.reorder([1, 0, 1])]
+)
+def test_a_change_that_fails_changes_nothing(
+    change: Callable[[KVCache], None], page_block_size: int | None
+) -> None:
+    def filled() -> KVCache:
+        cache = KVCache(2, HEADS, DIM, page_block_size=page_block_size)
+        cache.set_starts([0, 3])
+        cache.append(tokens(2, 300), tokens(2, 300, seed=1), [300, 280])
+        return cache
+
+    expected = filled()
+    change(expected)
+    cache, number = filled(), 0
+    before = everything(cache)
+    while True:
+        try:
+            with FailAt(number):
+                change(cache)
+        except torch.OutOfMemoryError:
+            assert same(before, everything(cache)), number
+            number += 1
+        else:
+            break
+    assert number > 5 and same(everything(expected), everything(cache))
+    new = tokens(cache.batch, 200, seed=2)
+    cache.append(new, new)
+    expected.append(new, new)
+    assert same(everything(expected), everything(cache))

@@ -220,6 +220,10 @@ POINT = {"tokens": 4000, "dense_us": 1.0, "selecting_us": 2.0, "noise": 0.0}
         with_values(points=[POINT | {"selecting_us": math.nan}]),
         with_values(points=[POINT | {"noise": -1.0}]),
         with_values(points=[POINT | {"more": 1}]),
+        with_values(points=[POINT | {"dense_us": 10**400}]),
+        with_values(points=[POINT | {"noise": 10**400}]),
+        with_values(points=[POINT, POINT | {"noise": math.nan}]),
+        with_values(seconds=10**400),
         with_values(points=7),
         with_values(machine=3),
         with_values(workload=dataclasses.asdict(workload()) | {"settings": 5}),
@@ -391,7 +395,9 @@ def test_forget_this_machine_or_all(folder: Path) -> None:
     crossovers.save(crossover())
     crossovers.save(elsewhere)
     (folder / "broken.json").write_text("{")
-    assert crossovers.forget() == 3  # two of this machine, and what nobody can read
+    huge = with_values(points=[POINT | {"dense_us": 10**400}])(elsewhere.to_dict())
+    (folder / "huge.json").write_bytes(huge)
+    assert crossovers.forget() == 4  # two of this machine, and what nobody can read
     assert crossovers.find_all() == [elsewhere]
     assert crossovers.forget() == 0
     assert crossovers.forget(every_machine=True) == 1

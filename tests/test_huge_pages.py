@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,24 @@ def test_keys_values_and_sketch_of_a_long_cache_are_advised(page_block_size: int
 def test_small_and_empty_memory_is_left_alone() -> None:
     assert zeros_in_huge_pages(torch.empty(0), (0,)).shape == (0,)
     assert torch.equal(zeros_in_huge_pages(torch.ones(1).half(), (3, 5)), torch.zeros(3, 5).half())
+
+
+@pytest.mark.parametrize("page_block_size", [None, 16])
+def test_caches_of_fake_tensors_ask_for_nothing(
+    page_block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    asked: list[int] = []
+    monkeypatch.setattr(
+        torch.ops.kvselect, "advise_huge_pages", lambda address, size: asked.append(size)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns once in a process: hence `asked` too
+        with FakeTensorMode():
+            cache = KVCache(1, 8, 64, capacity=24 << 10, page_block_size=page_block_size)
+    assert isinstance(cache.k_pages, FakeTensor) and cache.capacity >= 24 << 10
+    assert asked == []
 
 
 def test_errors_of_the_advice_are_ignored() -> None:

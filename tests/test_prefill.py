@@ -262,6 +262,27 @@ def test_short_calls_on_a_filled_cache_are_decode_steps(positions: str, seqlen_q
         assert rel_err(out[:, query : query + 1], step) <= 2e-6
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_segments": 2}, {"similarity_threshold": 0.01}, {"num_segments": 2, "max_age": 1}],
+)
+def test_short_calls_remember_nothing(
+    settings: dict[str, Any], chunk_size: int, positions: str
+) -> None:
+    """Runs of one query are no decode steps: later tokens are in the cache, and runs go on."""
+    call = Call((150, 141), 3, compact=positions == "compact")
+    policy = small(positions=positions, chunk_size=chunk_size, **settings)
+    expected, expected_lse = call.run(small(positions=positions))
+    state = policy.new_state(call.cache)
+    out, lse = prefill(
+        call.q, call.cache, policy, state, rope=call.rope, q_unrotated=call.q_unrotated
+    )
+    assert rel_err(out, expected) <= 2e-6 and rel_err(lse, expected_lse) <= 2e-6
+    assert state.decode.num_hits == state.decode.num_misses == 0
+
+
 def test_a_short_prompt_is_no_draft() -> None:
     call = Call((5,), 5)
     policy = small()

@@ -46,7 +46,7 @@ PAGES = [None, 16]
 def test_cache_holds_what_the_reference_holds(
     page_block_size: int | None, sketch: str | None
 ) -> None:
-    _, cache = filled(sketch=sketch, page_block_size=page_block_size)
+    _, cache = filled(sketch=sketch, page_block_size=page_block_size, starts=False)
     _, k, v = make_qkv(3, 1, 300, 8, 2, 64)
     empty = reference.PlainCache(
         k=k[:, :0], v=v[:, :0], cache_seqlens=int32(0, 0, 0), sketch_format=sketch

@@ -40,6 +40,8 @@ class PolicyState:
     decode_policies : dict
         By number of query heads: the policy of decode steps where a crossover was measured. The
         state settles it when it is made, so that no step looks anything up.
+    crossovers : mapping or None
+        What `Policy.new_state` was given: settles other settings of the method too.
     """
 
     policy: Policy
@@ -48,6 +50,7 @@ class PolicyState:
     selection_cache: SelectionCache | None = None
     rolling_pools: RollingPools | None = None
     decode_policies: dict[int, Policy] = field(default_factory=dict)
+    crossovers: Mapping[int, Crossover] | None = None
 
     def decode_policy(self, num_q_heads: int) -> Policy:
         """The policy of decode steps: with its ``dense_below_tokens`` settled."""
@@ -68,7 +71,7 @@ class PolicyState:
             return
         got, wanted = type(self.policy).__name__, type(policy).__name__
         require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
-        fresh = policy.new_state(cache)
+        fresh = policy.new_state(cache, self.crossovers)
         self.policy, self.decode_policies = policy, fresh.decode_policies
         self.selection_cache, self.rolling_pools = fresh.selection_cache, fresh.rolling_pools
 
@@ -147,7 +150,7 @@ class Policy:
         ``crossovers``: by number of query heads, for methods with ``dense_below_tokens=None``.
         None: those stored for this machine (`kvselect.break_even`).
         """
-        return PolicyState(self)
+        return PolicyState(self, crossovers=crossovers)
 
     def update(self, state: PolicyState, cache: KVCache) -> None:
         """After an append, before `select`: block statistics and the like, not the sketch."""

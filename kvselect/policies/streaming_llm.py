@@ -90,7 +90,7 @@ class StreamingLLM(Policy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> StreamingState:
-        return StreamingState(self)
+        return StreamingState(self, crossovers=crossovers)
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
         window_start = (end if phase == "decode" else begin) - self.num_recent_tokens

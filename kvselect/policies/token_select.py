@@ -301,7 +301,8 @@ class TokenSelect(Policy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:
-        state = PolicyState(self, decode_policies=decode_policies(self, cache, crossovers))
+        settled = decode_policies(self, cache, crossovers)
+        state = PolicyState(self, decode_policies=settled, crossovers=crossovers)
         if self.similarity_threshold is not None:
             similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
             reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
@@ -332,7 +333,9 @@ class TokenSelect(Policy):
 
         reuse, rolling = state.selection_cache, state.rolling_pools
         remembers = reuse is not None or rolling is not None
-        if not remembers or queries.phase == "prefill" or queries.seqlen_q != 1:
+        # Prefill calls cut blocks, of decode's rule too; later tokens may follow them in the cache.
+        is_step = queries.phase == "decode" and queries.q_block_offsets is None
+        if not remembers or not is_step:
             state.invalidate()
             votes, total, num_nonfinite = self._vote(queries, cache)
             width = list_width(min(self._longest_list(queries, cache), queries.max_seqlen))
