@@ -52,6 +52,7 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) top[c] = at_centre[c] = broadcast(0.f);
     for (int64_t d = 0; d < head_dim; d += kLanes) {
+        prefetch(record + 4 * d + kSketchAhead);  // what lies between two blocks' codes
         const F32 width = load(step + d), centre = fma(width, broadcast(kCentre), load(lo + d));
 #pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c) {
