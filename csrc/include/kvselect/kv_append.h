@@ -32,7 +32,8 @@ struct KvAppendItems {
     int64_t blocks_per_run, num_runs;  // per row, of its longest possible extent
     int64_t count;
 };
-inline KvAppendItems kv_append_items(const KvAppendParams& p) {
+// Inlined by force: a copy of it in the object file of one instruction set could be linked for all.
+[[gnu::always_inline]] inline KvAppendItems kv_append_items(const KvAppendParams& p) {
     const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
     const bool side_by_side = p.k_strides[2] == p.head_dim;
     int64_t heads =
