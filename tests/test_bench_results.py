@@ -47,7 +47,8 @@ class Row:
 
 def test_json_gives_back_what_was_saved(tmp_path: Path) -> None:
     row = Row(name="ä", over={"peer": 2.5}, timing=timing([1.0, 2.0], 1000, 10.0, 2))
-    path = save(tmp_path / "deep" / "one.json", "Why?", {"tokens": (1, 2)}, [row, {"x": None}])
+    config = {"tokens": (1, 2), "out": tmp_path}
+    path = save(tmp_path / "deep" / "one.json", "Why?", config, [row, {"x": None}])
     content = load(path)
     expected = {"name": "ä", "over": {"peer": 2.5}, **dataclasses.asdict(row.timing)}
     assert content["results"] == [expected, {"x": None}]

@@ -81,12 +81,15 @@ def as_row(row: Any) -> dict[str, Any]:
 
 
 def save(path: Path, question: str, config: dict[str, Any], rows: Iterable[Any]) -> Path:
-    """Write JSON: question, machine, versions, commit, config, rows; never half a file."""
+    """Write JSON: question, machine, versions, commit, config, rows; never half a file.
+
+    Where the file lies (``config["out"]``) is left out: it says nothing about the measurement.
+    """
     content = {
         "question": question,
         **machine.describe(),
         "freed_memory_kept": can_keep_heap(),
-        "config": config,
+        "config": {name: value for name, value in config.items() if name != "out"},
         "results": [as_row(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
