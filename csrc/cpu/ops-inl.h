@@ -12,6 +12,7 @@
 #include "cpu/tile_dot-inl.h"
 #endif
 #include "cpu/sketch_logits-inl.h"
+#include "cpu/candidate_logits-inl.h"
 #include "cpu/score_tokens-inl.h"
 #include "cpu/select_tokens-inl.h"
 #include "cpu/selection_cache_step-inl.h"

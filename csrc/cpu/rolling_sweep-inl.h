@@ -97,15 +97,8 @@ template <typename T>
                                         const float* q, int64_t begin, int64_t end,
                                         const RopeView* rope, int64_t shift, float* out) {
     if (begin >= end) return;
-#if KVS_HAS_BF16_DOT
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        if (rope == nullptr && key_logits_bf16(p.keys, s.row, s.kv_head, begin, end, end, q,
-                                               s.num_columns, p.head_dim, s.scale, out, s.stride))
-            return;
-    }
-#endif
-    key_logits<T>(p.keys, s.row, s.kv_head, begin, end, end, q, p.head_dim, s.num_columns,
-                  p.head_dim, s.scale, rope, shift, out, s.stride);
+    logits_from_keys<T>(p.keys, s.row, s.kv_head, begin, end, end, q, s.num_columns, p.head_dim,
+                        s.scale, rope, shift, out, s.stride);
 }
 
 template <typename T, SketchFormat kFormat>
@@ -118,29 +111,18 @@ inline void scan_sketch(const RollingSweepParams& p, const SweepItem& s, float* 
         const uint8_t* record = first + kSketchBlockTokens <= seqlen
                                     ? p.sketch.block(s.row, s.kv_head, s.scanned.index[i])
                                     : nullptr;
-        const bool has_codes =
-            record &&
-            element::is_finite(element::to_float(*reinterpret_cast<const Float16*>(record)));
-        if (!has_codes) {  // unfinished, or holding something that is not finite
+        if (!record || !has_codes(record)) {  // unfinished, or holding what is not finite
             sweep_key_logits<T>(p, s, s.q, begin, end, nullptr, 0, slots);
-        } else if (end - begin == kSketchBlockTokens) {
-            int64_t ahead = kSketchAhead;
-            if (i + 1 < s.scanned.count) {  // its steps; the codes follow during the scan
-                const uint8_t* next = p.sketch.block(s.row, s.kv_head, s.scanned.index[i + 1]);
-                for (int64_t at = 0; at < 4 * p.head_dim; at += 64) prefetch(next + at);
-                ahead = next - record;
-            }
-            sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim,
-                                         s.scale, slots, s.stride, ahead);
-        } else {  // a block that straddles a border: all of it aside, then the part that counts
-            for (int64_t c = 0; c < s.num_columns; ++c) {
-                float whole[kSketchBlockTokens];
-                sketch_block_logits<kFormat>(record, s.q + c * p.head_dim, p.head_dim, 1,
-                                             p.head_dim, s.scale, whole, 0);
-                std::memcpy(slots + c * s.stride, whole + (begin - first),
-                            sizeof(float) * static_cast<size_t>(end - begin));
-            }
+            continue;
         }
+        int64_t ahead = kSketchAhead;
+        if (i + 1 < s.scanned.count) {  // its steps; the codes follow during the scan
+            const uint8_t* next = p.sketch.block(s.row, s.kv_head, s.scanned.index[i + 1]);
+            for (int64_t at = 0; at < 4 * p.head_dim; at += 64) prefetch(next + at);
+            ahead = next - record;
+        }
+        logits_from_block<kFormat>(record, begin - first, end - first, s.q, s.num_columns,
+                                   p.head_dim, s.scale, slots, s.stride, ahead);
     }
 }
 

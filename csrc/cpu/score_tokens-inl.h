@@ -51,16 +51,8 @@ inline void exact_logits(const ScoreTokensParams& p, const ScoreItem& s, const S
     end = end < tile.end ? end : tile.end;
     if (begin >= end) return;
     float* out = tile.out + (begin - tile.begin);
-#if KVS_HAS_BF16_DOT
-    if constexpr (std::is_same_v<T, BFloat16>) {
-        if (rope == nullptr &&
-            key_logits_bf16(p.keys, s.row, s.kv_head, begin, end, horizon, q, s.num_columns,
-                            p.head_dim, s.scale, out, kScoreTileTokens))
-            return;
-    }
-#endif
-    key_logits<T>(p.keys, s.row, s.kv_head, begin, end, horizon, q, p.head_dim, s.num_columns,
-                  p.head_dim, s.scale, rope, shift, out, kScoreTileTokens);
+    logits_from_keys<T>(p.keys, s.row, s.kv_head, begin, end, horizon, q, s.num_columns, p.head_dim,
+                        s.scale, rope, shift, out, kScoreTileTokens);
 }
 
 template <typename T, SketchFormat kFormat>
@@ -75,28 +67,12 @@ inline void candidate_logits_from_sketch(const ScoreTokensParams& p, const Score
         const int64_t next = first + kSketchBlockTokens;
         const int64_t stop = next < end ? next : end;
         const uint8_t* record = next <= seqlen ? p.sketch.block(s.row, s.kv_head, index) : nullptr;
-        const bool has_codes =
-            record &&
-            element::is_finite(element::to_float(*reinterpret_cast<const Float16*>(record)));
-        float* out = tile.out + (position - tile.begin);
-        if (!has_codes) {  // unfinished, or holding something that is not finite
+        if (record && has_codes(record))
+            logits_from_block<kFormat>(record, position - first, stop - first, s.q, s.num_columns,
+                                       p.head_dim, s.scale, tile.out + (position - tile.begin),
+                                       kScoreTileTokens);
+        else  // unfinished, or holding something that is not finite
             exact_logits<T>(p, s, tile, s.q, position, stop, stop, nullptr, 0);
-        } else if (position == first && stop == next) {
-            sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim,
-                                         s.scale, out, kScoreTileTokens);
-        } else {  // a block that straddles a border: all of it aside, then the part that counts
-            float whole[kSketchColumns * kSketchBlockTokens];
-            for (int64_t c = 0; c < s.num_columns; c += kSketchColumns) {
-                const int64_t left = s.num_columns - c;
-                const int64_t some = left < kSketchColumns ? left : kSketchColumns;
-                sketch_block_logits<kFormat>(record, s.q + c * p.head_dim, p.head_dim, some,
-                                             p.head_dim, s.scale, whole, kSketchBlockTokens);
-                for (int64_t i = 0; i < some; ++i)
-                    std::memcpy(out + (c + i) * kScoreTileTokens,
-                                whole + i * kSketchBlockTokens + (position - first),
-                                sizeof(float) * static_cast<size_t>(stop - position));
-            }
-        }
         position = stop;
     }
 }
