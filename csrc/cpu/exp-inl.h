@@ -19,6 +19,31 @@ inline F32 exp2(F32 x) {
     return scale_or_zero(p, n, x, -126.f);
 }
 
+// 2^x for any x: relative error below 2e-7 from -126 to 127; less than 2^-125 below, more than
+// 2^126 above. Fewer instructions than exp2(): the polynomial is a minimax fit of 2^f on [0, 1],
+// and p(0) is not exactly 1.
+inline F32 exp2_by_floor(F32 x) {
+    const F32 n = round_down(x), f = sub(x, n);
+    F32 p = broadcast(1.877576675e-3f);
+    p = fma(p, f, broadcast(8.989340091e-3f));
+    p = fma(p, f, broadcast(5.582631805e-2f));
+    p = fma(p, f, broadcast(2.401536170e-1f));
+    p = fma(p, f, broadcast(6.931530732e-1f));
+    p = fma(p, f, broadcast(9.999999251e-1f));
+    return scale_by_power(p, n);
+}
+
+// x[i] = 2^x[i] for whole registers of entries; returns their sum.
+inline float exp2_by_floor_in_place(float* x, int64_t count) {
+    F32 total = broadcast(0.f);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const F32 power = exp2_by_floor(load(x + i));
+        store(x + i, power);
+        total = add(total, power);
+    }
+    return reduce_add(total);
+}
+
 inline float exp2(float x) {
     float out[kLanes];
     store(out, exp2(broadcast(x)));

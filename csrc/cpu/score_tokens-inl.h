@@ -146,6 +146,57 @@ inline bool weigh_columns(const ScoreItem& s, int64_t tile_index, const ScoreTil
     return finite;
 }
 
+// The weights of a tile that is all candidates and whole blocks with codes, without logits between:
+// weighed against the maximum of the tile's first block. False, with nothing settled, where the
+// tile is not of that kind, a logit might not be finite, or the tile's logits rise or fall so far
+// that the first block's maximum is no measure of them.
+template <SketchFormat kFormat>
+inline bool weigh_codes(const ScoreTokensParams& p, const ScoreItem& s, int64_t index,
+                        float* weights, int64_t stride) {
+    constexpr int64_t kBlocks = kScoreTileTokens / kSketchBlockTokens;
+    constexpr float kLeast = 0x1p-20f, kMost = 0x1p60f;
+    const int64_t begin = s.tile_begin(index), end = begin + kScoreTileTokens;
+    const int64_t seqlen = p.blocks.cache_seqlens[s.row];
+    if (begin < s.range.sink_end || end > s.cand_end || end > seqlen) return false;
+    const uint8_t* record[kBlocks];
+    for (int64_t b = 0; b < kBlocks; ++b) {
+        record[b] = p.sketch.block(s.row, s.kv_head, index * kBlocks + b);
+        if (!has_codes(record[b])) return false;
+    }
+    float peak[kMaxKeptScoreColumns], total[kMaxKeptScoreColumns];
+    sketch_block_logits<kFormat>(record[0], s.q, p.head_dim, s.num_columns, p.head_dim, s.scale,
+                                 weights, stride);
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        float lowest, *column = weights + c * stride;
+        peak[c] = exp2_of(column, kSketchBlockTokens, column, total + c, &lowest);
+        if (!(element::is_finite(total[c]) && lowest > -INFINITY)) return false;
+    }
+    for (int64_t b = 1; b < kBlocks; ++b)
+        if (!sketch_block_weights<kFormat>(record[b], s.q, p.head_dim, s.num_columns, p.head_dim,
+                                           s.scale, peak, weights + b * kSketchBlockTokens, stride,
+                                           total))
+            return false;
+    for (int64_t c = 0; c < s.num_columns; ++c)
+        if (!(total[c] > kLeast && total[c] < kMost)) return false;
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        s.peak[c * s.tile_stride + index] = peak[c];
+        s.total[c * s.tile_stride + index] = total[c];
+    }
+    s.num_dropped[index] = 0.f;
+    return true;
+}
+
+inline bool weigh_codes_of(const ScoreTokensParams& p, const ScoreItem& s, int64_t index,
+                           float* weights, int64_t stride) {
+    if (p.sketch.data == nullptr || !s.keeps_weights) return false;
+#if KVS_HAS_TILE_DOT
+    if (s.num_columns >= kMinTileColumns) return false;
+#endif
+    return p.sketch.format == SketchFormat::kInt4
+               ? weigh_codes<SketchFormat::kInt4>(p, s, index, weights, stride)
+               : weigh_codes<SketchFormat::kInt8>(p, s, index, weights, stride);
+}
+
 template <typename T>
 inline void weigh_tile(const ScoreTokensParams& p, const ScoreItem& s, int64_t index) {
     const ScoreTile tile{s.tile_begin(index), s.tile_end(index), s.logits};
@@ -155,6 +206,7 @@ inline void weigh_tile(const ScoreTokensParams& p, const ScoreItem& s, int64_t i
         weights = s.weights + index * kScoreTileTokens;
         stride = s.tile_stride * kScoreTileTokens;
     }
+    if (weigh_codes_of(p, s, index, weights, stride)) return;
     bool dropped[kScoreTileTokens];
     // A defect shows in the sums, which are needed anyway; only then are the logits made again and
     // looked at. Where -inf is put on purpose, they are looked at in any case.

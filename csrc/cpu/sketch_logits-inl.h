@@ -19,13 +19,6 @@ struct SketchQueries {
     alignas(64) int8_t high[kColumns * kMaxHeadDim];
     alignas(64) int8_t low[kColumns * kMaxHeadDim];  // int8 only: w = 256 * high + low
     float mul[kColumns], add[kColumns];
-
-    // Bytes past head_dim are read in sums of whole registers.
-    explicit SketchQueries(int64_t head_dim) {
-        if (head_dim % 64 == 0) return;
-        std::memset(high, 0, sizeof high);
-        std::memset(low, 0, sizeof low);
-    }
 };
 
 // Partial sums of signed bytes, which are zero from `count` up to a multiple of 64.
@@ -48,6 +41,12 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
     constexpr float kTop = kFormat == SketchFormat::kInt8 ? 32638.f : 126.99f;
     const Float16* step = reinterpret_cast<const Float16*>(record);
     const Float16* lo = step + head_dim;
+    // q_d * step_d, zero past head_dim: bytes are made, and summed, in whole registers of them.
+    constexpr int64_t kPack = 4 * kLanes;
+    alignas(64) float products[kCols * kMaxHeadDim];
+    const int64_t padded = (head_dim + kPack - 1) / kPack * kPack;
+    for (int64_t d = head_dim; d < padded; d += kLanes)
+        for (int64_t c = 0; c < kCols; ++c) store(products + c * kMaxHeadDim + d, broadcast(0.f));
     F32 top[kCols], at_centre[kCols];
 #pragma GCC unroll 4
     for (int c = 0; c < kCols; ++c) top[c] = at_centre[c] = broadcast(0.f);
@@ -56,8 +55,9 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
         const F32 width = load(step + d), centre = fma(width, broadcast(kCentre), load(lo + d));
 #pragma GCC unroll 4
         for (int c = 0; c < kCols; ++c) {
-            const F32 query = load(q[c] + d);
-            top[c] = max_abs(mul(query, width), top[c]);
+            const F32 query = load(q[c] + d), product = mul(query, width);
+            store(products + c * kMaxHeadDim + d, product);
+            top[c] = max_abs(product, top[c]);
             at_centre[c] = fma(query, centre, at_centre[c]);
         }
     }
@@ -68,22 +68,28 @@ inline void quantise_queries(const float* const* q, const uint8_t* record, int64
         unit[c] = peak[c] > 0.f ? peak[c] * (1.f / kTop) : 1.f;
         inverse[c] = 1.f / unit[c];
     }
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-        const F32 width = load(step + d);
 #pragma GCC unroll 4
-        for (int c = 0; c < kCols; ++c) {
-            const F32 w = mul(mul(load(q[c] + d), width), broadcast(inverse[c]));
-            int8_t* high_out = high_bytes + c * kMaxHeadDim + d;
+    for (int c = 0; c < kCols; ++c) {
+        const F32 times = broadcast(inverse[c]);
+        for (int64_t d = 0; d < padded; d += kPack) {
+            F32 w[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i)
+                w[i] = mul(load(products + c * kMaxHeadDim + d + i * kLanes), times);
             if constexpr (kFormat == SketchFormat::kInt8) {
-                // + 0.5: no ties, so that the low byte lies in [-128, 127]
-                const F32 whole = round_even(w);
-                const F32 high =
-                    round_even(mul(add(whole, broadcast(0.5f)), broadcast(1.f / 256.f)));
-                store_bytes(reinterpret_cast<uint8_t*>(high_out), high);
-                store_bytes(reinterpret_cast<uint8_t*>(low_bytes + c * kMaxHeadDim + d),
-                            fma(high, broadcast(-256.f), whole));
+                F32 high[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    // + 0.5: no ties, so that the low byte lies in [-128, 127]
+                    w[i] = round_even(w[i]);
+                    high[i] = round_even(mul(add(w[i], broadcast(0.5f)), broadcast(1.f / 256.f)));
+                    w[i] = fma(high[i], broadcast(-256.f), w[i]);
+                }
+                store_signed_bytes(low_bytes + c * kMaxHeadDim + d, w[0], w[1], w[2], w[3]);
+                store_signed_bytes(high_bytes + c * kMaxHeadDim + d, high[0], high[1], high[2],
+                                   high[3]);
             } else {
-                store_bytes(reinterpret_cast<uint8_t*>(high_out), w);
+                store_signed_bytes(high_bytes + c * kMaxHeadDim + d, w[0], w[1], w[2], w[3]);
             }
         }
     }
@@ -182,6 +188,24 @@ inline void scan_columns(const uint8_t* codes, int64_t lines, const SketchQuerie
         scan_part<kFormat, kCols, kParts>(codes, lines, q, group, target, ahead);
 }
 
+// The first `count` of the columns in q, 1 .. kSketchColumns of them.
+template <SketchFormat kFormat>
+inline void scan_block(const uint8_t* record, int64_t head_dim, const SketchQueries<>& q,
+                       int64_t count, float* out, int64_t stride, int64_t ahead) {
+    const uint8_t* codes = record + 4 * head_dim;
+    const int64_t lines = kFormat == SketchFormat::kInt4 ? head_dim / 8 : head_dim / 4;
+    switch (count) {
+        case 1:
+            return scan_columns<kFormat, 1>(codes, lines, q, out, stride, ahead);
+        case 2:
+            return scan_columns<kFormat, 2>(codes, lines, q, out, stride, ahead);
+        case 3:
+            return scan_columns<kFormat, 3>(codes, lines, q, out, stride, ahead);
+        default:
+            return scan_columns<kFormat, 4>(codes, lines, q, out, stride, ahead);
+    }
+}
+
 // The columns q + first * q_stride .. of num_columns; short of kSketchColumns, the last one again.
 inline void pick_columns(const float* q, int64_t q_stride, int64_t first, int64_t num_columns,
                          const float** columns) {
@@ -207,29 +231,45 @@ inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q
         return sketch_block_logits_by_tiles<kFormat>(record, q, q_stride, num_columns, head_dim,
                                                      scale, out, stride);
 #endif
-    const uint8_t* codes = record + 4 * head_dim;
-    const int64_t lines = kFormat == SketchFormat::kInt4 ? head_dim / 8 : head_dim / 4;
-    SketchQueries queries(head_dim);
+    SketchQueries<> queries;
     for (int64_t first = 0; first < num_columns; first += kSketchColumns) {
-        const int64_t count =
-            num_columns - first < kSketchColumns ? num_columns - first : kSketchColumns;
         const float* columns[kSketchColumns];
         pick_columns(q, q_stride, first, num_columns, columns);
         quantise_queries<kFormat>(columns, record, head_dim, scale, &queries);
-        float* part = out + first * stride;
-        switch (count) {
-            case 1:
-                scan_columns<kFormat, 1>(codes, lines, queries, part, stride, ahead);
-                break;
-            case 2:
-                scan_columns<kFormat, 2>(codes, lines, queries, part, stride, ahead);
-                break;
-            case 3:
-                scan_columns<kFormat, 3>(codes, lines, queries, part, stride, ahead);
-                break;
-            default:
-                scan_columns<kFormat, 4>(codes, lines, queries, part, stride, ahead);
-                break;
-        }
+        scan_block<kFormat>(record, head_dim, queries, num_columns - first, out + first * stride,
+                            stride, ahead);
     }
+}
+
+// Whether no logit of the columns can leave float32, however the codes fall: |integer sums| stay
+// below 255 * 32767 * 256.
+inline bool logits_are_finite(const SketchQueries<>& q, int64_t count) {
+    bool finite = true;
+    for (int64_t c = 0; c < count; ++c)
+        finite = finite && std::fabs(q.mul[c]) < 1e28f && std::fabs(q.add[c]) < 1e37f;
+    return finite;
+}
+
+// out[c * stride + t] = 2^(logit - reference[c]) for the block's 128 tokens and any number of
+// columns of q; adds their sums to total[c]. False, with some of it done, if a logit might not be
+// finite.
+template <SketchFormat kFormat>
+inline bool sketch_block_weights(const uint8_t* record, const float* q, int64_t q_stride,
+                                 int64_t num_columns, int64_t head_dim, float scale,
+                                 const float* reference, float* out, int64_t stride, float* total) {
+    SketchQueries<> queries;
+    for (int64_t first = 0; first < num_columns; first += kSketchColumns) {
+        const int64_t left = num_columns - first;
+        const int64_t count = left < kSketchColumns ? left : kSketchColumns;
+        const float* columns[kSketchColumns];
+        pick_columns(q, q_stride, first, num_columns, columns);
+        quantise_queries<kFormat>(columns, record, head_dim, scale, &queries);
+        if (!logits_are_finite(queries, count)) return false;
+        for (int64_t c = 0; c < count; ++c) queries.add[c] -= reference[first + c];
+        scan_block<kFormat>(record, head_dim, queries, count, out + first * stride, stride,
+                            kSketchAhead);
+        for (int64_t c = first; c < first + count; ++c)
+            total[c] += exp2_by_floor_in_place(out + c * stride, kSketchBlockTokens);
+    }
+    return true;
 }

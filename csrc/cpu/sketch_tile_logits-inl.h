@@ -18,7 +18,7 @@ inline void sketch_block_logits_by_tiles(const uint8_t* record, const float* q, 
         unpack_nibbles(lines, head_dim, unpacked);
         lines = unpacked;
     }
-    SketchQueries<kColumns> queries(head_dim);
+    SketchQueries<kColumns> queries;
     alignas(64) int32_t dots[2 * kTileRows][kSketchBlockTokens];
     TileScope tiles(head_dim);
     for (int64_t begin = 0; begin < num_columns; begin += kColumns) {

@@ -54,6 +54,13 @@ inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
     const F32 scaled = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
     return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(bound), _CMP_LT_OQ), scaled);
 }
+inline F32 round_down(F32 a) { return _mm256_floor_ps(a); }
+inline F32 scale_by_power(F32 a, F32 whole) {
+    const F32 n =
+        _mm256_min_ps(_mm256_set1_ps(127.f), _mm256_max_ps(_mm256_set1_ps(-127.f), whole));
+    const I32 biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
+}
 inline float reduce_add(F32 a) {
     __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -117,15 +124,13 @@ inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
                         _mm256_add_epi32(set_lanes(mask), _mm256_set1_epi32(base)));
     return __builtin_popcount(mask);
 }
-inline void store_bytes(uint8_t* p, F32 x) {
-    const I32 low_byte =
-        _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-    const I32 bytes = _mm256_shuffle_epi8(_mm256_cvtps_epi32(x), low_byte);
-    const int32_t low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
-    const int32_t high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
-    std::memcpy(p, &low, 4);
-    std::memcpy(p + 4, &high, 4);
+// Packing works within 128 bits; the permutation puts the groups of four back in order.
+inline void store_signed_bytes(int8_t* p, F32 a, F32 b, F32 c, F32 d) {
+    const I32 low = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b)),
+              high = _mm256_packs_epi32(_mm256_cvtps_epi32(c), _mm256_cvtps_epi32(d));
+    const I32 order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
 }
 
 using Codes = I32;

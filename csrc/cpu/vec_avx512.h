@@ -50,6 +50,11 @@ inline F32 round_even(F32 a) {
 inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(bound), _CMP_NLT_UQ), a, n);
 }
+inline F32 round_down(F32 a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+// Twice as slow where n is not whole (Zen 5).
+inline F32 scale_by_power(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
 inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a); }
 inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a); }
 inline __m256 fold(F32 a) {
@@ -109,8 +114,12 @@ inline int64_t pack_positions(int32_t* out, int32_t base, uint32_t mask) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), positions));
     return __builtin_popcount(mask);
 }
-inline void store_bytes(uint8_t* p, F32 x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+// Packing works within 128 bits; the permutation puts the groups of four back in order.
+inline void store_signed_bytes(int8_t* p, F32 a, F32 b, F32 c, F32 d) {
+    const I32 low = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b)),
+              high = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 
 using Codes = I32;

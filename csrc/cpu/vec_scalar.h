@@ -77,6 +77,17 @@ inline F32 scale_or_zero(F32 a, F32 n, F32 x, float bound) {
         return a.lane[i] * element::float_of(static_cast<uint32_t>(exponent + 127) << 23);
     });
 }
+inline F32 round_down(F32 a) {
+    return map_lanes([&](int i) { return std::floor(a.lane[i]); });
+}
+// a * 2^n, n whole; below 2^-125 * a from n = -127 down, at least 2^127 * a from n = 127 up.
+inline F32 scale_by_power(F32 a, F32 whole) {
+    return map_lanes([&](int i) {
+        const float n = whole.lane[i];
+        const int32_t exponent = n > 127.f ? 127 : n > -127.f ? static_cast<int32_t>(n) : -127;
+        return a.lane[i] * element::float_of(static_cast<uint32_t>(exponent + 127) << 23);
+    });
+}
 inline float reduce_add(F32 a) {
     return ((a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6])) +
            ((a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]));
@@ -131,10 +142,12 @@ inline int64_t pack_words(int32_t* out, const int32_t* in, uint32_t mask) {
     }
     return count;
 }
-// Rounds each lane of x (already within [-127, 255]) to an integer and stores it as a byte.
-inline void store_bytes(uint8_t* p, F32 x) {
-    for (int i = 0; i < kLanes; ++i)
-        p[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(x.lane[i])));
+// Rounds each lane, already within [-128, 127], to an integer and stores it as a byte: 4 * kLanes
+// bytes.
+inline void store_signed_bytes(int8_t* p, F32 a, F32 b, F32 c, F32 d) {
+    const F32 parts[4] = {a, b, c, d};
+    for (int i = 0; i < 4 * kLanes; ++i)
+        p[i] = static_cast<int8_t>(std::nearbyint(parts[i / kLanes].lane[i % kLanes]));
 }
 
 // Sketch codes: lane = token, four unsigned bytes each.
