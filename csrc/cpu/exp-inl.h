@@ -33,12 +33,12 @@ inline F32 exp2_by_floor(F32 x) {
     return scale_by_power(p, n);
 }
 
-// x[i] = 2^x[i] for whole registers of entries; returns their sum.
-inline float exp2_by_floor_in_place(float* x, int64_t count) {
+// out[i] = 2^(x[i] - reference) for whole registers of entries; returns their sum.
+inline float exp2_against(const float* x, float reference, int64_t count, float* out) {
     F32 total = broadcast(0.f);
     for (int64_t i = 0; i < count; i += kLanes) {
-        const F32 power = exp2_by_floor(load(x + i));
-        store(x + i, power);
+        const F32 power = exp2_by_floor(sub(load(x + i), broadcast(reference)));
+        store(out + i, power);
         total = add(total, power);
     }
     return reduce_add(total);

@@ -23,10 +23,12 @@ struct ScoreItem {
     float *lse, *factor;  // [num_columns] log2 of the sum of 2^logit; of one tile
     int64_t num_tiles;
     int64_t tile_stride;  // floats between columns of the two arrays that follow
-    float *peak, *total;  // [num_columns, num_tiles]
-    float* num_dropped;   // [num_tiles] tokens with a logit that is not finite
+    float *peak,
+        *total;  // [num_columns, num_tiles]; what a tile's weights are relative to, their sum
+    float* num_dropped;  // [num_tiles] tokens with a logit that is not finite
     bool keeps_weights;
-    float* weights;  // [num_columns, tile_stride * kScoreTileTokens]
+    bool plain_logits;  // no logit made of codes can be infinite
+    float* weights;     // [num_columns, tile_stride * kScoreTileTokens]
     int16_t source_column[kMaxScoreColumns];
 
     int64_t tile_begin(int64_t tile) const { return range.start + tile * kScoreTileTokens; }
@@ -146,38 +148,51 @@ inline bool weigh_columns(const ScoreItem& s, int64_t tile_index, const ScoreTil
     return finite;
 }
 
-// The weights of a tile that is all candidates and whole blocks with codes, without logits between:
-// weighed against the maximum of the tile's first block. False, with nothing settled, where the
-// tile is not of that kind, a logit might not be finite, or the tile's logits rise or fall so far
-// that the first block's maximum is no measure of them.
+// Whether no logit of the columns can leave float32 when it is made of codes, whose keys are
+// float16 numbers: |lo + step * code| stays below 2^16 + 255 * 2^16.
+inline bool code_logits_are_finite(const ScoreItem& s, int64_t head_dim) {
+    float most = 0.f;
+    for (int64_t c = 0; c < s.num_columns; ++c) {
+        F32 sum = broadcast(0.f);
+        for (int64_t d = 0; d < head_dim; d += kLanes)
+            sum = add(sum, abs(load(s.q + c * head_dim + d)));
+        most = std::fmax(most, reduce_add(sum));
+    }
+    return most * std::fabs(s.scale) < 0x1p100f;
+}
+
+inline float largest(const float* x, int64_t count) {  // of whole registers
+    F32 top = load(x);
+    for (int64_t i = kLanes; i < count; i += kLanes) top = max(load(x + i), top);
+    return reduce_max(top);
+}
+
+// The weights of a tile that is all candidates and whole blocks with codes, without a pass for its
+// maxima: weighed against those of its first block. False, with nothing settled, where the tile is
+// not of that kind or its logits rise too far above the first block's.
 template <SketchFormat kFormat>
 inline bool weigh_codes(const ScoreTokensParams& p, const ScoreItem& s, int64_t index,
                         float* weights, int64_t stride) {
     constexpr int64_t kBlocks = kScoreTileTokens / kSketchBlockTokens;
-    constexpr float kLeast = 0x1p-20f, kMost = 0x1p60f;
     const int64_t begin = s.tile_begin(index), end = begin + kScoreTileTokens;
-    const int64_t seqlen = p.blocks.cache_seqlens[s.row];
-    if (begin < s.range.sink_end || end > s.cand_end || end > seqlen) return false;
-    const uint8_t* record[kBlocks];
+    if (begin < s.range.sink_end || end > s.cand_end || end > p.blocks.cache_seqlens[s.row])
+        return false;
+    float peak[kMaxKeptScoreColumns], total[kMaxKeptScoreColumns] = {};
+    alignas(64) float logits[kMaxKeptScoreColumns * kSketchBlockTokens];
     for (int64_t b = 0; b < kBlocks; ++b) {
-        record[b] = p.sketch.block(s.row, s.kv_head, index * kBlocks + b);
-        if (!has_codes(record[b])) return false;
+        const uint8_t* record = p.sketch.block(s.row, s.kv_head, index * kBlocks + b);
+        if (!has_codes(record)) return false;
+        sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim, s.scale,
+                                     logits, kSketchBlockTokens);
+        for (int64_t c = 0; c < s.num_columns; ++c) {
+            const float* column = logits + c * kSketchBlockTokens;
+            if (b == 0) peak[c] = largest(column, kSketchBlockTokens);
+            total[c] += exp2_against(column, peak[c], kSketchBlockTokens,
+                                     weights + c * stride + b * kSketchBlockTokens);
+        }
     }
-    float peak[kMaxKeptScoreColumns], total[kMaxKeptScoreColumns];
-    sketch_block_logits<kFormat>(record[0], s.q, p.head_dim, s.num_columns, p.head_dim, s.scale,
-                                 weights, stride);
-    for (int64_t c = 0; c < s.num_columns; ++c) {
-        float lowest, *column = weights + c * stride;
-        peak[c] = exp2_of(column, kSketchBlockTokens, column, total + c, &lowest);
-        if (!(element::is_finite(total[c]) && lowest > -INFINITY)) return false;
-    }
-    for (int64_t b = 1; b < kBlocks; ++b)
-        if (!sketch_block_weights<kFormat>(record[b], s.q, p.head_dim, s.num_columns, p.head_dim,
-                                           s.scale, peak, weights + b * kSketchBlockTokens, stride,
-                                           total))
-            return false;
     for (int64_t c = 0; c < s.num_columns; ++c)
-        if (!(total[c] > kLeast && total[c] < kMost)) return false;
+        if (!(total[c] < 0x1p60f)) return false;
     for (int64_t c = 0; c < s.num_columns; ++c) {
         s.peak[c * s.tile_stride + index] = peak[c];
         s.total[c * s.tile_stride + index] = total[c];
@@ -188,10 +203,7 @@ inline bool weigh_codes(const ScoreTokensParams& p, const ScoreItem& s, int64_t 
 
 inline bool weigh_codes_of(const ScoreTokensParams& p, const ScoreItem& s, int64_t index,
                            float* weights, int64_t stride) {
-    if (p.sketch.data == nullptr || !s.keeps_weights) return false;
-#if KVS_HAS_TILE_DOT
-    if (s.num_columns >= kMinTileColumns) return false;
-#endif
+    if (p.sketch.data == nullptr || !s.keeps_weights || !s.plain_logits) return false;
     return p.sketch.format == SketchFormat::kInt4
                ? weigh_codes<SketchFormat::kInt4>(p, s, index, weights, stride)
                : weigh_codes<SketchFormat::kInt8>(p, s, index, weights, stride);
@@ -410,6 +422,7 @@ inline int64_t prepare_item(const ScoreTokensParams& p, int64_t item, float* wor
         if (p.q_local) std::memcpy(q_local + s->num_columns * p.head_dim, p.q_local + from, bytes);
         s->source_column[s->num_columns++] = static_cast<int16_t>(column);
     }
+    s->plain_logits = code_logits_are_finite(*s, p.head_dim);
     return all_columns - s->num_columns;
 }
 

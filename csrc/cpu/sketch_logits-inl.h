@@ -240,36 +240,3 @@ inline void sketch_block_logits(const uint8_t* record, const float* q, int64_t q
                             stride, ahead);
     }
 }
-
-// Whether no logit of the columns can leave float32, however the codes fall: |integer sums| stay
-// below 255 * 32767 * 256.
-inline bool logits_are_finite(const SketchQueries<>& q, int64_t count) {
-    bool finite = true;
-    for (int64_t c = 0; c < count; ++c)
-        finite = finite && std::fabs(q.mul[c]) < 1e28f && std::fabs(q.add[c]) < 1e37f;
-    return finite;
-}
-
-// out[c * stride + t] = 2^(logit - reference[c]) for the block's 128 tokens and any number of
-// columns of q; adds their sums to total[c]. False, with some of it done, if a logit might not be
-// finite.
-template <SketchFormat kFormat>
-inline bool sketch_block_weights(const uint8_t* record, const float* q, int64_t q_stride,
-                                 int64_t num_columns, int64_t head_dim, float scale,
-                                 const float* reference, float* out, int64_t stride, float* total) {
-    SketchQueries<> queries;
-    for (int64_t first = 0; first < num_columns; first += kSketchColumns) {
-        const int64_t left = num_columns - first;
-        const int64_t count = left < kSketchColumns ? left : kSketchColumns;
-        const float* columns[kSketchColumns];
-        pick_columns(q, q_stride, first, num_columns, columns);
-        quantise_queries<kFormat>(columns, record, head_dim, scale, &queries);
-        if (!logits_are_finite(queries, count)) return false;
-        for (int64_t c = 0; c < count; ++c) queries.add[c] -= reference[first + c];
-        scan_block<kFormat>(record, head_dim, queries, count, out + first * stride, stride,
-                            kSketchAhead);
-        for (int64_t c = first; c < first + count; ++c)
-            total[c] += exp2_by_floor_in_place(out + c * stride, kSketchBlockTokens);
-    }
-    return true;
-}
