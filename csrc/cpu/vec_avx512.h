@@ -135,7 +135,9 @@ inline I32 count_ge(I32 acc, F32 a, F32 b) {
 }
 inline int64_t reduce_add(I32 a) { return _mm512_reduce_add_epi32(a); }
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(q4));
+    const I32 q = _mm512_set1_epi32(q4);
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+    return acc;
 }
 inline I32 dot4_nibbles(I32 acc, Codes codes, int32_t q4) { return dot4(acc, codes, q4); }
 inline I32 add_byte_quads(I32 acc, const uint8_t* p) {
