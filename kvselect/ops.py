@@ -94,8 +94,8 @@ def _score_tokens(
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]
     return (
-        q.new_empty((batch, num_blocks, num_kv_heads, max_seqlen_k)),
-        q.new_empty((batch, num_blocks, num_vectors, num_q_heads)),
+        q.new_empty((batch, num_blocks, num_kv_heads, max_seqlen_k), dtype=torch.float32),
+        q.new_empty((batch, num_blocks, num_vectors, num_q_heads), dtype=torch.float32),
         q.new_empty((batch, num_blocks, num_kv_heads), dtype=torch.int64),
     )
 

@@ -88,7 +88,7 @@ def score_tokens(
     if check_finite:
         raise_if_not_finite(q, cache)
     scores, _ = score_blocks(
-        q.float().contiguous().unsqueeze(1),
+        q.contiguous().unsqueeze(1),
         cache,
         cache_seqlens=cache.cache_seqlens,
         max_seqlen=cache.max_seqlen,
@@ -131,9 +131,9 @@ def score_blocks(
 
     Parameters
     ----------
-    q, q_local : Tensor, [batch, num_blocks, num_vectors, num_q_heads, head_dim], float32,
-    contiguous
-        Scoring vectors for the candidates; for sinks and recent tokens (None: the same).
+    q, q_local : Tensor, [batch, num_blocks, num_vectors, num_q_heads, head_dim], contiguous
+        Scoring vectors for the candidates, any dtype of a cache; for sinks and recent tokens,
+        float32 (None: the same).
     sketch : str or None
         Format to scan; None: the keys.
     rope : Rope or None

@@ -256,33 +256,85 @@ def logit_bound(case: Case, q: Tensor, row: int, kv_head: int) -> Tensor:
     return bound * head_dim**-0.5
 
 
+def assert_inside_bound(case: Case, q: Tensor, blocks: QueryBlocks) -> None:
+    """Logits of candidates lie near the decoded sketch's, the others at the keys'.
+
+    One query head per KV head and one vector: a logit is log(score) + lse. Scores that float32
+    cannot hold are left out.
+    """
+    head_dim = q.shape[-1]
+    scores, lse, num_nonfinite = score(case, q, blocks, sketch=True)
+    assert (num_nonfinite == 0).all()
+    far_from_the_keys = 0.0
+    for row in range(q.shape[0]):
+        at = blocks.range(row, 0)
+        for head in range(q.shape[3]):
+            vector = q[row, 0, 0, head].double()
+            logits = scores[row, 0, head, : at.end].double().log() + lse[row, 0, 0, head]
+            exact = case.plain.k[row, : at.end, head].double() @ vector * head_dim**-0.5
+            decoded = sketched_keys(case.plain, row, head) @ vector * head_dim**-0.5
+            bound = logit_bound(case, vector, row, head) + 2e-5 * max(1.0, float(exact.abs().max()))
+            held = scores[row, 0, head, : at.end] > 1e-37
+            middle = held & (torch.arange(at.end) >= at.sink_end)
+            middle &= torch.arange(at.end) < at.window_start
+            assert ((logits - decoded).abs() <= bound)[middle].all()
+            assert ((logits - exact).abs() <= bound)[held & ~middle].all()
+            far_from_the_keys = max(far_from_the_keys, float((decoded - exact)[middle].abs().max()))
+    assert far_from_the_keys > 1e-3  # or else the keys themselves had been scored
+
+
 @pytest.mark.parametrize("sketch", ["int4", "int8"])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sketch_logits_stay_inside_the_analytic_bound(
     sketch: str, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """One head and one vector: a logit is log(score) + lse."""
     seqlens = int32(420, 128)
     case = case_of(seqlens, head_dim=head_dim, dtype=dtype, sketch=sketch)
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=7, num_recent_tokens=50)
-    q = queries(2, 1, 1, 2, head_dim, seed=13)
-    scores, lse, _ = score(case, q, blocks, sketch=True)
-    far_from_the_keys = 0.0
-    for row in range(2):
-        at = blocks.range(row, 0)
-        for head in range(2):
-            vector = q[row, 0, 0, head].double()
-            logits = scores[row, 0, head, : at.end].double().log() + lse[row, 0, 0, head]
-            exact = case.plain.k[row, : at.end, head].double() @ vector * head_dim**-0.5
-            decoded = sketched_keys(case.plain, row, head) @ vector * head_dim**-0.5
-            bound = logit_bound(case, vector, row, head) + 2e-5
-            middle = slice(at.sink_end, at.window_start)
-            assert ((logits - decoded).abs() <= bound)[middle].all()
-            for exact_part in (slice(0, at.sink_end), slice(at.window_start, at.end)):
-                assert ((logits - exact)[exact_part].abs() <= 2e-5).all()
-            far_from_the_keys = max(far_from_the_keys, float((decoded - exact)[middle].abs().max()))
-    assert far_from_the_keys > 1e-3  # or else the keys themselves had been scored
+    assert_inside_bound(case, queries(2, 1, 1, 2, head_dim, seed=13), blocks)
+
+
+@pytest.mark.parametrize("sketch", ["int4", "int8"])
+@pytest.mark.parametrize("rise", [1.0, 60.0])
+def test_tiles_of_whole_sketch_blocks(sketch: str, rise: float) -> None:
+    """Weighed against their first block, however far the logits of a later block rise above it."""
+    seqlens = int32(3300, 2048)
+    case = case_of(seqlens, head_dim=32, seed=30)
+    k = case.plain.k.clone()
+    k[:, 11 * BLOCK_TOKENS : 12 * BLOCK_TOKENS] *= rise
+    case = make_case(k, case.plain.v, seqlens, sketch=sketch)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=4, num_recent_tokens=9)
+    assert_inside_bound(case, queries(2, 1, 1, 2, 32, seed=31), blocks)
+
+
+@pytest.mark.parametrize("sketch", ["int4", "int8"])
+@pytest.mark.parametrize("token", [1400, 2150])  # in a tile of whole blocks, and in the last one
+def test_a_logit_of_codes_that_falls_to_minus_infinity(sketch: str, token: int) -> None:
+    """Its weight would be 0 as if it had been scored: it has no score instead."""
+    k = torch.full((1, 2200, 1, 32), 1e-3)
+    k[:, token] = -4e4
+    case = make_case(k, k, int32(2200), sketch=sketch)
+    blocks = QueryBlocks(cache_seqlens=int32(2200), seqlen_q=1)
+    q = torch.full((1, 1, 1, 2, 32), 2e33)
+    scores, _, num_nonfinite = score(case, q, blocks, sketch=True)
+    assert scores[0, 0, 0, token].isnan() and (num_nonfinite >= 1).all()
+    assert scores[0, 0, 0, :1024].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_as_the_model_made_them(dtype: torch.dtype) -> None:
+    """Queries of any dtype of a cache score as their float32 values do, to the bit."""
+    seqlens = int32(700, 33)
+    case = case_of(seqlens, dtype=dtype, sketch="int4")
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_recent_tokens=8)
+    q = queries(2, 1, 2, 4, 64, seed=32).to(dtype)
+    for got, wide in zip(
+        score(case, q, blocks, sketch=True),
+        score(case, q.float(), blocks, sketch=True),
+        strict=True,
+    ):
+        assert torch.equal(got, wide)
 
 
 @pytest.mark.parametrize("sketch", ["int4", "int8"])
@@ -523,7 +575,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"max_seqlen_k": 129}, r"max_seqlen_k: got 129, allowed: at least cache_seqlens\[0\] = 130"),
     ({"seqlen_q": -1}, "seqlen_q: got -1, allowed: an int >= 0"),
     ({"window_rule": "end"}, "window_rule: got 'end', allowed: decode, block_start, block_end"),
-    ({"q": torch.zeros(2, 2, 1, 4, 64).double()}, "q: got float64, allowed: float32"),
+    ({"q": torch.zeros(2, 2, 1, 4, 64).double()}, "q: got float64, allowed: float32, float16, bfloat16"),
     ({"q": torch.zeros(2, 2, 4, 64)}, r"q: got shape \[2, 2, 4, 64\], allowed: \[batch, num_blo"),
     ({"q": torch.zeros(2, 3, 1, 4, 64)}, r"q: got shape \[2, 3, 1, 4, 64\], .*num_blocks=2"),
     ({"q": torch.zeros(2, 2, 1, 4, 32)}, r"q: got shape .*head_dim=64"),

@@ -60,6 +60,8 @@ private:
 using Scratch = KeptMemory<0>;          // of one thread's work
 using SharedWorkspace = KeptMemory<1>;  // of the calling thread, lent to all of a region
 
+using ConvertedQueries = KeptMemory<2>;  // float32 queries of the calling thread's op
+
 inline int64_t whole_lines(int64_t num_floats) { return (num_floats + 15) / 16 * 16; }
 
 // Runs work(begin, end, scratch) over [0, num_items), `grain` items at a time. Threads take what is

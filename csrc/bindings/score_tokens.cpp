@@ -7,6 +7,7 @@
 #include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
+#include "cpu/element_types.h"
 
 namespace kvselect::bindings {
 namespace {
@@ -23,6 +24,23 @@ int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
         }
     }
     return needed;
+}
+
+// A decode step brings its queries as the model made them; aten's conversion of so few numbers
+// costs more than all of these.
+const float* as_float(const TensorArg& q) {
+    if (q.dtype() == ScalarType::Float) return q.data<float>();
+    int64_t count = 1;
+    for (int64_t i = 0; i < q.dim(); ++i) count *= q.size(i);
+    float* out = ConvertedQueries::get(count);
+    const auto convert = [&](const auto* from) {
+        for (int64_t i = 0; i < count; ++i) out[i] = cpu::element::to_float(from[i]);
+    };
+    if (kernel_dtype(q) == DType::kFloat16)
+        convert(q.data<cpu::Float16>());
+    else
+        convert(q.data<cpu::BFloat16>());
+    return out;
 }
 
 }  // namespace
@@ -43,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     require_count("max_seqlen_k", max_seqlen_k, 0);
 
     const TensorArg q_arg("q", q), cache_arg("k_cache", k_cache);
-    q_arg.require_dtype(ScalarType::Float)
-        .require_shape({{"batch"}, {"num_blocks"}, {"num_vectors"}, {"num_q_heads"}, {"head_dim"}})
+    (void)kernel_dtype(q_arg);
+    q_arg.require_shape({{"batch"}, {"num_blocks"}, {"num_vectors"}, {"num_q_heads"}, {"head_dim"}})
         .require_contiguous();
     const int64_t batch = q_arg.size(0), num_vectors = q_arg.size(2), num_q_heads = q_arg.size(3);
     const CacheArg keys = read_cache(cache_arg, block_table, batch);
@@ -106,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     p.num_kv_heads = keys.num_kv_heads;
     p.head_dim = keys.head_dim;
     p.num_vectors = num_vectors;
-    p.q = q_arg.data<float>();
+    p.q = as_float(q_arg);
     p.keys = keys.view;
     p.keep = keep;
     p.scale = static_cast<float>(scale);

@@ -26,9 +26,9 @@ class BlockVectors(NamedTuple):
 
     first: int
     last: int
-    # [batch, last - first, num_vectors, num_q_heads, head_dim] float32, contiguous
-    q: Tensor  # meets candidates
-    q_local: Tensor | None  # meets sinks and recent tokens; None: q
+    # [batch, last - first, num_vectors, num_q_heads, head_dim], contiguous
+    q: Tensor  # meets candidates; float32, or a decode step's own queries as they are
+    q_local: Tensor | None  # meets sinks and recent tokens, float32; None: q
 
 
 def original_vectors(

@@ -391,7 +391,7 @@ class TokenSelect(Policy):
         """Lists of a rolling sweep, and what it looked at."""
         vectors = self._scoring_vectors(queries, cache)[0]
         return rolling.sweep(
-            vectors.q[:, 0, 0],
+            vectors.q[:, 0, 0].float(),
             None if vectors.q_local is None else vectors.q_local[:, 0, 0],
             cache,
             num_sink_tokens=self.num_sink_tokens,
@@ -563,12 +563,12 @@ class TokenSelect(Policy):
     def _scoring_vectors(self, queries: Queries, cache: KVCache) -> list[BlockVectors]:
         rope = queries.rope
         if queries.phase == "decode":
-            q = queries.q.float().unsqueeze(2).contiguous()
+            q = queries.q.unsqueeze(2).contiguous()
             q_local: Tensor | None = None
             if self.positions == "compact":
                 assert rope is not None
                 rank = self._decode_rank(queries, cache)
-                q, q_local = compact_decode_vectors(q, rope, self.num_recent_tokens, rank)
+                q, q_local = compact_decode_vectors(q.float(), rope, self.num_recent_tokens, rank)
             return [BlockVectors(0, queries.num_blocks, q, q_local)]
         at = block_range(
             queries.cache_seqlens,
