@@ -48,7 +48,7 @@ class KVCache:
     Parameters
     ----------
     batch, num_kv_heads, head_dim : int
-        ``head_dim`` is 32, 64, 80, 96, 128 or 256.
+        ``head_dim`` is one of `kvselect.checks.HEAD_DIMS`: 32, 64, 80, 96, 128, 160, 192, 256, 512.
     dtype : float32, float16 or bfloat16
     device : device
     capacity : int

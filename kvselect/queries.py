@@ -42,6 +42,10 @@ class Queries:
         The same on the device; None: one block.
     num_later_tokens : int
         Tokens that the cache holds after the last of these queries.
+    softcap : float
+        A logit ``x`` becomes ``softcap * tanh(x / softcap)``; 0: it stays as it is.
+    sink_logits : Tensor, [num_q_heads], float32, contiguous, or None
+        One more logit per head in the denominator of its softmax.
     """
 
     q: Tensor
@@ -54,6 +58,8 @@ class Queries:
     offsets: tuple[int, ...] = (0, 1)
     q_block_offsets: Tensor | None = None
     num_later_tokens: int = 0
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
 
     @property
     def seqlen_q(self) -> int:

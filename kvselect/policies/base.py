@@ -255,6 +255,8 @@ def selection_of(
     if queries.q_block_offsets is None:
         indices, topk_length = indices.squeeze(1), topk_length.squeeze(1)
         kept_score = kept_score.squeeze(1)
+        if isinstance(total_score, Tensor) and total_score.dim() == 3:
+            total_score = total_score.squeeze(1)
     return Selection(indices, topk_length, queries.q_block_offsets, kept_score, total_score, hit)
 
 

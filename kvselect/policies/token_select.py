@@ -368,6 +368,8 @@ class TokenSelect(Policy):
             self._audit(state, lists, sweep.rolled, queries, cache)
             heads = queries.q.shape[2] // self._num_lists(cache)
             total = float(heads) if self._scores_are_mass() else None
+            if queries.sink_logits is not None:
+                total = None  # what the sinks left to the tokens is not known
             if self._has_dense_rows(queries, cache):
                 lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         else:
@@ -404,6 +406,8 @@ class TokenSelect(Policy):
             width=width,
             hit=hit,
             reused=reused,
+            softcap=queries.softcap,
+            sink_logits=queries.sink_logits,
         )
 
     def _audit(
@@ -477,6 +481,8 @@ class TokenSelect(Policy):
                 q_local=part.q_local,
                 rope=queries.rope if self.positions == "compact" else None,
                 hit=hit,
+                softcap=queries.softcap,
+                sink_logits=queries.sink_logits,
             )
             scores.append(part_scores)
             counts.append(num_nonfinite)
@@ -484,8 +490,11 @@ class TokenSelect(Policy):
         votes, num_nonfinite = scores[0], counts[0]
         if len(parts) > 1:
             votes, num_nonfinite = torch.cat(scores, dim=1), torch.cat(counts, dim=1)
+        votes = votes.sum(2, keepdim=True) if shared else votes
         total = self._total_score(parts, queries.q.shape[2] // (1 if shared else num_kv_heads))
-        return votes.sum(2, keepdim=True) if shared else votes, total, num_nonfinite
+        if total is not None and queries.sink_logits is not None:
+            total = votes.nansum(3)  # the sinks took the rest
+        return votes, total, num_nonfinite
 
     def _total_score(self, parts: list[BlockVectors], heads: int) -> float | Tensor | None:
         """What all visible tokens of a list score together; a Tensor where blocks differ."""

@@ -63,6 +63,8 @@ def decode_step(
     q_unrotated: Tensor | None = None,
     rope: RopeTable | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, StepInfo]:
     """Attention of each row's newest token over what TokenSelect, StreamingLLM or Dense selects.
 
@@ -81,6 +83,8 @@ def decode_step(
         Needed by "compact".
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap, sink_logits
+        As in sparse_attention.
 
     Returns
     -------
@@ -119,13 +123,15 @@ def decode_step(
         )
         dense = [blocks.seqlen(row) - blocks.start(row) <= limit for row in range(batch)]
     if all(dense):
-        out, lse = sparse_attention(q, cache, softmax_scale=scale, rope=table)
+        out, lse = sparse_attention(
+            q, cache, softmax_scale=scale, rope=table, softcap=softcap, sink_logits=sink_logits
+        )
         return out, StepInfo(None, lse)
 
     num_lists = 1 if getattr(settings, "scope", "layer") == "layer" else num_kv_heads
     votes: Tensor | None = None
     if name == "TokenSelect":
-        votes = decode_votes(q, cache, blocks, settings, table, scale)
+        votes = decode_votes(q, cache, blocks, settings, table, scale, softcap, sink_logits)
         if num_lists == 1:
             votes = votes.sum(1, keepdim=True)
     threshold: Any = getattr(settings, "similarity_threshold", None)  # None: select every time
@@ -171,14 +177,25 @@ def decode_step(
         indices[number, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
     shape = (batch, num_lists)
     lengths = torch.tensor([len(x) for x in lists], dtype=torch.int32)
+    total: float | Tensor | None = total_score(settings, q.shape[2] // num_lists)
+    if total is not None and sink_logits is not None and votes is not None:
+        total = votes.nansum(-1)  # the sinks took the rest
     selection = Selection(
         indices.view(*shape, width).expand(-1, num_kv_heads, -1),
         lengths.view(shape).expand(-1, num_kv_heads),
         kept_score=torch.tensor(kept, dtype=torch.float64).view(shape).expand(-1, num_kv_heads),
-        total_score=total_score(settings, q.shape[2] // num_lists),
+        total_score=total,
         hit=torch.tensor(hits, dtype=torch.int32).view(shape) if threshold is not None else None,
     )
-    out, lse = sparse_attention(q, cache, selection, softmax_scale=scale, rope=table)
+    out, lse = sparse_attention(
+        q,
+        cache,
+        selection,
+        softmax_scale=scale,
+        rope=table,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
     return out, StepInfo(selection, lse)
 
 
@@ -230,6 +247,8 @@ def decode_votes(
     settings: Any,
     table: RopeTable | None,
     softmax_scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Scores of a TokenSelect decode step, [batch, num_kv_heads, max_seqlen].
 
@@ -256,4 +275,6 @@ def decode_votes(
         keep=keep,
         normalise_candidates_only=settings.normalise_over == "candidates",
         rope=table,
+        softcap=softcap,
+        sink_logits=sink_logits,
     ).scores[:, 0]
