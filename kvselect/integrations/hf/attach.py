@@ -25,6 +25,7 @@ from kvselect.integrations.hf.stack import (
     find_stack,
     implementation_keys,
     plan_layer,
+    require_masks_left_alone,
     trained_length,
 )
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
@@ -191,6 +192,7 @@ def attach(
         bad,
         f"indices of this model's layers, 0..{config.num_hidden_layers - 1}",
     )
+    require_masks_left_alone(model, modules)
     length = trained_length(config)
     if policy.positions == "compact":
         allowed = (
@@ -286,16 +288,36 @@ def _decide(
         lines = "".join(f"\n  layer {index}: {problem.text}" for index, problem in raised.items())
         fatal = any(problem.fatal for problem in raised.values())
         advice = "" if fatal else "\nstrict=False runs these layers dense."
+        if not fatal and all(problem.rotation for problem in raised.values()):
+            advice += (
+                "\nA policy that undoes no rotation runs as it is: positions='original', "
+                "average_queries='after_rope', and similarity_on='rotated' if it reuses lists."
+            )
         raise UnsupportedModelError(
-            f"{type(model).__name__}: got layers that cannot select, allowed: plain causal softmax "
+            f"{type(model).__name__}: got layers that cannot select, allowed: causal softmax "
             f"attention with RoPE{lines}{advice}"
         )
-    last = max((layer.index for layer in plan.layers), default=-1)
-    plan.sketches = [None] * (last + 1)
     plan.foreign_layers = frozenset(problems)
     for layer in plan.layers:
         if layer.selects and layer.index in problems:
             layer.reason = problems[layer.index].text
-        if layer.selects:
-            plan.sketches[layer.index] = plan.policy.required_sketch
+    if plan.policy.positions == "compact":
+        _settle_shared_keys(plan)
+    selecting = [layer for layer in plan.layers if layer.selects]
+    read = {layer.index: layer.source for layer in plan.layers}
+    plan.latent_layers = frozenset(layer.index for layer in selecting if layer.source is None)
+    plan.sketches = [None] * (max(read, default=-1) + 1)
+    for layer in selecting:
+        if layer.source is not None:
+            plan.sketches[layer.source] = plan.policy.required_sketch
+    for layer in plan.layers:
         layer.use(plan.policy)
+
+
+def _settle_shared_keys(plan: StackPlan) -> None:
+    """Layers that read the same keys must agree on whether these are rotated."""
+    for layer in plan.layers:
+        readers = [other for other in plan.layers if other.source == layer.source is not None]
+        dense = [other.index for other in readers if not other.selects]
+        if layer.selects and dense:
+            layer.reason = f"shares its keys with layer {dense[0]}, which runs dense"

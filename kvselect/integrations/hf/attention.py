@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.decode import decode_step
-from kvselect.integrations.hf.cache_layer import KVSelectLayer
+from kvselect.integrations.hf.attached_layer import AttachedLayer
+from kvselect.integrations.hf.cache_layer import KVSelectLayer, filled_up, stored_head_dim
 from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
@@ -18,6 +19,14 @@ from kvselect.prefill import prefill
 
 QUERIES_AT_ONCE = 2048
 """Queries that are rotated back at once in prefill: bounds the float32 copies."""
+
+
+class SoftmaxOptions(TypedDict):
+    """What a model adds to its softmax, as `dense_attention` takes it."""
+
+    sliding_window: int | None
+    softcap: float | None
+    sink_logits: Tensor | None
 
 
 def kvselect_attention(
@@ -32,6 +41,7 @@ def kvselect_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer call, as transformers asks for it.
@@ -48,6 +58,12 @@ def kvselect_attention(
         From `attention_pre_hook`; without it nobody attached.
     scaling : float or None
         None: ``module.scaling``.
+    sliding_window : int or None
+        Keys that a query sees, itself included.
+    softcap : float or None
+        Logits become ``softcap * tanh(logits / softcap)``.
+    s_aux : Tensor, [num_q_heads], or None
+        Sink logits: one more per head, in the denominator only.
 
     Returns
     -------
@@ -57,8 +73,7 @@ def kvselect_attention(
     Raises
     ------
     ValueError
-        If the model is not attached or trains, for dropout, and for softmax variants that we do not
-        compute.
+        If the model is not attached or trains, for dropout, and for a bias of the logits.
     """
     if kvselect is None:
         raise ValueError(
@@ -67,15 +82,18 @@ def kvselect_attention(
             "attached one needs a copy of it)"
         )
     softmax_scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
+    require(position_bias is None, "position_bias", "a tensor", "None")
+    sink_logits = None if s_aux is None else s_aux.detach().float().flatten()
+    options = SoftmaxOptions(
+        sliding_window=sliding_window, softcap=softcap, sink_logits=sink_logits
+    )
     if kvselect.plan.stack.recorder is not None:
-        options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         recorder = kvselect.plan.stack.recorder
         return recorder(
             module, query, key, value, attention_mask, kvselect, softmax_scale, options
         ), None
     require(dropout == 0.0, "dropout", dropout, "0 (kvselect does not train: model.eval())")
-    require(softcap is None and s_aux is None, "softmax", "softcap or sink logits", "plain softmax")
-    arguments = (module, query, key, value, attention_mask, kvselect, softmax_scale, sliding_window)
+    arguments = (module, query, key, value, attention_mask, kvselect, softmax_scale, options)
     if not (torch.is_grad_enabled() and query.requires_grad):
         return _attend(*arguments), None
     require(
@@ -95,12 +113,12 @@ def _attend(
     attention_mask: Tensor | None,
     context: LayerContext,
     softmax_scale: float,
-    sliding_window: int | None,
+    options: SoftmaxOptions,
 ) -> Tensor:
     plan, layer = context.plan, context.layer
     stack = plan.stack
     keys = stack.mask(attention_mask)
-    if type(layer) is KVSelectLayer and isinstance(keys, KeyRange):
+    if isinstance(layer, AttachedLayer) and isinstance(keys, KeyRange):
         if query.shape[2] > 1 or keys.validity is not None:
             layer.validity = keys.validity
         elif layer.validity is not None:
@@ -119,14 +137,14 @@ def _attend(
         reason = _why_dense(keys, layer)
         if reason is None:
             assert isinstance(keys, KeyRange)
-            return _select(query, key, value, context, keys, softmax_scale)
+            return _select(query, key, value, context, keys, softmax_scale, options)
         plan.ran_dense(reason)
         if plan.rotates_itself:
             assert isinstance(keys, KeyRange)  # the hook let nothing else through
             rope = stack.table(plan, key.shape[2], key.device)
             query = rotate_by_index(query, keys, rope)
             key = rotate_by_index(key, keys, rope)
-    return dense_attention(module, query, key, value, keys, softmax_scale, sliding_window)
+    return dense_attention(module, query, key, value, keys, softmax_scale, **options)
 
 
 def _why_dense(keys: KeyRange | Tensor, layer: Any) -> str | None:
@@ -135,7 +153,7 @@ def _why_dense(keys: KeyRange | Tensor, layer: Any) -> str | None:
         return "a 4-D attention mask"
     if keys.validity is not None:
         return "padding with holes (right or middle padding)"
-    if layer is not None and type(layer) is not KVSelectLayer:
+    if layer is not None and not isinstance(layer, AttachedLayer):
         filled = " filled before attach" if type(layer).__name__ == "DynamicLayer" else ""
         return f"a cache layer {type(layer).__name__}{filled}"
     return None
@@ -148,19 +166,21 @@ def _select(
     context: LayerContext,
     keys: KeyRange,
     softmax_scale: float,
+    options: SoftmaxOptions,
 ) -> Tensor:
     """One decode step or prefill call through the attached policy."""
     plan, layer, policy = context.plan, context.layer, context.plan.policy
     assert policy is not None
-    if layer is not None:
-        cache: KVCache = layer.cache
-        state = layer.state(policy, plan.statistics, plan.crossovers)
-    else:  # no cache: the state lasts one call
+    if isinstance(layer, KVSelectLayer):
+        assert layer.cache is not None
+        cache = layer.cache
+        state = layer.state(plan.index, policy, plan.statistics, plan.crossovers)
+    else:  # no cache, or one of latents: the state lasts one call
         cache = _one_call_cache(key, value, keys, policy.required_sketch)
         state = policy.new_state(cache, plan.crossovers)
         state.prefill, state.decode = plan.statistics
     plan.nonfinite = cache.num_nonfinite
-    q = query.transpose(1, 2)
+    q = filled_up(query.transpose(1, 2), cache.head_dim)
     seqlen_q = q.shape[1]
     filled = cache.max_seqlen > seqlen_q
     stepwise = filled and seqlen_q <= policy.tail_q_block_size  # each query selects by itself
@@ -183,14 +203,24 @@ def _select(
 
     step = decode_step if filled and seqlen_q == 1 else prefill
     out, _ = step(
-        q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
+        q,
+        cache,
+        policy,
+        state,
+        q_unrotated=q_unrotated,
+        rope=rope,
+        softmax_scale=softmax_scale,
+        softcap=options["softcap"],
+        sink_logits=options["sink_logits"],
     )
-    return out
+    return out[..., : value.shape[-1]].contiguous()
 
 
 def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | None) -> KVCache:
     """A cache for a call without one: ``key`` and ``value`` are all there is."""
-    batch, num_kv_heads, seqlen_k, head_dim = key.shape
+    batch, num_kv_heads, seqlen_k = key.shape[:3]
+    head_dim = stored_head_dim(key.shape[-1], value.shape[-1])
+    assert head_dim is not None  # attach refused the layer otherwise
     cache = KVCache(
         batch,
         num_kv_heads,
@@ -201,7 +231,8 @@ def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | No
         sketch=sketch,
     )
     cache.set_starts(keys.starts)
-    cache.append(key.transpose(1, 2), value.transpose(1, 2))
+    k, v = (filled_up(x, head_dim).transpose(1, 2) for x in (key, value))
+    cache.append(k, v)
     return cache
 
 

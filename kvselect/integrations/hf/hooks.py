@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvselect.checks import require
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.attached_layer import AttachedLayer
+from kvselect.integrations.hf.cache_layer import upgrade_cache
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import (
     NAME,
@@ -48,7 +49,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+        upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
         return None
     use_cache = kwargs.get("use_cache")
     if (
@@ -58,7 +59,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     ):
         return None
     cache = DynamicCache(config=config)
-    upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+    upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}
@@ -77,15 +78,14 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     rotation = kwargs.get("position_embeddings")
     cos, sin = rotation if isinstance(rotation, tuple) and len(rotation) == 2 else (None, None)
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    layer = (
-        cache.layers[plan.index] if cache is not None and plan.index < len(cache.layers) else None
-    )
+    place = plan.index if plan.source is None else plan.source
+    layer = cache.layers[place] if cache is not None and place < len(cache.layers) else None
     if stack.mode == "calibrate":
         rotates_itself = stack.identity
     else:
         rotates_itself = plan.rotates_itself
         _announce(plan, layer, args, kwargs, rotates_itself)
-    kwargs["kvselect"] = LayerContext(layer, cos, sin, plan)
+    kwargs["kvselect"] = LayerContext(layer, cos, sin, plan, cache)
     if rotates_itself and cos is not None and sin is not None:
         kwargs["position_embeddings"] = stack.no_rotation(cos, sin)
     return args, kwargs
@@ -96,13 +96,13 @@ def _announce(
 ) -> None:
     """Tell the cache layer what comes; raise, before anything is stored, for what cannot be."""
     plan.cache_class = "none" if layer is None else type(layer).__name__
-    ours = type(layer) is KVSelectLayer
+    ours = isinstance(layer, AttachedLayer)
     if not ours and not rotates_itself:
         return
     keys = plan.stack.mask(kwargs.get("attention_mask"))
     if rotates_itself:
         _require_compact(plan, layer, keys, kwargs)
-    if ours:
+    if isinstance(layer, AttachedLayer) and plan.source in (None, plan.index):
         starts = keys.starts if isinstance(keys, KeyRange) else None
         if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -119,7 +119,7 @@ def _require_compact(
     if not isinstance(keys, KeyRange):
         allowed = "a 2-D padding mask or None (positions='compact')"
         require(False, "attention_mask", "a 4-D mask", allowed)
-    if layer is not None and type(layer) is not KVSelectLayer:
+    if layer is not None and not isinstance(layer, AttachedLayer):
         allowed = "a cache of dynamic layers, empty or filled by this model (positions='compact')"
         require(False, "past_key_values", f"a {plan.cache_class}", allowed)
     if not isinstance(kwargs.get("position_embeddings"), tuple):

@@ -66,6 +66,7 @@ class StackPlan:
     identity: bool = False  # calibration's second run: every layer gets cos = 1, sin = 0
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
+    latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
     announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
@@ -171,6 +172,10 @@ class LayerPlan:
         Whether its attention slides over a window.
     layout, fit_error, frequencies
         The layer's rotation (`rope_fit`).
+    source : int or None
+        The cache layer whose keys the layer reads: its own ``index``, or with KV sharing an earlier
+        one. None: none holds them (MLA: the cache has latents, and every call makes keys and values
+        of all tokens anew).
     needs_unrotated : frozenset of {"prefill", "decode"}
         Phases in which the policy asks for the queries before RoPE.
     rope : Rope or None
@@ -208,6 +213,7 @@ class LayerPlan:
     layout: RopeLayout = NO_ROPE
     fit_error: float = 0.0
     frequencies: Frequencies | None = None
+    source: int | None = None
     needs_unrotated: frozenset[Phase] = frozenset()
     rope: Rope | None = None
     policy: Policy | None = None
@@ -261,10 +267,11 @@ class LayerPlan:
 class LayerContext(NamedTuple):
     """What the attention hook hands to the attention function, as the keyword ``kvselect``."""
 
-    layer: Any  # the cache layer, or None without a cache
+    layer: Any  # the cache layer that the keys come from, or None without a cache
     cos: Tensor | None  # None: the model passes no pair position_embeddings by keyword
     sin: Tensor | None
     plan: LayerPlan
+    cache: Any = None  # all layers
 
 
 def unrotated_phases(policy: Policy) -> frozenset[Phase]:

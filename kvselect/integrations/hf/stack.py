@@ -66,6 +66,30 @@ def attention_modules(stack: nn.Module) -> list[nn.Module]:
     return found
 
 
+def require_masks_left_alone(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Refuse attention that chooses keys for itself and reads its mask to do so.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming every such layer.
+    """
+    indexed: list[Any] = [
+        module.layer_idx
+        for module in modules
+        if any(type(inner).__name__.endswith("Indexer") for inner in module.modules())
+    ]
+    if indexed:
+        lines = "".join(
+            f"\n  layer {index}: an indexer of its own picks the keys and reads the mask (DSA)"
+            for index in indexed
+        )
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: got layers that select for themselves, allowed: attention "
+            f"that leaves the mask to the registered functions{lines}"
+        )
+
+
 def plan_layer(module: nn.Module, config: Any, plan: StackPlan) -> LayerPlan:
     """The plan before calibration: by design a layer slides, is excluded by the policy, or selects.
 
