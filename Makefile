@@ -21,13 +21,17 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
+.PHONY: demo test models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
 
 test: build/.built-$(KIND)
 	$(PY) -m pytest -q
+
+# docs/models.md: every architecture against every check, by running them.
+models: build/.built-$(KIND)
+	$(PY) tests/model_table.py
 
 # The questions that bench/README.md lists, one script each.
 bench: build/.built-$(KIND)

@@ -82,8 +82,6 @@ class Architecture:
         False: no RoPE layout fits, so compact positions are refused.
     build : callable or None
         Makes the model, where AutoModelForCausalLM does not.
-    since : str
-        First release of transformers that has it.
     """
 
     config: str
@@ -93,7 +91,6 @@ class Architecture:
     one_layer: dict[str, Any] = field(default_factory=dict)
     compact: bool = True
     build: Callable[[Architecture, dict[str, Any]], Any] | None = None
-    since: str = "5.17"
 
     def make(self, **changes: Any) -> Any:
         """A float32 model with random weights: large query and key projections, no flat norms."""

@@ -45,6 +45,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     implementation = config._attn_implementation
     allowed = f"{NAME!r} while attached; call handle.detach() first"
     require(implementation == NAME, "attn_implementation", implementation, allowed)
+    _require_one_axis(plan, kwargs.get("position_ids"))
     place = plan.cache_argument
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
@@ -63,6 +64,16 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}
+
+
+def _require_one_axis(plan: StackPlan, position_ids: Tensor | None) -> None:
+    """Compact positions count tokens one after another; those of images differ by axis (M-RoPE)."""
+    compact = plan.policy.positions == "compact"
+    if not compact or position_ids is None or position_ids.ndim < 3 or position_ids.shape[-1] == 1:
+        return
+    axes = position_ids[-3:]  # a first row of text positions may come before the three axes
+    allowed = "the same on every axis (positions='compact': text only, no images)"
+    require(bool((axes == axes[:1]).all()), "position_ids", "axes that differ", allowed)
 
 
 def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

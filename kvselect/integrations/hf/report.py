@@ -27,6 +27,8 @@ class LayerReport:
     selects : bool
     reason : str or None
         Why it runs dense.
+    note : str or None
+        What else a user should know of it.
     rope, rope_fit_error : str, float
         Measured layout and its relative error.
     cache_layer : str
@@ -56,6 +58,7 @@ class LayerReport:
     index: int
     selects: bool
     reason: str | None
+    note: str | None
     rope: str
     rope_fit_error: float
     cache_layer: str
@@ -168,6 +171,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         index=layer.index,
         selects=layer.selects,
         reason=layer.reason,
+        note=_note(layer),
         rope=str(layer.layout),
         rope_fit_error=layer.fit_error,
         cache_layer=layer.cache_class,
@@ -183,6 +187,17 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         prefill=phases[0].to_dict(),
         decode=phases[1].to_dict(),
     )
+
+
+def _note(layer: LayerPlan) -> str | None:
+    if not layer.selects:
+        return None
+    if layer.source is None:
+        return (
+            "exact, but slower than dense: transformers makes keys and values of all tokens anew "
+            "from the latents at every step (MLA)"
+        )
+    return f"reads the keys of layer {layer.source}" if layer.source != layer.index else None
 
 
 def _mode(policy: Policy) -> str:
@@ -213,6 +228,7 @@ def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
 def _cells(layer: LayerReport) -> list[str]:
     """One row of the table."""
     runs = "selects" if layer.selects else f"dense: {layer.reason}"
+    runs += f"; {layer.note}" if layer.note else ""
     runs += "".join(f"; dense {count}x: {reason}" for reason, count in layer.ran_dense.items())
     decode = layer.decode
     if layer.dense_up_to is not None and decode["num_dense_calls"]:
