@@ -20,6 +20,7 @@ from kvselect.policies.base import Policy, PolicyState
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["DecodeInfo", "decode_step"]
 
@@ -56,6 +57,7 @@ def decode_step(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, DecodeInfo]:
     """Attention of each row's newest token over what a policy selects for it.
@@ -79,6 +81,8 @@ def decode_step(
         Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``; one that is not finite, NaN.
     sink_logits : Tensor, [num_q_heads], float32, or None
         One more logit per head in the denominator of its softmax, of a value that is 0.
+    process_group : torch.distributed.ProcessGroup or None
+        Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
     check_finite : bool
         Raise if the query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -114,6 +118,7 @@ def decode_step(
         rope=rope,
         softcap=require_softcap(softcap),
         sink_logits=sink_logits,
+        process_group=process_group,
     )
     policy = state.decode_policy(q.shape[2])
     policy.update(state, cache)

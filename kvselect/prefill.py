@@ -16,6 +16,7 @@ from kvselect.policies.base import Policy, PolicyState
 from kvselect.queries import Phase, Queries
 from kvselect.query_blocks import cut_queries
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["prefill", "query_blocks"]
 
@@ -39,6 +40,7 @@ def prefill(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``seqlen_q`` tokens over what a policy selects for their blocks.
@@ -64,6 +66,8 @@ def prefill(
         Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``; one that is not finite, NaN.
     sink_logits : Tensor, [num_q_heads], float32, or None
         One more logit per head in the denominator of its softmax, of a value that is 0.
+    process_group : torch.distributed.ProcessGroup or None
+        Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -122,6 +126,7 @@ def prefill(
             num_later_tokens=later,
             softcap=cap,
             sink_logits=sink_logits,
+            process_group=process_group,
         )
         selection = policy.select(state, queries, cache)
         out, lse = policy.attend(queries, cache, selection)

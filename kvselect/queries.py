@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["Phase", "Queries"]
 
@@ -46,6 +47,9 @@ class Queries:
         A logit ``x`` becomes ``softcap * tanh(x / softcap)``; 0: it stays as it is.
     sink_logits : Tensor, [num_q_heads], float32, contiguous, or None
         One more logit per head in the denominator of its softmax.
+    process_group : ProcessGroup or None
+        Ranks that hold the layer's other heads (tensor parallel): with scope "layer" their votes
+        are added.
     """
 
     q: Tensor
@@ -60,6 +64,7 @@ class Queries:
     num_later_tokens: int = 0
     softcap: float = 0.0
     sink_logits: Tensor | None = None
+    process_group: ProcessGroup | None = None
 
     @property
     def seqlen_q(self) -> int:

@@ -18,7 +18,7 @@ PACKAGE, CSRC = ROOT / "kvselect", ROOT / "csrc"
 FLOORS = (
     {"checks", "machine"},
     {"ops"},
-    {"crossovers", "query_blocks", "rope", "sketch", "storage"},
+    {"crossovers", "query_blocks", "rope", "sketch", "storage", "tensor_parallel"},
     {"cache"},
     {"arguments", "attention", "queries", "rolling_pools", "score", "selection", "selection_cache"},
     {"policies"},

@@ -51,6 +51,7 @@ from kvselect.selection import (
 )
 from kvselect.selection_cache import SelectionCache
 from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS
+from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
 __all__ = ["TokenSelect"]
 
@@ -490,8 +491,11 @@ class TokenSelect(Policy):
         votes, num_nonfinite = scores[0], counts[0]
         if len(parts) > 1:
             votes, num_nonfinite = torch.cat(scores, dim=1), torch.cat(counts, dim=1)
-        votes = votes.sum(2, keepdim=True) if shared else votes
-        total = self._total_score(parts, queries.q.shape[2] // (1 if shared else num_kv_heads))
+        heads = queries.q.shape[2] // (1 if shared else num_kv_heads)
+        if shared:
+            votes = sum_over_ranks(votes.sum(2, keepdim=True), queries.process_group)
+            heads *= num_ranks(queries.process_group)
+        total = self._total_score(parts, heads)
         if total is not None and queries.sink_logits is not None:
             total = votes.nansum(3)  # the sinks took the rest
         return votes, total, num_nonfinite

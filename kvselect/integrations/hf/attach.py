@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -22,6 +23,7 @@ from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_p
 from kvselect.integrations.hf.report import Report, make_report
 from kvselect.integrations.hf.stack import (
     attention_modules,
+    execution_device,
     find_stack,
     implementation_keys,
     plan_layer,
@@ -213,7 +215,8 @@ def attach(
                 "keywords on to them and leave the mask to them"
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
-        settle_crossovers(plan, mode, next(model.parameters()).device.type)
+        _join_ranks(plan, config)
+        settle_crossovers(plan, mode, execution_device(stack).type)
         plan.mode = "select"
         undo.callback(plan.withdraw)
         return Handle(model, plan, undo.pop_all())
@@ -312,6 +315,35 @@ def _decide(
             plan.sketches[layer.source] = plan.policy.required_sketch
     for layer in plan.layers:
         layer.use(plan.policy)
+
+
+def _join_ranks(plan: StackPlan, config: Any) -> None:
+    """Find out whether this process holds a share of the heads only (tensor parallel).
+
+    Raises
+    ------
+    ValueError
+        If the policy wants one list for all heads and remembers something about it, which ranks
+        would have to agree on; or if other processes take part.
+    """
+    shares = {
+        config.num_attention_heads // layer.num_q_heads
+        for layer in plan.layers
+        if layer.selects and layer.num_q_heads
+    }
+    if not shares or max(shares) <= 1:
+        return
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    got = f"1 of {max(shares)} shares of the heads, in {ranks} processes"
+    require(shares == {ranks}, "tensor parallel", got, "as many processes as shares")
+    policy: Any = plan.policy
+    if getattr(policy, "scope", "kv_head") != "layer":
+        return  # every head decides for itself
+    for name in ("similarity_threshold", "num_segments"):
+        value = getattr(policy, name)
+        allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
+        require(value is None, name, value, f"{allowed}='kv_head'")
+    plan.process_group = torch.distributed.group.WORLD
 
 
 def _settle_shared_keys(plan: StackPlan) -> None:

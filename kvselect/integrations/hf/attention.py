@@ -212,6 +212,7 @@ def _select(
         softmax_scale=softmax_scale,
         softcap=options["softcap"],
         sink_logits=options["sink_logits"],
+        process_group=plan.stack.process_group,
     )
     return out[..., : value.shape[-1]].contiguous()
 

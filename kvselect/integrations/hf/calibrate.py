@@ -22,6 +22,7 @@ from kvselect.integrations.hf.rope_fit import (
     freeze_frequencies,
     frequencies_match,
 )
+from kvselect.integrations.hf.stack import execution_device
 
 NUM_TOKENS = 7
 FIRST_POSITION = 5
@@ -101,11 +102,11 @@ def run_calibration(stack: nn.Module, plan: StackPlan) -> dict[int, Probe]:
         return out
 
     config: Any = stack.config
-    embedding: Tensor = next(stack.parameters())
+    device = execution_device(stack)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, NUM_TOKENS), generator=generator)
     positions = torch.arange(FIRST_POSITION, FIRST_POSITION + NUM_TOKENS)[None]
-    positions = positions.to(embedding.device)
+    positions = positions.to(device)
     training = [module for module in stack.modules() if module.training]
     plan.recorder = record
     try:
@@ -113,7 +114,7 @@ def run_calibration(stack: nn.Module, plan: StackPlan) -> dict[int, Probe]:
         with torch.no_grad():
             for plan.identity in (False, True):
                 stack(
-                    input_ids=tokens.to(embedding.device),
+                    input_ids=tokens.to(device),
                     position_ids=positions + SHIFT * plan.identity,
                     past_key_values=DynamicCache(config=config),
                     use_cache=True,

@@ -20,6 +20,7 @@ from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 NAME = "kvselect"
 """Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
@@ -51,6 +52,8 @@ class StackPlan:
         nothing.
     trained_length : int
         Positions that the model was trained on [tokens]; compact positions stay below it.
+    process_group : ProcessGroup or None
+        Ranks over which the heads are spread (tensor parallel).
     previous : dict
         Attention implementation of each sub-config before, in the form of
         ``set_attn_implementation``.
@@ -67,6 +70,7 @@ class StackPlan:
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
     latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
+    process_group: ProcessGroup | None = None
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
     announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvselect import ops
 from kvselect.integrations.hf.dense_border import dense_border
 from kvselect.integrations.hf.plan import LayerPlan, StackPlan
+from kvselect.integrations.hf.stack import execution_device
 from kvselect.policies.base import Policy
 
 
@@ -149,7 +150,9 @@ class Report:
 def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
     """The report of an attachment; reads the device's counters."""
     policy = plan.policy
-    device = next(model.parameters()).device.type
+    stack = plan.owner()
+    assert stack is not None  # the model holds it
+    device = execution_device(stack).type
     return Report(
         model=type(model).__name__,
         policy=policy.to_dict(),

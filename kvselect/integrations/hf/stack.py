@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,6 +40,18 @@ def find_stack(model: PreTrainedModel) -> nn.Module:
         f"{name}: got no decoder stack, allowed: a module with `layers` and the model's text "
         "configuration (Llama, Qwen2, Qwen3, Mistral, ...)"
     )
+
+
+def execution_device(stack: nn.Module) -> torch.device:
+    """Where the stack computes: where its weights lie, or where accelerate brings them from."""
+    for parameter in stack.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    for module in stack.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")
 
 
 def attention_modules(stack: nn.Module) -> list[nn.Module]:

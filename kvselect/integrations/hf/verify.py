@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvselect.checks import require, require_int
 from kvselect.integrations.hf.plan import StackPlan
+from kvselect.integrations.hf.stack import execution_device
 from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.sketch import BLOCK_TOKENS
@@ -86,8 +87,11 @@ def verify_attachment(
     allowed = f"at most {plan.trained_length} tokens (the trained length), decode included"
     require(length <= plan.trained_length, "prompt_tokens", length, allowed)
     config: Any = model.config.get_text_config(decoder=True)
+    stack = plan.owner()
+    assert stack is not None  # the model holds it
+    device = execution_device(stack)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(model.device)
+    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(device)
 
     with stock():
         expected = _run(model, plan, tokens, prompt_tokens)
