@@ -38,6 +38,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         the attention implementation since `attach` (un-rotated keys would meet it).
     """
     plan: StackPlan = plan_of(module)
+    plan.require_own_thread()
     if plan.mode != "select":
         return None
     require(not kwargs.get("output_attentions"), "output_attentions", True, "False")
@@ -84,6 +85,7 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """
     plan: LayerPlan = plan_of(module)
     stack = plan.stack
+    stack.require_own_thread()
     if stack.mode == "stock":
         return None
     rotation = kwargs.get("position_embeddings")

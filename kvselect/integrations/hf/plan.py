@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -71,6 +72,7 @@ class StackPlan:
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
     latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
     process_group: ProcessGroup | None = None
+    thread: int = field(default_factory=threading.get_ident)  # that attaches
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
     announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
@@ -80,6 +82,20 @@ class StackPlan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:
         return self  # a copied module finds that it is not the owner
+
+    def require_own_thread(self) -> None:
+        """Refuse calls from elsewhere while `attach` runs the model for itself.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread runs the model.
+        """
+        if self.mode == "calibrate" and threading.get_ident() != self.thread:
+            raise RuntimeError(
+                "forward: got a call from another thread while attach runs, allowed: one after "
+                "attach has returned"
+            )
 
     def withdraw(self) -> None:
         """No cache layer waits for this model's keys any more."""
