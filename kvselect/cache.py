@@ -261,6 +261,14 @@ class KVCache:
         return self._num_real_tokens
 
     @property
+    def lengths_are_bounds(self) -> bool:
+        """Whether `lengths`, `max_seqlen` and `num_real_tokens` only bound what the device knows.
+
+        False but for a `FixedKVCache`.
+        """
+        return False
+
+    @property
     def version(self) -> int:
         """Grows by one with every change of stored tokens other than an append.
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from kvselect.integrations.hf.attached_layer import LatentLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.token_select import TokenSelect
 
@@ -316,9 +317,11 @@ def test_a_cache_without_layers_gets_all_of_them() -> None:
     assert cache.get_mask_sizes(5, 0) == (5, 0)
 
 
-def test_static_layers_stay() -> None:
+def test_static_layers_keep_their_room() -> None:
     config = hf_models.config("llama")
     cache = StaticCache(config=config, max_cache_len=32)
-    before = layer_types(cache)
-    upgrade_cache(cache, [None] * 3)
-    assert layer_types(cache) == before
+    upgrade_cache(cache, ["int4"] * 3, frozenset({0}), frozenset({1}))
+    assert layer_types(cache) == [StaticLayer, StaticLayer, KVSelectStaticLayer]
+    keys, values = cache.layers[2].update(*new_tokens(2, 4))
+    assert keys.shape == values.shape == (2, 2, 32, 32)
+    assert cache.layers[2].get_max_length() == 32 and int(cache.layers[2].get_seq_length()) == 4

@@ -105,6 +105,33 @@ class PhaseStatistics:
         if len(self._recorded) == _CALLS_AT_ONCE:
             self._add_up()
 
+    def add(
+        self,
+        *,
+        num_calls: int,
+        num_dense_calls: int,
+        tokens_visible: int,
+        tokens_attended: int,
+        tokens_scanned: int,
+        mass_sum: float,
+        mass_count: float,
+        num_nonfinite: int,
+    ) -> None:
+        """Counts of other calls, as the properties name them."""
+        self.num_calls += num_calls
+        self.num_dense_calls += num_dense_calls
+        self.tokens_visible += tokens_visible
+        self._attended_densely += tokens_attended
+        self._scanned += tokens_scanned
+        if self._recorded:
+            self._add_up()
+        counts = [0.0] * 7
+        counts[_MASS_SUM], counts[_MASS_COUNT] = mass_sum, mass_count
+        counts[_NONFINITE] = num_nonfinite
+        device = None if self._totals is None else self._totals.device
+        new = torch.tensor(counts, dtype=torch.float64, device=device)
+        self._totals = new if self._totals is None else self._totals + new
+
     def reuse_counts(self, device: torch.device) -> Tensor:
         """Lists that were reused and their visible tokens, int64 [2]: the lookups add to it."""
         if self._reuse_counts is None:

@@ -552,7 +552,8 @@ class TokenSelect(Policy):
 
         Rows within the budget need no care: their lists hold every token anyway.
         """
-        return cache.batch > 1 and self.dense_limit(queries.rope) > self.budget
+        several = cache.batch > 1 or cache.lengths_are_bounds
+        return several and self.dense_limit(queries.rope) > self.budget
 
     def _longest_list(self, queries: Queries, cache: KVCache) -> int:
         if self._has_dense_rows(queries, cache):
@@ -602,7 +603,7 @@ class TokenSelect(Policy):
         """Rank of each query's own token in its list; one number where all lists are full."""
         full = self.num_sink_tokens + self.keep + self.num_recent_tokens
         shortest = min(cache.num_real_tokens) - queries.num_later_tokens - queries.seqlen_q + 1
-        if shortest >= full:
+        if shortest >= full and not cache.lengths_are_bounds:
             return full - 1
         real = _real_tokens(queries, cache)
         place = torch.arange(1 - queries.seqlen_q, 1, device=real.device)

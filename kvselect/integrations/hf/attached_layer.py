@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from kvselect.cache import KVCache
 from kvselect.checks import require
+from kvselect.crossovers import Crossover
+from kvselect.policies.base import Policy, PolicyState
+from kvselect.policies.phase_statistics import PhaseStatistics
 
 RopeState = Literal["rotated", "unrotated"]
 
 
-class AttachedLayer(DynamicLayer):
-    """A layer that knows how its keys are rotated and which of them count.
+class _KeptState(NamedTuple):
+    """What a policy remembers, and for which settings."""
+
+    state: PolicyState
+    policy: Policy
+    crossovers: Mapping[int, Crossover] | None
+
+
+class AttachedLayer(CacheLayerMixin):
+    """A layer that knows how its keys are rotated, which count, what policies remember of them.
 
     Attributes
     ----------
+    cache : KVCache or None
+        None until the first `update`, and where transformers stores for itself.
     rope_state : {"rotated", "unrotated"} or None
         How the stored keys are; set by the first append.
     validity : Tensor, [batch, tokens], bool, or None
@@ -25,10 +40,12 @@ class AttachedLayer(DynamicLayer):
         tokens count.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.cache: KVCache | None = None
+        self._states: dict[int, _KeptState] = {}  # by the layer that reads the keys
         self.rope_state: RopeState | None = None
         self.validity: Tensor | None = None
         self._announced: RopeState | None = None
@@ -55,6 +72,30 @@ class AttachedLayer(DynamicLayer):
     def withdraw(self) -> None:
         """Take back what was announced: the forward pass that it was for failed."""
         self._announced = None
+
+    def state(
+        self,
+        reader: int,
+        policy: Policy,
+        statistics: tuple[PhaseStatistics, PhaseStatistics],
+        crossovers: Mapping[int, Crossover] | None = None,
+    ) -> PolicyState:
+        """What ``policy`` remembers of this layer's tokens for the attention layer ``reader``.
+
+        Made anew for another policy, or for other ``crossovers`` (as `Policy.new_state` takes
+        them). Several layers may read the keys of one (KV sharing), each with queries of its own.
+        """
+        assert self.cache is not None
+        kept = self._states.get(reader)
+        if (
+            kept is None
+            or kept.policy is not policy
+            or (kept.crossovers is not crossovers and kept.crossovers != crossovers)
+        ):
+            kept = _KeptState(policy.new_state(self.cache, crossovers), policy, crossovers)
+            self._states[reader] = kept
+        kept.state.prefill, kept.state.decode = statistics
+        return kept.state
 
     def validity_of(self, seqlen_k: int) -> Tensor | None:
         """`validity` over ``seqlen_k`` keys: tokens after the last call with holes all count."""
@@ -90,7 +131,7 @@ class AttachedLayer(DynamicLayer):
         self.rope_state = self.validity = self._announced = None
 
 
-class LatentLayer(AttachedLayer):
+class LatentLayer(AttachedLayer, DynamicLayer):
     """Latents from which an attention module makes its keys and values anew at every call (MLA).
 
     transformers' own storage; only what the attached model must know of it is added.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,13 @@ from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.decode import decode_step
 from kvselect.integrations.hf.attached_layer import AttachedLayer
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, filled_up, stored_head_dim
+from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
+from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
+from kvselect.policies.base import PolicyState
 from kvselect.prefill import prefill
 
 QUERIES_AT_ONCE = 2048
@@ -120,7 +123,7 @@ def _attend(
     keys = stack.mask(attention_mask)
     if isinstance(layer, AttachedLayer) and isinstance(keys, KeyRange):
         if query.shape[2] > 1 or keys.validity is not None:
-            layer.validity = keys.validity
+            _remember_validity(layer, keys)
         elif layer.validity is not None:
             keys = KeyRange(keys.starts, keys.ends, layer.validity_of(key.shape[2]))
     elif (
@@ -171,6 +174,8 @@ def _select(
     """One decode step or prefill call through the attached policy."""
     plan, layer, policy = context.plan, context.layer, context.plan.policy
     assert policy is not None
+    if isinstance(layer, KVSelectStaticLayer):
+        return _select_static(query, value, context, layer, softmax_scale, options)
     if isinstance(layer, KVSelectLayer):
         assert layer.cache is not None
         cache = layer.cache
@@ -180,6 +185,73 @@ def _select(
         state = policy.new_state(cache, plan.crossovers)
         state.prefill, state.decode = plan.statistics
     plan.nonfinite = cache.num_nonfinite
+    call = _Call(cache, state, softmax_scale, options)
+    out = _attend_call(plan, query, call, context, cache.max_seqlen)
+    return out[..., : value.shape[-1]].contiguous()
+
+
+class _Call(NamedTuple):
+    """What one call of a selecting layer works on."""
+
+    cache: KVCache
+    state: PolicyState
+    softmax_scale: float
+    options: SoftmaxOptions
+
+
+def _select_static(
+    query: Tensor,
+    value: Tensor,
+    context: LayerContext,
+    layer: KVSelectStaticLayer,
+    softmax_scale: float,
+    options: SoftmaxOptions,
+) -> Tensor:
+    """The same on a cache of fixed room: decode steps never ask the host how long a row is."""
+    plan, policy, cache = context.plan, context.plan.policy, layer.cache
+    assert policy is not None and cache is not None
+    for name in ("similarity_threshold", "num_segments"):
+        value_of = getattr(policy, name, None)
+        allowed = "None with a static cache (steps that remember lists cannot be captured)"
+        require(value_of is None, name, value_of, allowed)
+    captured = layer.captured(plan.index)
+    state = layer.state(plan.index, policy, (plan.statistics[0], captured), {})
+    call = _Call(cache, state, softmax_scale, options)
+    if query.shape[2] > 1:
+        compiling = torch.compiler.is_compiling()
+        allowed = "calls of one token (disable_compile=True where prefill is chunked)"
+        require(not compiling, "compiled static cache", f"{query.shape[2]} tokens", allowed)
+        plan.nonfinite = cache.num_nonfinite
+        if captured not in plan.captured:
+            plan.count_captured()  # of the caches before
+            plan.captured[:] = [captured]
+        with cache.known_lengths():
+            out = _attend_call(plan, query, call, context, cache.capacity)
+    else:
+        q = filled_up(query.transpose(1, 2), cache.head_dim)
+        rope = None
+        if plan.rotates_itself:
+            rope = plan.stack.table(plan, max(policy.capacity, cache.capacity), q.device)
+        out, _ = decode_step(
+            q,
+            cache,
+            policy,
+            state,
+            rope=rope,
+            softmax_scale=softmax_scale,
+            softcap=options["softcap"],
+            sink_logits=options["sink_logits"],
+            process_group=plan.stack.process_group,
+        )
+    return out[..., : value.shape[-1]].contiguous()
+
+
+def _attend_call(
+    plan: LayerPlan, query: Tensor, call: _Call, context: LayerContext, room: int
+) -> Tensor:
+    """A decode step or prefill call of whatever cache; ``room``: the longest row it can have."""
+    cache, state, policy = call.cache, call.state, plan.policy
+    assert policy is not None
     q = filled_up(query.transpose(1, 2), cache.head_dim)
     seqlen_q = q.shape[1]
     filled = cache.max_seqlen > seqlen_q
@@ -189,7 +261,7 @@ def _select(
 
     rope, q_unrotated = None, None
     if plan.rotates_itself:
-        rope = plan.stack.table(plan, max(policy.capacity, cache.max_seqlen), q.device)
+        rope = plan.stack.table(plan, max(policy.capacity, room), q.device)
     elif filled and seqlen_q == 1:
         if "decode" in plan.needs_unrotated:
             assert context.cos is not None and context.sin is not None
@@ -209,12 +281,25 @@ def _select(
         state,
         q_unrotated=q_unrotated,
         rope=rope,
-        softmax_scale=softmax_scale,
-        softcap=options["softcap"],
-        sink_logits=options["sink_logits"],
+        softmax_scale=call.softmax_scale,
+        softcap=call.options["softcap"],
+        sink_logits=call.options["sink_logits"],
         process_group=plan.stack.process_group,
     )
-    return out[..., : value.shape[-1]].contiguous()
+    return out
+
+
+def _remember_validity(layer: AttachedLayer, keys: KeyRange) -> None:
+    """Keep which keys count: a decode step's mask says only where a row begins.
+
+    Of a static cache only the tokens that are there: the mask has its whole room.
+    """
+    if torch.compiler.is_compiling():
+        return
+    validity = keys.validity
+    if validity is not None and isinstance(layer, KVSelectStaticLayer):
+        validity = validity[:, : int(keys.ends[0])]
+    layer.validity = validity
 
 
 def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | None) -> KVCache:

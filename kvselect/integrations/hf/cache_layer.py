@@ -7,38 +7,20 @@ follows the rows of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from kvselect.cache import KVCache
-from kvselect.checks import HEAD_DIMS, require
-from kvselect.crossovers import Crossover
+from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import AttachedLayer, LatentLayer, RopeState
-from kvselect.policies.base import Policy, PolicyState
-from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.integrations.hf.head_dims import filled_up, require_head_dim
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 
 
-def stored_head_dim(key_head_dim: int, value_head_dim: int) -> int | None:
-    """Channels that the kernels work on, for keys and values of these; None: they are too many.
-
-    What a head has fewer of is filled up with zeros, which changes no logit and no output channel.
-    """
-    enough = [size for size in HEAD_DIMS if size >= max(key_head_dim, value_head_dim)]
-    return min(enough, default=None)
-
-
-def filled_up(x: Tensor, head_dim: int) -> Tensor:
-    """``x`` [..., channels] with zeros up to ``head_dim`` channels."""
-    missing = head_dim - x.shape[-1]
-    return x if missing == 0 else pad(x, (0, missing))
-
-
-class KVSelectLayer(AttachedLayer):
+class KVSelectLayer(AttachedLayer, DynamicLayer):
     """One layer's keys and values in a `KVCache`, shown as ``[batch, heads, seqlen, head_dim]``.
 
     Parameters
@@ -59,8 +41,6 @@ class KVSelectLayer(AttachedLayer):
     def __init__(self, sketch: str | None = None) -> None:
         super().__init__()
         self.sketch = sketch
-        self.cache: KVCache | None = None
-        self._states: dict[int, _KeptState] = {}  # by the layer that reads the keys
         self._head_dims = 0, 0  # of the keys and values that came
         self._starts: Tensor | None = None
         self._stores: tuple[Tensor, Tensor] | None = (
@@ -87,44 +67,11 @@ class KVSelectLayer(AttachedLayer):
         super().withdraw()
         self._starts = None
 
-    def state(
-        self,
-        reader: int,
-        policy: Policy,
-        statistics: tuple[PhaseStatistics, PhaseStatistics],
-        crossovers: Mapping[int, Crossover] | None = None,
-    ) -> PolicyState:
-        """What ``policy`` remembers of this layer's tokens for the attention layer ``reader``.
-
-        Made anew for another policy, or for other ``crossovers`` (as `Policy.new_state` takes
-        them). Several layers may read the keys of one (KV sharing), each with queries of its own.
-        """
-        assert self.cache is not None
-        kept = self._states.get(reader)
-        if (
-            kept is None
-            or kept.policy is not policy
-            or (kept.crossovers is not crossovers and kept.crossovers != crossovers)
-        ):
-            kept = _KeptState(policy.new_state(self.cache, crossovers), policy, crossovers)
-            self._states[reader] = kept
-        kept.state.prefill, kept.state.decode = statistics
-        return kept.state
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate as the first keys are, ``[batch, heads, n, head_dim]``."""
-        require(
-            key_states.shape[:-1] == value_states.shape[:-1],
-            "value_states",
-            list(value_states.shape),
-            f"the shape of the keys, {list(key_states.shape)}, but for the channels",
-        )
+        head_dim = require_head_dim(key_states, value_states)
         batch, num_kv_heads = key_states.shape[:2]
         self._head_dims = key_states.shape[-1], value_states.shape[-1]
-        head_dim = stored_head_dim(*self._head_dims)
-        if head_dim is None:
-            require(False, "head_dim", max(self._head_dims), f"at most {max(HEAD_DIMS)}")
-        assert head_dim is not None
         self.dtype, self.device = key_states.dtype, key_states.device
         self._replace_cache(self._new_cache(batch, num_kv_heads, head_dim))
         self.is_initialized = True
@@ -257,21 +204,15 @@ class KVSelectLayer(AttachedLayer):
         return keys, values
 
 
-class _KeptState(NamedTuple):
-    """What a policy remembers, and for which settings."""
-
-    state: PolicyState
-    policy: Policy
-    crossovers: Mapping[int, Crossover] | None
-
-
 def upgrade_cache(
     cache: Cache,
     sketches: list[str | None],
     foreign_layers: frozenset[int] = frozenset(),
     latent_layers: frozenset[int] = frozenset(),
 ) -> None:
-    """Replace the empty plain layers of a cache by `KVSelectLayer`, in place.
+    """Replace the empty plain layers of a cache by ours, in place.
+
+    `KVSelectLayer` where they grow, `KVSelectStaticLayer` where their room is fixed.
 
     Parameters
     ----------
@@ -298,6 +239,12 @@ def upgrade_cache(
         layers.extend(DynamicLayer() for _ in sketches[len(layers) :])
     for index, sketch in enumerate(sketches[: len(layers)]):
         layer = layers[index]
-        if type(layer) is DynamicLayer and not layer.is_initialized and index not in foreign_layers:
-            latent = index in latent_layers
+        if index in foreign_layers or type(layer) not in (DynamicLayer, StaticLayer):
+            continue
+        if layer.is_initialized:
+            continue
+        latent = index in latent_layers
+        if type(layer) is DynamicLayer:
             layers[index] = LatentLayer() if latent else KVSelectLayer(sketch)
+        elif not latent:
+            layers[index] = KVSelectStaticLayer(layer.max_cache_len, sketch)

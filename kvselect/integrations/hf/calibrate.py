@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES
-from kvselect.integrations.hf.cache_layer import stored_head_dim
 from kvselect.integrations.hf.dense import dense_attention
+from kvselect.integrations.hf.head_dims import stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan, StackPlan
 from kvselect.integrations.hf.rope_fit import (

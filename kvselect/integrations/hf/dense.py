@@ -87,7 +87,7 @@ def rotate_by_index(x: Tensor, keys: KeyRange, rope: Rope) -> Tensor:
     Parameters
     ----------
     x : Tensor, [batch, heads, tokens, head_dim]
-        The last ``tokens`` of each row's ``seqlen_k`` keys.
+        The keys, all that are shown, or the queries of the last ``tokens`` of each row.
     keys : KeyRange
         With ``validity``.
 
@@ -98,8 +98,12 @@ def rotate_by_index(x: Tensor, keys: KeyRange, rope: Rope) -> Tensor:
     """
     assert keys.validity is not None
     valid = keys.validity.clone()
-    valid &= torch.arange(valid.shape[1], device=valid.device) >= keys.starts[:, None]
-    index = (valid.cumsum(-1) - valid.long())[:, -x.shape[2] :]
+    place = torch.arange(valid.shape[1], device=valid.device)
+    valid &= (place >= keys.starts[:, None]) & (place < keys.ends[:, None])
+    index = valid.cumsum(-1) - valid.long()
+    if x.shape[2] < valid.shape[1]:  # a static cache has room after the newest token
+        newest = keys.ends[:, None] + torch.arange(-x.shape[2], 0, device=valid.device)
+        index = index.gather(1, newest.clamp(min=0))
     longest = int(index.max()) + 1
     allowed = (
         f"at most {rope.num_positions} (positions='compact' runs dense with holes in the padding)"

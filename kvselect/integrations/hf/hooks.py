@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache
@@ -108,7 +109,9 @@ def _announce(
     plan: LayerPlan, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotates_itself: bool
 ) -> None:
     """Tell the cache layer what comes; raise, before anything is stored, for what cannot be."""
-    plan.cache_class = "none" if layer is None else type(layer).__name__
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        plan.cache_class = "none" if layer is None else type(layer).__name__
     ours = isinstance(layer, AttachedLayer)
     if not ours and not rotates_itself:
         return
@@ -116,6 +119,8 @@ def _announce(
     if rotates_itself:
         _require_compact(plan, layer, keys, kwargs)
     if isinstance(layer, AttachedLayer) and plan.source in (None, plan.index):
+        if compiling:  # nothing that is announced may change once a graph is captured
+            return
         starts = keys.starts if isinstance(keys, KeyRange) else None
         if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -18,6 +18,7 @@ from kvselect.crossovers import Crossover
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
+from kvselect.policies.captured_statistics import CapturedStatistics
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
@@ -104,6 +105,8 @@ class StackPlan:
 
     def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
         """`read_mask`, once per forward: all layers of a kind get the same mask object."""
+        if torch.compiler.is_compiling():  # which finds common work by itself
+            return read_mask(attention_mask)
         for mask, keys in self._masks:
             if attention_mask is not None and mask() is attention_mask:
                 return keys
@@ -128,6 +131,8 @@ class StackPlan:
 
     def no_rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Ones and zeros in the form of ``cos`` and ``sin``, made once per shape."""
+        if torch.compiler.is_compiling():
+            return torch.ones_like(cos), torch.zeros_like(sin)
         kept = self._ones
         if (
             kept is None
@@ -218,6 +223,8 @@ class LayerPlan:
         summed over.
     nonfinite : Tensor, [batch, num_kv_heads], int64, or None
         Counter of the last cache.
+    captured : list of CapturedStatistics
+        Counts of decode steps on static caches, which no host code sees; see `count_captured`.
     cache_class : str
         Type of the cache layer of the last call.
     runtime_dense : Counter
@@ -249,6 +256,7 @@ class LayerPlan:
     )
     num_lists: int = 0
     nonfinite: Tensor | None = None
+    captured: list[CapturedStatistics] = field(default_factory=list)
     cache_class: str = ""
     runtime_dense: Counter[str] = field(default_factory=Counter)
 
@@ -277,8 +285,18 @@ class LayerPlan:
             unrotated_phases(policy) if self.layout.num_pairs > 0 else frozenset()
         )
 
+    def count_captured(self) -> None:
+        """Add what captured steps counted to ``statistics`` (reads the device)."""
+        for captured in self.captured:
+            self.num_lists += captured.move_to(self.statistics[1])
+
     def ran_dense(self, reason: str) -> None:
-        """Count a call that should have selected; say so once per reason."""
+        """Count a call that should have selected; say so once per reason.
+
+        Not inside torch.compile: the prefill before it, which is eager, was counted.
+        """
+        if torch.compiler.is_compiling():
+            return
         if reason not in self.runtime_dense:
             warnings.warn(f"kvselect: layer {self.index} runs dense: {reason}", stacklevel=3)
         self.runtime_dense[reason] += 1

@@ -167,6 +167,7 @@ def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
 
 
 def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
+    layer.count_captured()
     phases = layer.statistics
     sizes = (layer.head_dim, layer.itemsize)
     border = dense_border(layer)
