@@ -21,13 +21,17 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
+.PHONY: demo test test-long models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
 
 test: build/.built-$(KIND)
 	$(PY) -m pytest -q
+
+# 10,000 random lives of a cache against transformers' own; minutes.
+test-long: build/.built-$(KIND)
+	KVSELECT_TEST_PROFILE=long $(PY) -m pytest -q tests/test_hf_cache_sequences.py
 
 # docs/models.md: every architecture against every check, by running them.
 models: build/.built-$(KIND)
