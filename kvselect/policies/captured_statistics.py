@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
+from kvselect.policies.mass_floor import FLOOR_BINS
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.rolling_pools import SweepCounts
 from kvselect.selection import Selection
@@ -24,12 +25,13 @@ class CapturedStatistics(PhaseStatistics):
         Whose tokens are counted: its lengths lie on the device.
     """
 
-    __slots__ = ("cache", "counts")
+    __slots__ = ("cache", "counts", "floor")
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
         self.cache = cache
         self.counts = torch.zeros(9, dtype=torch.float64, device=cache.device)
+        self.floor = self.counts.new_zeros(FLOOR_BINS + 1)
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything; what that was, the device knows."""
@@ -68,10 +70,15 @@ class CapturedStatistics(PhaseStatistics):
             )
         )
 
+    def record_floor(self, counts: Tensor) -> None:
+        """As PhaseStatistics."""
+        self.floor.add_(counts)
+
     def move_to(self, statistics: PhaseStatistics) -> int:
         """Add everything to ``statistics`` and begin anew; returns how many lists there were."""
-        counts = self.counts.tolist()
+        counts, floor = self.counts.tolist(), self.floor.tolist()
         self.counts.zero_()
+        self.floor.zero_()
         statistics.add(
             num_calls=int(counts[_CALLS]),
             num_dense_calls=int(counts[_DENSE]),
@@ -81,6 +88,7 @@ class CapturedStatistics(PhaseStatistics):
             mass_sum=counts[_MASS_SUM],
             mass_count=counts[_MASS_COUNT],
             num_nonfinite=int(counts[_NONFINITE]),
+            floor=floor if any(floor) else None,
         )
         return int(counts[_LISTS])
 

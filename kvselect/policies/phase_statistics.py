@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class PhaseStatistics:
     _totals: Tensor | None = None  # float64 [7]: exact far beyond any count here
     _reuse_counts: Tensor | None = None  # int64 [2]
     _audits: Tensor | None = None  # float64 [5]
+    _floor: Tensor | None = None  # float64 [FLOOR_BINS + 1]
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything."""
@@ -116,8 +117,11 @@ class PhaseStatistics:
         mass_sum: float,
         mass_count: float,
         num_nonfinite: int,
+        floor: list[float] | None = None,
     ) -> None:
-        """Counts of other calls, as the properties name them."""
+        """Counts of other calls, as the properties name them; ``floor`` as `record_floor`."""
+        if floor is not None:
+            self.record_floor(torch.tensor(floor, dtype=torch.float64))
         self.num_calls += num_calls
         self.num_dense_calls += num_dense_calls
         self.tokens_visible += tokens_visible
@@ -181,6 +185,10 @@ class PhaseStatistics:
         counts = [counted.sum(), tokens, kept.sum(), fresh.sum(), stopped.sum()]
         new = torch.stack([count.double() for count in counts])
         self._audits = new if self._audits is None else self._audits + new
+
+    def record_floor(self, counts: Tensor) -> None:
+        """What `trim_to_mass` counted, float64."""
+        self._floor = counts if self._floor is None else self._floor + counts
 
     def _total(self, which: int) -> float:
         if self._recorded:
@@ -255,6 +263,19 @@ class PhaseStatistics:
         return self._audit(_AUDIT_KEPT) / fresh if fresh else None
 
     @property
+    def picked_for_mass(self) -> tuple[int, ...] | None:
+        """Lists of a policy with a mass floor, by how many candidates they took to reach it.
+
+        In equal steps from the fewest that they may take to the most; None: no such policy.
+        """
+        return None if self._floor is None else tuple(int(n) for n in self._floor[:-1].tolist())
+
+    @property
+    def num_short_of_mass(self) -> int:
+        """Lists that fell short of the mass floor with the most candidates that they may take."""
+        return 0 if self._floor is None else int(self._floor[-1])
+
+    @property
     def num_nonfinite(self) -> int:
         """Tokens and vectors met by the scores that were not finite, once per call."""
         return int(self._total(_NONFINITE))
@@ -274,7 +295,7 @@ class PhaseStatistics:
         """Bytes that dense attention would have read, by the same model."""
         return self.tokens_visible * 2.0 * head_dim * itemsize
 
-    def to_dict(self) -> dict[str, int | float | None]:
+    def to_dict(self) -> dict[str, Any]:
         """All counts as plain numbers."""
         return {
             "num_calls": self.num_calls,
@@ -291,6 +312,8 @@ class PhaseStatistics:
             "num_audited": self.num_audited,
             "num_stopped": self.num_stopped,
             "rolling_mass": self.rolling_mass,
+            "picked_for_mass": self.picked_for_mass,
+            "num_short_of_mass": self.num_short_of_mass,
             "num_nonfinite": self.num_nonfinite,
         }
 

@@ -30,6 +30,8 @@ from kvselect.policies.base import (
     selection_of,
     visible_tokens,
 )
+from kvselect.policies.mass_floor import trim_to_mass
+from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.scoring_vectors import (
     BlockVectors,
     compact_decode_vectors,
@@ -37,7 +39,7 @@ from kvselect.policies.scoring_vectors import (
     original_vectors,
 )
 from kvselect.queries import Phase, Queries
-from kvselect.query_blocks import block_range
+from kvselect.query_blocks import BlockRange, block_range
 from kvselect.rolling_pools import MAX_SEGMENTS, RollingPools, SweepCounts, Swept
 from kvselect.rope import Rope
 from kvselect.score import score_blocks
@@ -106,6 +108,13 @@ class TokenSelect(Policy):
         dense attention is the faster one on this machine, where that was measured
         (`kvselect.break_even`); near it results then depend on the machine. Compact positions end
         the dense path at the trained length.
+    mass_target : float in (0, 1), or None
+        Each list takes more candidates, up to ``topk_max`` (times ``overselect``), until the
+        estimated attention mass that it keeps, averaged over its heads, reaches this. Never fewer
+        than without. None: as many for every query.
+    topk_max : int >= topk, or None
+        Given exactly where ``mass_target`` is. Lists that fall short of the target with so many are
+        counted (`PhaseStatistics.num_short_of_mass`).
     similarity_threshold : float in (0, 1], or None
         Reuse a list while queries are at least so similar; None: select at every step.
     max_age : int
@@ -166,6 +175,8 @@ class TokenSelect(Policy):
     dense_layers: tuple[int, ...] = ()
     dense_prefill: bool = False
     dense_below_tokens: int | None = None
+    mass_target: float | None = None
+    topk_max: int | None = None
     similarity_threshold: float | None = None
     max_age: int = 64
     similarity: Literal["min", "q10", "flat"] | None = None
@@ -200,6 +211,7 @@ class TokenSelect(Policy):
         if self.dense_below_tokens is not None:
             allowed = "None or an int >= 0"
             require_int(self.dense_below_tokens, "dense_below_tokens", 0, allowed)
+        self._require_floor()
         if self.similarity_threshold is not None:
             allowed = "None or a float in (0, 1]"
             threshold = require_float(self.similarity_threshold, "similarity_threshold", allowed)
@@ -238,6 +250,26 @@ class TokenSelect(Policy):
             allowed = "'unrotated' with positions='compact'"
             require(self.similarity_on == "unrotated", "similarity_on", self.similarity_on, allowed)
 
+    def _require_floor(self) -> None:
+        """A mass floor needs scores that are shares of attention mass, of all that is visible."""
+        if self.mass_target is None:
+            allowed = "None without mass_target"
+            require(self.topk_max is None, "topk_max", self.topk_max, allowed)
+            return
+        allowed = "None or a float in (0, 1)"
+        target = require_float(self.mass_target, "mass_target", allowed)
+        require(0.0 < target < 1.0, "mass_target", target, allowed)
+        allowed = f"an int >= {self.topk} (topk) with mass_target"
+        require_int(self.topk_max, "topk_max", self.topk, allowed)
+        allowed = "None with mass_target"
+        require(self.score_scale is None, "score_scale", self.score_scale, allowed)
+        require(self.num_segments is None, "num_segments", self.num_segments, allowed)
+        allowed = "'visible' with mass_target"
+        require(self.normalise_over == "visible", "normalise_over", self.normalise_over, allowed)
+        allowed = "'sum_vote' or 'mean' with mass_target"
+        require(self.aggregate != "max_vote", "aggregate", self.aggregate, allowed)
+        require(self.pool_width == 1, "pool_width", self.pool_width, "1 with mass_target")
+
     @classmethod
     def paper_compat(cls, **settings: Any) -> TokenSelect:
         """The published form, for comparison only; ``settings`` replace single fields."""
@@ -270,6 +302,11 @@ class TokenSelect(Policy):
         return num_kept(self.topk, self.overselect)
 
     @property
+    def keep_max(self) -> int:
+        """The most tokens that may be picked by score: `keep`, but for a mass floor."""
+        return self.keep if self.topk_max is None else num_kept(self.topk_max, self.overselect)
+
+    @property
     def budget(self) -> int:
         """Tokens that may be attended to before anything is left out: rows up to here are dense."""
         return self.num_sink_tokens + self.topk + self.num_recent_tokens
@@ -279,7 +316,7 @@ class TokenSelect(Policy):
         """Most tokens in one list: sinks, picked, window, what reuse or a query block adds."""
         tail = self.tail_q_block_size if self.num_tail_tokens else 0
         window = self.num_recent_tokens + max(self.max_age, self.q_block_size, tail)
-        return self.num_sink_tokens + self.keep + window
+        return self.num_sink_tokens + self.keep_max + window
 
     def dense_limit(self, rope: Rope | None) -> int:
         """Rows of at most so many tokens are dense."""
@@ -340,7 +377,7 @@ class TokenSelect(Policy):
             state.invalidate()
             votes, total, num_nonfinite = self._vote(queries, cache)
             width = list_width(min(self._longest_list(queries, cache), queries.max_seqlen))
-            lists = self._pick(votes, queries, cache, width)
+            lists = self._pick(votes, queries, cache, width, total=total, statistics=statistics)
             selection = selection_of(lists, queries, cache.num_kv_heads, total)
             statistics.record_selection(selection, visible, True, num_nonfinite)
             return selection
@@ -375,7 +412,10 @@ class TokenSelect(Policy):
                 lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         else:
             votes, total, num_nonfinite = self._vote(queries, cache, hit)
-            lists = self._pick(votes, queries, cache, list_width(width), hit, reused)
+            width = list_width(width)
+            lists = self._pick(
+                votes, queries, cache, width, hit, reused, total=total, statistics=statistics
+            )
         if reuse is not None:
             reuse.store(lists, cache)
         selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
@@ -523,8 +563,13 @@ class TokenSelect(Policy):
         hit: Tensor | None = None,
         reused: Lists | None = None,
         keep: int | None = None,
+        total: float | Tensor | None = None,
+        statistics: PhaseStatistics | None = None,
     ) -> Lists:
-        """Sinks, the best candidates and the window; everything, where a row is dense."""
+        """Sinks, the best candidates and the window; everything, where a row is dense.
+
+        ``total``, what all tokens score together, and ``statistics`` are for a mass floor.
+        """
         lists = select_blocks(
             votes,
             cache_seqlens=queries.cache_seqlens,
@@ -534,15 +579,39 @@ class TokenSelect(Policy):
             window_rule=self._window_rule(queries),
             num_sink_tokens=self.num_sink_tokens,
             num_recent_tokens=self.num_recent_tokens,
-            keep=self.keep if keep is None else keep,
+            keep=self.keep_max if keep is None else keep,
             width=width,
             pool_width=self.pool_width,
             hit=hit,
             reused=reused,
         )
+        if self.mass_target is not None and keep is None:
+            assert total is not None and statistics is not None
+            floored = trim_to_mass(
+                lists,
+                votes,
+                self._block_range(queries, cache),
+                keep=self.keep,
+                keep_max=self.keep_max,
+                wanted=self.mass_target * torch.as_tensor(total, device=votes.device),
+                hit=hit,
+            )
+            lists = floored.lists
+            statistics.record_floor(floored.counts)
         if self._has_dense_rows(queries, cache):
             lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         return lists
+
+    def _block_range(self, queries: Queries, cache: KVCache) -> BlockRange:
+        return block_range(
+            queries.cache_seqlens,
+            cache.starts,
+            queries.q_block_offsets,
+            queries.seqlen_q,
+            self._window_rule(queries),
+            self.num_sink_tokens,
+            self.num_recent_tokens,
+        )
 
     def _window_rule(self, queries: Queries) -> str:
         return "decode" if queries.phase == "decode" else self.window_anchor
@@ -584,15 +653,7 @@ class TokenSelect(Policy):
                 rank = self._decode_rank(queries, cache)
                 q, q_local = compact_decode_vectors(q, rope, self.num_recent_tokens, rank)
             return [BlockVectors(0, queries.num_blocks, q, q_local)]
-        at = block_range(
-            queries.cache_seqlens,
-            cache.starts,
-            queries.q_block_offsets,
-            queries.seqlen_q,
-            self.window_anchor,
-            self.num_sink_tokens,
-            self.num_recent_tokens,
-        )
+        at = self._block_range(queries, cache)
         groups = 1 if self.aggregate == "mean" else self.query_groups
         first = self.average_queries == "before_rope"
         if self.positions == "original":

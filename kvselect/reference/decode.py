@@ -144,6 +144,10 @@ def decode_step(
         if state.version != version:
             state.lists, state.version = {}, version
 
+    total: float | Tensor | None = total_score(settings, q.shape[2] // num_lists)
+    if total is not None and sink_logits is not None and votes is not None:
+        total = votes.nansum(-1)  # the sinks took the rest
+
     lists: list[list[int]] = []
     kept: list[float] = []
     hits: list[int] = []
@@ -155,7 +159,12 @@ def decode_step(
             if dense[row] and limit > budget(settings):
                 listed, score = list(range(at.start, at.end)), float("nan")
             else:  # a dense row within the budget loses nothing by selection
-                listed, score = fresh_list(own, at, settings)
+                whole = (
+                    total
+                    if total is None
+                    else float(torch.as_tensor(total).expand(batch, num_lists)[row, n])
+                )
+                listed, score = fresh_list(own, at, settings, whole)
             if threshold is not None:
                 known = state.lists.pop((row, n), None)
                 anchor, age = compared[row, n], 0
@@ -177,9 +186,6 @@ def decode_step(
         indices[number, : len(listed)] = torch.tensor(listed, dtype=torch.int32)
     shape = (batch, num_lists)
     lengths = torch.tensor([len(x) for x in lists], dtype=torch.int32)
-    total: float | Tensor | None = total_score(settings, q.shape[2] // num_lists)
-    if total is not None and sink_logits is not None and votes is not None:
-        total = votes.nansum(-1)  # the sinks took the rest
     selection = Selection(
         indices.view(*shape, width).expand(-1, num_kv_heads, -1),
         lengths.view(shape).expand(-1, num_kv_heads),
@@ -199,14 +205,28 @@ def decode_step(
     return out, StepInfo(selection, lse)
 
 
-def fresh_list(own: list[float] | None, at: BlockRange, settings: Any) -> tuple[list[int], float]:
-    """Sinks, the best-scored candidates and the window, and what they score; None: no scores."""
+def fresh_list(
+    own: list[float] | None, at: BlockRange, settings: Any, total: float | None = None
+) -> tuple[list[int], float]:
+    """Sinks, the best-scored candidates and the window, and what they score; None: no scores.
+
+    With a mass floor, as many candidates as reach its share of ``total``, between two bounds.
+    """
     sinks, window = range(at.start, at.sink_end), range(at.window_start, at.end)
     if own is None:
         return [*sinks, *window], 0.0
     keep = num_kept(settings.topk, settings.overselect)
-    picked = pick(own, at.sink_end, at.window_start, keep, settings.pool_width)
-    listed = without_nonfinite([*sinks, *picked, *window], own)
+    target, largest = settings.mass_target, keep
+    if target is not None:
+        largest = num_kept(settings.topk_max, settings.overselect)
+    while True:
+        picked = pick(own, at.sink_end, at.window_start, keep, settings.pool_width)
+        listed = without_nonfinite([*sinks, *picked, *window], own)
+        if keep >= min(largest, at.num_candidates) or target is None or total is None:
+            break
+        if sum(own[i] for i in listed) >= target * total:
+            break
+        keep += 1
     return listed, sum(own[i] for i in listed)
 
 

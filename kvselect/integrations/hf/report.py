@@ -72,8 +72,8 @@ class LayerReport:
     dense_up_to_source: str | None
     tokens_per_step: float | None
     context_per_step: float | None
-    prefill: dict[str, int | float | None]
-    decode: dict[str, int | float | None]
+    prefill: dict[str, Any]
+    decode: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Report:
         for name in ("hits", "tokens/step", "bytes", "kept mass", "NaN cache/scores"):
             table.add_column(name, justify="right", no_wrap=True)
         for layer in self.layers:
-            table.add_row(*_cells(layer))
+            table.add_row(*_cells(layer, self.policy.get("mass_target")))
         out = StringIO()
         Console(file=out, width=160, no_color=True, highlight=False).print(table)
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
@@ -229,7 +229,7 @@ def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
     ]
 
 
-def _cells(layer: LayerReport) -> list[str]:
+def _cells(layer: LayerReport, mass_target: float | None) -> list[str]:
     """One row of the table."""
     runs = "selects" if layer.selects else f"dense: {layer.reason}"
     runs += f"; {layer.note}" if layer.note else ""
@@ -237,6 +237,9 @@ def _cells(layer: LayerReport) -> list[str]:
     decode = layer.decode
     if layer.dense_up_to is not None and decode["num_dense_calls"]:
         runs += f"; {decode['num_dense_calls']} of {decode['num_calls']} steps dense: short"
+    if decode["picked_for_mass"] is not None:
+        short, lists = decode["num_short_of_mass"], sum(decode["picked_for_mass"])
+        runs += f"; {short} of {lists} lists short of mass {mass_target}"
     steps = "-"
     if layer.tokens_per_step is not None:
         steps = f"{layer.tokens_per_step:.0f} of {layer.context_per_step:.0f}"
