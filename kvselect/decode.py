@@ -58,6 +58,7 @@ def decode_step(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    audit: bool = False,
     check_finite: bool = False,
 ) -> tuple[Tensor, DecodeInfo]:
     """Attention of each row's newest token over what a policy selects for it.
@@ -83,6 +84,9 @@ def decode_step(
         One more logit per head in the denominator of its softmax, of a value that is 0.
     process_group : torch.distributed.ProcessGroup or None
         Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
+    audit : bool
+        Score the step from the exact keys as well, and record in the state what was missed
+        (`PhaseStatistics.exact_audit`). Reads every key.
     check_finite : bool
         Raise if the query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -123,6 +127,8 @@ def decode_step(
     policy = state.decode_policy(q.shape[2])
     policy.update(state, cache)
     selection = policy.select(state, queries, cache)
+    if audit and selection is not None:
+        policy.audit(state, queries, cache, selection)
     out, lse = policy.attend(queries, cache, selection)
     return out, DecodeInfo(selection, lse)
 

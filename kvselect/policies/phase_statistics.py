@@ -60,6 +60,8 @@ class PhaseStatistics:
     _reuse_counts: Tensor | None = None  # int64 [2]
     _audits: Tensor | None = None  # float64 [5]
     _floor: Tensor | None = None  # float64 [FLOOR_BINS + 1]
+    _exact: Tensor | None = None  # float64 [4]: sums of overlap, mass, exact mass; lists
+    _least_overlap: Tensor | None = None
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything."""
@@ -190,6 +192,33 @@ class PhaseStatistics:
         """What `trim_to_mass` counted, float64."""
         self._floor = counts if self._floor is None else self._floor + counts
 
+    def record_exact(self, overlap: Tensor, mass: Tensor, exact_mass: Tensor) -> None:
+        """What `Policy.audit` found, each [batch, num_lists]."""
+        sums = [x.sum(dtype=torch.float64) for x in (overlap, mass, exact_mass)]
+        new = torch.stack([*sums, torch.full_like(sums[0], overlap.numel())])
+        self._exact = new if self._exact is None else self._exact + new
+        least = overlap.amin()
+        seen = self._least_overlap
+        self._least_overlap = least if seen is None else torch.minimum(least, seen)
+
+    @property
+    def exact_audit(self) -> dict[str, float] | None:
+        """What audits of decode steps found, by exact scores; None: no step was audited.
+
+        ``num_lists``; means of ``overlap`` (share of the exact top-k that a list holds), of the
+        ``mass`` that it keeps and of ``exact_mass``, that of the exact top-k; ``least_overlap``.
+        """
+        if self._exact is None or self._least_overlap is None:
+            return None
+        overlap, mass, exact_mass, count = self._exact.tolist()
+        return {
+            "num_lists": int(count),
+            "overlap": overlap / count,
+            "least_overlap": float(self._least_overlap),
+            "mass": mass / count,
+            "exact_mass": exact_mass / count,
+        }
+
     def _total(self, which: int) -> float:
         if self._recorded:
             self._add_up()
@@ -312,6 +341,7 @@ class PhaseStatistics:
             "num_audited": self.num_audited,
             "num_stopped": self.num_stopped,
             "rolling_mass": self.rolling_mass,
+            "exact_audit": self.exact_audit,
             "picked_for_mass": self.picked_for_mass,
             "num_short_of_mass": self.num_short_of_mass,
             "num_nonfinite": self.num_nonfinite,

@@ -474,6 +474,32 @@ class TokenSelect(Policy):
             state.statistics(queries.phase).record_audit(*audited, tokens)
         rolling.void([tokens <= limit for tokens in cache.num_real_tokens])
 
+    def audit(
+        self, state: PolicyState, queries: Queries, cache: KVCache, selection: Selection
+    ) -> None:
+        """Compare a step's lists with the exact top-k of exact scores, ``topk`` candidates of it.
+
+        How many of these the lists hold, and which attention mass either keeps. With compact
+        positions candidates are scored as ever, at their fixed distance, but from their keys.
+        """
+        num_lists = self._num_lists(cache)
+        votes = self._vote(queries, cache, exact=True)[0][:, 0]
+        at = self._block_range(queries, cache)
+        width = list_width(min(self.budget, queries.max_seqlen))
+        best = self._pick(votes[:, None], queries, cache, width, keep=self.topk)
+        listed = selection.indices[:, :num_lists].long()
+        listed = listed.where(listed >= 0, votes.shape[2])  # pads mark a place of their own
+        marks = votes.new_zeros((*votes.shape[:2], votes.shape[2] + 1))
+        marks = marks.scatter(2, listed, 1.0)
+        wanted = best.indices[:, 0]
+        candidate = (wanted >= at.sink_end[..., None]) & (wanted < at.window_start[..., None])
+        found = marks.gather(2, wanted.clamp(min=0).long()).where(candidate, 0.0).sum(2)
+        count = candidate.sum(2)
+        overlap = (found / count.clamp(min=1)).where(count > 0, 1.0)
+        total = votes.nansum(2).clamp(min=1e-30)
+        mass = (votes.nan_to_num(0.0) * marks[..., :-1]).sum(2) / total
+        state.decode.record_exact(overlap, mass, best.kept_score[:, 0] / total)
+
     def _require_usable(self, queries: Queries, cache: KVCache) -> None:
         """What is missing would be missed at the first long row only; say so at the first step."""
         if self.sketch is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kvselect.checks import UnsupportedModelError, require, require_bool, require_type
+from kvselect.checks import UnsupportedModelError, require, require_bool, require_int, require_type
 from kvselect.crossovers import break_even_mode
 from kvselect.integrations.hf.attention import kvselect_attention
 from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
@@ -130,6 +130,8 @@ def attach(
     *,
     strict: bool = True,
     break_even: str | None = None,
+    audit_every: int | None = None,
+    audit_layers: Sequence[int] | None = None,
 ) -> Handle:
     """Attach a selection policy to a transformers causal language model, in place and reversibly.
 
@@ -151,6 +153,12 @@ def attach(
         second or two and storing it. "stored": without measuring. "off": the selection budget
         decides, which gives the same results on every machine. None: the environment variable
         ``KVSELECT_BREAK_EVEN``, else "auto".
+    audit_every : int or None
+        Score every so many decode steps of a layer from its exact keys as well, and report how much
+        of the exact top-k its lists held and what mass (`PhaseStatistics.exact_audit`). Each reads
+        all keys. None: no step.
+    audit_layers : sequence of int or None
+        The layers to audit; None: all that select.
 
     Returns
     -------
@@ -177,6 +185,12 @@ def attach(
     require_bool(strict, "strict")
     mode = break_even_mode(break_even, default="auto")
     policy = _policy_of(model, policy)
+    if audit_every is not None:
+        require_int(audit_every, "audit_every", 1, "None or an int >= 1")
+        allowed = "None for a policy without scores"
+        require(type(policy).audit is not Policy.audit, "audit_every", audit_every, allowed)
+    allowed = "None without audit_every"
+    require(audit_every is not None or audit_layers is None, "audit_layers", audit_layers, allowed)
     copied = remove_copied_hooks(model)
     if copied is not None:
         model.set_attn_implementation(copied.previous)
@@ -216,6 +230,7 @@ def attach(
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
         _join_ranks(plan, config)
+        _plan_audits(plan, audit_every, audit_layers)
         settle_crossovers(plan, mode, execution_device(stack).type)
         plan.mode = "select"
         undo.callback(plan.withdraw)
@@ -315,6 +330,22 @@ def _decide(
             plan.sketches[layer.source] = plan.policy.required_sketch
     for layer in plan.layers:
         layer.use(plan.policy)
+
+
+def _plan_audits(plan: StackPlan, every: int | None, layers: Sequence[int] | None) -> None:
+    """Tell the layers how often they are audited.
+
+    Raises
+    ------
+    ValueError
+        If one that is asked for does not select.
+    """
+    selecting = [layer.index for layer in plan.layers if layer.selects]
+    wanted = selecting if layers is None else list(layers)
+    bad = [index for index in wanted if index not in selecting]
+    require(not bad, "audit_layers", bad, f"layers that select: {selecting}")
+    for layer in plan.layers:
+        layer.audit_every = every if layer.index in wanted else None
 
 
 def _join_ranks(plan: StackPlan, config: Any) -> None:

@@ -214,6 +214,8 @@ def _select_static(
         value_of = getattr(policy, name, None)
         allowed = "None with a static cache (steps that remember lists cannot be captured)"
         require(value_of is None, name, value_of, allowed)
+    allowed = "None with a static cache (whether one is due cannot be captured)"
+    require(plan.audit_every is None, "audit_every", plan.audit_every, allowed)
     captured = layer.captured(plan.index)
     state = layer.state(plan.index, policy, (plan.statistics[0], captured), {})
     call = _Call(cache, state, softmax_scale, options)
@@ -273,20 +275,19 @@ def _attend_call(
             q_unrotated = _rotated_back(plan, q, cache)
             rope = plan.stack.table(plan, 1, q.device)
 
-    step = decode_step if filled and seqlen_q == 1 else prefill
-    out, _ = step(
-        q,
-        cache,
-        policy,
-        state,
-        q_unrotated=q_unrotated,
-        rope=rope,
-        softmax_scale=call.softmax_scale,
-        softcap=call.options["softcap"],
-        sink_logits=call.options["sink_logits"],
-        process_group=plan.stack.process_group,
-    )
-    return out
+    options: dict[str, Any] = {
+        "q_unrotated": q_unrotated,
+        "rope": rope,
+        "softmax_scale": call.softmax_scale,
+        "softcap": call.options["softcap"],
+        "sink_logits": call.options["sink_logits"],
+        "process_group": plan.stack.process_group,
+    }
+    if not (filled and seqlen_q == 1):
+        return prefill(q, cache, policy, state, **options)[0]
+    plan.num_steps += 1
+    due = plan.audit_every is not None and plan.num_steps % plan.audit_every == 0
+    return decode_step(q, cache, policy, state, audit=due, **options)[0]
 
 
 def _remember_validity(layer: AttachedLayer, keys: KeyRange) -> None:

@@ -218,6 +218,10 @@ class LayerPlan:
         Why there is none where the policy leaves it to measurement.
     statistics : pair of PhaseStatistics
         Of prefill and decode: shared by every cache that the layer meets while attached.
+    audit_every : int or None
+        Every so many decode steps are scored exactly.
+    num_steps : int
+        Decode steps so far.
     num_lists : int
         Queries of decode steps so far, times rows, times KV heads: what the decode counts are
         summed over.
@@ -254,6 +258,8 @@ class LayerPlan:
     statistics: tuple[PhaseStatistics, PhaseStatistics] = field(
         default_factory=lambda: (PhaseStatistics(), PhaseStatistics())
     )
+    audit_every: int | None = None
+    num_steps: int = 0
     num_lists: int = 0
     nonfinite: Tensor | None = None
     captured: list[CapturedStatistics] = field(default_factory=list)

@@ -130,6 +130,7 @@ class Report:
             f"query-aware: {_yes(self.query_aware)}",
         ]
         words += _border_lines(self.layers)
+        words += _audit_lines(self.layers)
         if self.bytes_ratio is not None:
             words.append(
                 f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
@@ -227,6 +228,20 @@ def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
         + f" ({source})"
         for (tokens, source), indices in borders.items()
     ]
+
+
+def _audit_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line for each audited layer: what exact scores say of its lists."""
+    lines = []
+    for layer in layers:
+        audit = layer.decode["exact_audit"]
+        if audit is not None:
+            lines.append(
+                f"layer {layer.index}: {audit['num_lists']} lists audited: they hold "
+                f"{audit['overlap']:.1%} of the exact top-k (least {audit['least_overlap']:.1%}), "
+                f"mass {audit['mass']:.1%} against {audit['exact_mass']:.1%}"
+            )
+    return lines
 
 
 def _cells(layer: LayerReport, mass_target: float | None) -> list[str]:

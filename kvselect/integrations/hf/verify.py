@@ -152,7 +152,14 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
 def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
     """Run another policy for a while, with counters of its own."""
     before = [
-        (layer.policy, layer.needs_unrotated, layer.statistics, layer.num_lists, layer.nonfinite)
+        (
+            layer.policy,
+            layer.needs_unrotated,
+            layer.statistics,
+            layer.num_lists,
+            layer.nonfinite,
+            layer.num_steps,
+        )
         for layer in plan.layers
     ]
     try:
@@ -163,7 +170,7 @@ def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
     finally:
         for layer, kept in zip(plan.layers, before):
             layer.policy, layer.needs_unrotated, layer.statistics = kept[:3]
-            layer.num_lists, layer.nonfinite = kept[3:]
+            layer.num_lists, layer.nonfinite, layer.num_steps = kept[3:]
 
 
 def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens: int) -> _Trace:
