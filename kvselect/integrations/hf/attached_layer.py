@@ -169,7 +169,8 @@ class LatentLayer(AttachedLayer, DynamicLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
+        self.keys = self.values = None  # older versions would only zero what they hold
+        self.is_initialized = False
         self._forget()
 
     def _take_validity(self, indices: Tensor) -> None:
