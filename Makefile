@@ -21,13 +21,27 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
+.PHONY: demo test test-long test-matrix models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
 
 test: build/.built-$(KIND)
 	$(PY) -m pytest -q
+
+# 10,000 random lives of a cache against transformers' own; minutes.
+test-long: build/.built-$(KIND)
+	KVSELECT_TEST_PROFILE=long $(PY) -m pytest -q tests/test_hf_cache_sequences.py
+
+# The Hugging Face tests on the oldest and the newest torch and transformers that are supported, in
+# environments under build/matrix (several GB: torch from PyPI brings CUDA). MATRIX=torch:transformers,...
+MATRIX ?= 2.11.0:5.17.0,2.13.0:newest
+test-matrix: build/.built-$(KIND)
+	$(PY) tests/version_matrix.py --pairs $(MATRIX)
+
+# docs/models.md: every architecture against every check, by running them.
+models: build/.built-$(KIND)
+	$(PY) tests/model_table.py
 
 # The questions that bench/README.md lists, one script each.
 bench: build/.built-$(KIND)

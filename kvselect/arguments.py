@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_scale, require_tensor, require_type
+from kvselect.checks import (
+    require,
+    require_float,
+    require_scale,
+    require_tensor,
+    require_type,
+)
 from kvselect.rope import Rope
 from kvselect.selection import Selection
 
@@ -16,6 +22,8 @@ __all__ = [
     "require_queries",
     "require_rope",
     "require_selection",
+    "require_sink_logits",
+    "require_softcap",
     "require_softmax_scale",
 ]
 
@@ -40,6 +48,22 @@ def require_softmax_scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return float(head_dim**-0.5)
     return require_scale(softmax_scale, "softmax_scale")
+
+
+def require_softcap(softcap: float | None) -> float:
+    """The cap as the ops take it: 0 stands for None."""
+    if softcap is None:
+        return 0.0
+    allowed = "None or a float in 1e-6 .. 1e6"
+    cap = require_float(softcap, "softcap", allowed)
+    require(1e-6 <= cap <= 1e6, "softcap", softcap, allowed)
+    return cap
+
+
+def require_sink_logits(sink_logits: object, num_q_heads: int, cache: KVCache) -> None:
+    """``sink_logits`` is None, or one float32 number per query head where the cache lies."""
+    if sink_logits is not None:
+        require_tensor(sink_logits, "sink_logits", (num_q_heads,), (torch.float32,), cache.device)
 
 
 def require_rope(rope: object, cache: KVCache) -> None:

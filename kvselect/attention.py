@@ -11,6 +11,8 @@ from kvselect.arguments import (
     require_queries,
     require_rope,
     require_selection,
+    require_sink_logits,
+    require_softcap,
     require_softmax_scale,
 )
 from kvselect.cache import KVCache
@@ -29,6 +31,8 @@ def sparse_attention(
     *,
     softmax_scale: float | None = None,
     rope: Rope | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of the last ``seqlen_q`` tokens over those that a Selection lists, causal.
@@ -49,6 +53,10 @@ def sparse_attention(
     rope : Rope or None
         Given, the cache holds un-rotated keys ("compact" positions): the key of rank ``r`` in its
         list is rotated to ``r``, a query to the rank of its own token.
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``; one that is not finite, NaN.
+    sink_logits : Tensor, [num_q_heads], float32, or None
+        One more logit per head in the denominator of its softmax, of a value that is 0.
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -71,6 +79,8 @@ def sparse_attention(
     require_queries(q, cache)
     scale = require_softmax_scale(softmax_scale, cache.head_dim)
     require_rope(rope, cache)
+    cap = require_softcap(softcap)
+    require_sink_logits(sink_logits, q.shape[2], cache)
     if selection is not None:
         require_selection(selection, cache, q.shape[1])
     require_bool(check_finite, "check_finite")
@@ -81,7 +91,17 @@ def sparse_attention(
         indices, topk_length = selection.with_blocks()
         offsets = selection.q_block_offsets
     return _attend(
-        q, cache, cache.cache_seqlens, cache.max_seqlen, indices, topk_length, offsets, scale, rope
+        q,
+        cache,
+        cache.cache_seqlens,
+        cache.max_seqlen,
+        indices,
+        topk_length,
+        offsets,
+        scale,
+        rope,
+        cap,
+        sink_logits,
     )
 
 
@@ -102,6 +122,8 @@ def attend_queries(
         queries.q_block_offsets,
         queries.softmax_scale,
         rope,
+        queries.softcap,
+        queries.sink_logits,
     )
 
 
@@ -115,6 +137,8 @@ def _attend(
     q_block_offsets: Tensor | None,
     softmax_scale: float,
     rope: Rope | None,
+    softcap: float,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     cos, sin, start, interleaved = None, None, 0, False
     if rope is not None:
@@ -140,6 +164,8 @@ def _attend(
         sin,
         start,
         interleaved,
+        softcap,
+        sink_logits,
     )
     return out, lse
 
@@ -189,7 +215,12 @@ def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tens
 
 
 def recovered_mass(
-    q: Tensor, cache: KVCache, selection: Selection, *, softmax_scale: float | None = None
+    q: Tensor,
+    cache: KVCache,
+    selection: Selection,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Share of each query's dense attention mass that a Selection holds.
 
@@ -203,6 +234,8 @@ def recovered_mass(
     selection : Selection
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap : float or None
+        As in `sparse_attention`. A sink logit changes nothing: the share is of what tokens get.
 
     Returns
     -------
@@ -232,5 +265,6 @@ def recovered_mass(
         selection.q_block_offsets,
         scale,
         cache.max_seqlen,
+        require_softcap(softcap),
     )
     return mass

@@ -48,7 +48,7 @@ class KVCache:
     Parameters
     ----------
     batch, num_kv_heads, head_dim : int
-        ``head_dim`` is 32, 64, 80, 96, 128 or 256.
+        ``head_dim`` is one of `kvselect.checks.HEAD_DIMS`: 32, 64, 80, 96, 128, 160, 192, 256, 512.
     dtype : float32, float16 or bfloat16
     device : device
     capacity : int
@@ -259,6 +259,14 @@ class KVCache:
     def num_real_tokens(self) -> tuple[int, ...]:
         """Tokens of each row without its left padding, known to the host."""
         return self._num_real_tokens
+
+    @property
+    def lengths_are_bounds(self) -> bool:
+        """Whether `lengths`, `max_seqlen` and `num_real_tokens` only bound what the device knows.
+
+        False but for a `FixedKVCache`.
+        """
+        return False
 
     @property
     def version(self) -> int:

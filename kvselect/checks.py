@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of queries, keys and values
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 
 
 class UnsupportedModelError(ValueError):

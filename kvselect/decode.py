@@ -10,6 +10,8 @@ from kvselect.arguments import (
     raise_if_not_finite,
     require_queries,
     require_rope,
+    require_sink_logits,
+    require_softcap,
     require_softmax_scale,
 )
 from kvselect.cache import KVCache
@@ -18,6 +20,7 @@ from kvselect.policies.base import Policy, PolicyState
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["DecodeInfo", "decode_step"]
 
@@ -52,6 +55,10 @@ def decode_step(
     q_unrotated: Tensor | None = None,
     rope: Rope | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    audit: bool = False,
     check_finite: bool = False,
 ) -> tuple[Tensor, DecodeInfo]:
     """Attention of each row's newest token over what a policy selects for it.
@@ -71,6 +78,15 @@ def decode_step(
         The model's rotation; required by "compact".
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``; one that is not finite, NaN.
+    sink_logits : Tensor, [num_q_heads], float32, or None
+        One more logit per head in the denominator of its softmax, of a value that is 0.
+    process_group : torch.distributed.ProcessGroup or None
+        Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
+    audit : bool
+        Score the step from the exact keys as well, and record in the state what was missed
+        (`PhaseStatistics.exact_audit`). Reads every key.
     check_finite : bool
         Raise if the query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -91,7 +107,7 @@ def decode_step(
     A step whose rows are all short (`TokenSelect.dense_limit`) is dense; the state knows how short
     that is, if the policy leaves it to measurement.
     """
-    require_step(q, cache, policy, state, q_unrotated, rope)
+    require_step(q, cache, policy, state, q_unrotated, rope, sink_logits)
     seqlen_q = q.shape[1]
     require(seqlen_q == 1, "seqlen_q", seqlen_q, "1 (prefill takes more)")
     if check_finite:
@@ -104,10 +120,15 @@ def decode_step(
         max_seqlen=cache.max_seqlen,
         q_unrotated=q_unrotated,
         rope=rope,
+        softcap=require_softcap(softcap),
+        sink_logits=sink_logits,
+        process_group=process_group,
     )
     policy = state.decode_policy(q.shape[2])
     policy.update(state, cache)
     selection = policy.select(state, queries, cache)
+    if audit and selection is not None:
+        policy.audit(state, queries, cache, selection)
     out, lse = policy.attend(queries, cache, selection)
     return out, DecodeInfo(selection, lse)
 
@@ -119,6 +140,7 @@ def require_step(
     state: object,
     q_unrotated: object,
     rope: object,
+    sink_logits: object = None,
 ) -> None:
     """Checks that decode steps and prefill calls share."""
     require_type(policy, Policy, "policy", "a kvselect policy, such as TokenSelect()")
@@ -128,4 +150,5 @@ def require_step(
     if q_unrotated is not None:
         require_tensor(q_unrotated, "q_unrotated", tuple(q.shape), (q.dtype,), q.device)
     require_rope(rope, cache)
+    require_sink_logits(sink_logits, q.shape[2], cache)
     state.follow(policy, cache)

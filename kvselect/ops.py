@@ -90,6 +90,8 @@ def _score_tokens(
     rope_interleaved: bool,
     hit: Tensor | None,
     max_seqlen_k: int,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]
@@ -136,6 +138,8 @@ def _sparse_attention(
     sin: Tensor | None,
     rope_start: int,
     rope_interleaved: bool,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -159,6 +163,7 @@ def _recovered_mass(
     q_block_offsets: Tensor | None,
     softmax_scale: float,
     max_seqlen_k: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -210,6 +215,8 @@ def _rolling_sweep(
     indices: Tensor,
     topk_length: Tensor,
     kept_score: Tensor,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, num_lists, _, _ = pool.shape
     return (

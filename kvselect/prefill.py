@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kvselect.arguments import raise_if_not_finite, require_softmax_scale
+from kvselect.arguments import raise_if_not_finite, require_softcap, require_softmax_scale
 from kvselect.cache import KVCache
 from kvselect.checks import require_int
 from kvselect.decode import require_step
@@ -16,6 +16,7 @@ from kvselect.policies.base import Policy, PolicyState
 from kvselect.queries import Phase, Queries
 from kvselect.query_blocks import cut_queries
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["prefill", "query_blocks"]
 
@@ -37,6 +38,9 @@ def prefill(
     q_unrotated: Tensor | None = None,
     rope: Rope | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``seqlen_q`` tokens over what a policy selects for their blocks.
@@ -58,6 +62,12 @@ def prefill(
         The model's rotation; required by "compact", and by ``q_unrotated``.
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``; one that is not finite, NaN.
+    sink_logits : Tensor, [num_q_heads], float32, or None
+        One more logit per head in the denominator of its softmax, of a value that is 0.
+    process_group : torch.distributed.ProcessGroup or None
+        Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -79,8 +89,9 @@ def prefill(
     would. Otherwise one scan scores the blocks of a run of about ``chunk_size`` queries; the first
     blocks, which select everything, are attended densely.
     """
-    require_step(q, cache, policy, state, q_unrotated, rope)
+    require_step(q, cache, policy, state, q_unrotated, rope, sink_logits)
     scale = require_softmax_scale(softmax_scale, cache.head_dim)
+    cap = require_softcap(softcap)
     if check_finite:
         raise_if_not_finite(q, cache)
     policy.update(state, cache)
@@ -113,6 +124,9 @@ def prefill(
             offsets=run_offsets,
             q_block_offsets=torch.tensor(run_offsets, dtype=torch.int32, device=q.device),
             num_later_tokens=later,
+            softcap=cap,
+            sink_logits=sink_logits,
+            process_group=process_group,
         )
         selection = policy.select(state, queries, cache)
         out, lse = policy.attend(queries, cache, selection)

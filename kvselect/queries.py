@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 __all__ = ["Phase", "Queries"]
 
@@ -42,6 +43,13 @@ class Queries:
         The same on the device; None: one block.
     num_later_tokens : int
         Tokens that the cache holds after the last of these queries.
+    softcap : float
+        A logit ``x`` becomes ``softcap * tanh(x / softcap)``; 0: it stays as it is.
+    sink_logits : Tensor, [num_q_heads], float32, contiguous, or None
+        One more logit per head in the denominator of its softmax.
+    process_group : ProcessGroup or None
+        Ranks that hold the layer's other heads (tensor parallel): with scope "layer" their votes
+        are added.
     """
 
     q: Tensor
@@ -54,6 +62,9 @@ class Queries:
     offsets: tuple[int, ...] = (0, 1)
     q_block_offsets: Tensor | None = None
     num_later_tokens: int = 0
+    softcap: float = 0.0
+    sink_logits: Tensor | None = None
+    process_group: ProcessGroup | None = None
 
     @property
     def seqlen_q(self) -> int:

@@ -180,6 +180,8 @@ class RollingPools:
         width: int,
         hit: Tensor | None = None,
         reused: Lists | None = None,
+        softcap: float = 0.0,
+        sink_logits: Tensor | None = None,
     ) -> Swept:
         """Lists of a decode step, and pools for the next ones; the op itself, after `follow`.
 
@@ -200,6 +202,8 @@ class RollingPools:
             stay as they are.
         reused : Lists or None
             The lists of the last step, whose indices are written to; None: new ones.
+        softcap, sink_logits : float, Tensor [num_q_heads] or None
+            As `Queries` has them.
         """
         state = self._state
         assert state is not None
@@ -241,6 +245,8 @@ class RollingPools:
             indices[:, 0],
             topk_length[:, 0],
             kept_score[:, 0],
+            softcap,
+            sink_logits,
         )
         scanned, members = num_seen.unbind(-1)
         real = torch.tensor(cache.num_real_tokens, dtype=torch.int32, device=cache.device)[:, None]

@@ -184,7 +184,8 @@ class Rope:
         head_dim].
         """
         x = x.float()
-        partner = _partners(self.start, self.num_pairs, self.interleaved, x.shape[-1], x.device)
+        partners = _make_partners if torch.compiler.is_compiling() else _partners
+        partner = partners(self.start, self.num_pairs, self.interleaved, x.shape[-1], x.device)
         return x * own + x.index_select(-1, partner) * other
 
     def _spread(self, cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -205,8 +206,7 @@ class Rope:
         return own, other
 
 
-@lru_cache(maxsize=64)
-def _partners(
+def _make_partners(
     start: int, num_pairs: int, interleaved: bool, head_dim: int, device: torch.device
 ) -> Tensor:
     """For every channel the other of its pair; channels that do not rotate are their own."""
@@ -216,3 +216,6 @@ def _partners(
     pairs = span.view(num_pairs, 2) if interleaved else span.view(2, num_pairs).T
     channels[pairs[:, 0]], channels[pairs[:, 1]] = pairs[:, 1], pairs[:, 0]
     return channels.to(device)
+
+
+_partners = lru_cache(maxsize=64)(_make_partners)

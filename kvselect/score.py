@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
-from kvselect.arguments import raise_if_not_finite, require_queries, require_softmax_scale
+from kvselect.arguments import (
+    raise_if_not_finite,
+    require_queries,
+    require_sink_logits,
+    require_softcap,
+    require_softmax_scale,
+)
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_bool, require_choice, require_int
 from kvselect.rope import Rope
@@ -28,6 +34,8 @@ def score_tokens(
     num_sink_tokens: int = 0,
     num_recent_tokens: int = 0,
     aggregate: str = "sum_vote",
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     check_finite: bool = False,
 ) -> Tensor:
     """Attention mass that the query heads of each KV head put on each cached token.
@@ -51,6 +59,10 @@ def score_tokens(
         Tokens at either end that are scored from exact keys.
     aggregate : "sum_vote" or "max_vote"
         How the votes of several queries combine.
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``.
+    sink_logits : Tensor, [num_q_heads], float32, or None
+        One more logit per head in the normaliser: what it takes, no token gets.
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -81,6 +93,8 @@ def score_tokens(
     require_int(num_sink_tokens, "num_sink_tokens", 0)
     require_int(num_recent_tokens, "num_recent_tokens", 0)
     require_choice(aggregate, "aggregate", VOTES)
+    cap = require_softcap(softcap)
+    require_sink_logits(sink_logits, q.shape[2], cache)
     require_bool(check_finite, "check_finite")
     if source == "sketch":
         allowed = "'keys' or None: the cache was made with sketch=None"
@@ -101,6 +115,8 @@ def score_tokens(
         scale=scale,
         sketch=None if source == "keys" else cache.sketch_format,
         max_vote=aggregate == "max_vote",
+        softcap=cap,
+        sink_logits=sink_logits,
     )
     if scope == "layer":
         return scores.sum(2).expand(-1, cache.num_kv_heads, -1)
@@ -126,6 +142,8 @@ def score_blocks(
     q_local: Tensor | None = None,
     rope: Rope | None = None,
     hit: Tensor | None = None,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all query blocks of a call in one scan; the op itself, with checked arguments.
 
@@ -140,6 +158,8 @@ def score_blocks(
         Given: "compact" positions, see csrc/include/kvselect/score_tokens.h.
     hit : Tensor, [batch, num_kv_heads], int32, or None
         Non-zero: this list is reused, its scores are left as they are.
+    softcap, sink_logits : float, Tensor [num_q_heads] or None
+        As `Queries` has them.
 
     Returns
     -------
@@ -174,5 +194,7 @@ def score_blocks(
         interleaved,
         hit,
         max_seqlen,
+        softcap,
+        sink_logits,
     )
     return scores, num_nonfinite

@@ -33,7 +33,7 @@ class Selection:
         First query of each block; needed by the forms with ``num_blocks``.
     kept_score : Tensor, float32, shape of ``topk_length``, or None
         Sum of the scores of all listed tokens; NaN where a list was reused.
-    total_score : float, Tensor [num_blocks, 1], or None
+    total_score : float, Tensor that broadcasts to ``kept_score``, or None
         What all visible tokens of a list score together; None where scores are not shares of
         attention mass.
     hit : Tensor, int32, [batch, num_lists], or None

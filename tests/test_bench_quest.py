@@ -121,7 +121,7 @@ def test_refusals() -> None:
     _, short = filled(32)
     with pytest.raises(ValueError, match="tokens: got 32, allowed: at least three pages of 16"):
         Quest(short, "torch")
-    _, wide = filled(64, head_dim=80)
-    assert not Quest.can_score_with_kvselect(80)
-    with pytest.raises(ValueError, match="head-dim: got 80, allowed: 16 or 32 or 40 or 48 or 64"):
+    _, wide = filled(64, head_dim=160)
+    assert not Quest.can_score_with_kvselect(160)
+    with pytest.raises(ValueError, match="head-dim: got 160, allowed: 16 or 32 or 40 or 48 or 64"):
         Quest(wide, "kvselect")

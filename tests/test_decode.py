@@ -213,6 +213,20 @@ GOOD = torch.zeros(2, 1, GROUP * HEADS, DIM)
             ValueError,
             "softmax_scale: got -1.0, allowed: None or a fl",
         ),
+        (POLICY, {"softcap": 0.0}, ValueError, "softcap: got 0.0, allowed: None or a float in"),
+        (POLICY, {"softcap": "50"}, TypeError, "softcap: got str '50', allowed: None or a float"),
+        (
+            POLICY,
+            {"sink_logits": torch.zeros(2)},
+            ValueError,
+            r"sink_logits: got shape \(2,\), allowed: \[4\]",
+        ),
+        (
+            POLICY,
+            {"sink_logits": torch.zeros(4).half()},
+            TypeError,
+            "sink_logits: got torch.float16, allowed: torch.float32",
+        ),
         (POLICY, {"q_unrotated": GOOD[:1]}, ValueError, r"q_unrotated: got shape \(1, 1, 4, 32\)"),
         (
             POLICY,

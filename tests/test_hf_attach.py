@@ -8,7 +8,7 @@ import hf_models
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from kvselect.integrations.hf import KVSelectLayer, attach, plan
 from kvselect.integrations.hf.masks import read_mask
@@ -323,7 +323,8 @@ def test_a_cache_filled_before_attach_runs_dense_or_raises() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:kvselect. layer . runs dense. a cache layer Static")
-def test_static_caches_run_dense_by_their_true_length() -> None:
+def test_static_caches_filled_before_run_dense_by_their_true_length() -> None:
+    """Attached later, the model meets layers that are not ours."""
     model = hf_models.model("llama")
     ids, mask = hf_models.left_padded((40, 13), 40)
     settings: dict[str, Any] = {
@@ -335,9 +336,20 @@ def test_static_caches_run_dense_by_their_true_length() -> None:
         "disable_compile": True,
     }
     expected = model.generate(ids, **settings)
+    del settings["cache_implementation"]
+
+    def filled() -> Any:
+        cache = StaticCache(config=model.config, max_cache_len=46)
+        with torch.no_grad():
+            model(ids[:, :16], attention_mask=mask[:, :16], past_key_values=cache)
+        return cache
+
+    cache = filled()
     with attach(model, hf_models.narrow()) as handle:
-        assert torch.equal(model.generate(ids, **settings), expected)
+        got = model.generate(ids, past_key_values=cache, **settings)
+        assert torch.equal(got, expected)
         assert handle.report().layers[0].ran_dense == {"a cache layer StaticLayer": 6}
     message = "past_key_values: got 'a StaticLayer', allowed: "
+    cache = filled()
     with attach(model, hf_models.narrow("compact")), pytest.raises(ValueError, match=message):
-        model.generate(ids, **settings)
+        model.generate(ids, past_key_values=cache, **settings)

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from kvselect.integrations.hf.attached_layer import LatentLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.token_select import TokenSelect
 
@@ -154,32 +156,85 @@ def test_an_offloading_cache_raises() -> None:
         upgrade_cache(cache, [None] * 3)
 
 
-def test_values_of_another_width_raise() -> None:
+def test_values_of_another_length_raise() -> None:
     keys, values = new_tokens(1, 4)
     with pytest.raises(ValueError, match=r"value_states: got .*, allowed: the shape of the keys"):
-        KVSelectLayer().update(keys, values[..., :16])
+        KVSelectLayer().update(keys, values[:, :, :3])
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "stored"), [(16, 16, 32), (24, 16, 32), (40, 64, 64)]
+)
+def test_heads_are_filled_up_to_what_kernels_take(
+    key_dim: int, value_dim: int, stored: int
+) -> None:
+    layer = KVSelectLayer(None)
+    k, v = torch.randn(2, 3, 4, key_dim), torch.randn(2, 3, 4, value_dim)
+    keys, values = layer.update(k, v)
+    assert torch.equal(keys, k) and torch.equal(values, v)
+    assert layer.keys is keys and layer.values is values
+    cache = layer.cache
+    assert cache is not None and cache.head_dim == stored
+    assert (cache.k[..., key_dim:] == 0).all() and (cache.v[..., value_dim:] == 0).all()
+    layer.update(k[:, :, :1], v[:, :, :1])
+    assert layer.keys.shape == (2, 3, 5, key_dim) and layer.values.shape == (2, 3, 5, value_dim)
+
+
+def test_heads_beyond_what_kernels_take_raise() -> None:
+    with pytest.raises(ValueError, match="head_dim: got 528, allowed: at most 512"):
+        KVSelectLayer(None).update(torch.zeros(1, 1, 1, 528), torch.zeros(1, 1, 1, 64))
+
+
+def test_several_layers_may_read_the_keys_of_one() -> None:
+    policy, statistics = TokenSelect(), (PhaseStatistics(), PhaseStatistics())
+    layer = KVSelectLayer("int4")
+    layer.update(*new_tokens(2, 4))
+    first = layer.state(1, policy, statistics)
+    second = layer.state(3, policy, statistics)
+    assert first is not second
+    assert layer.state(1, policy, statistics) is first
+
+
+def test_latents_follow_their_rows() -> None:
+    layer = LatentLayer()
+    layer.announce("unrotated", None, None)
+    layer.update(torch.randn(2, 1, 6, 32), torch.randn(2, 1, 6, 8))
+    keys = layer.keys
+    layer.validity = torch.tensor([[False] * 2 + [True] * 4, [True] * 3 + [False] * 3])
+    with pytest.raises(ValueError, match="cache layer: got '6 unrotated keys', allowed: rotated"):
+        layer.update(torch.randn(2, 1, 1, 32), torch.randn(2, 1, 1, 8))
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(layer.keys, keys.flip(0)) and not layer.validity[1, 0]
+    layer.batch_repeat_interleave(2)
+    assert layer.validity.shape == (4, 6)
+    layer.batch_select_indices(torch.tensor([2]))
+    layer.crop(-1)
+    assert layer.validity.tolist() == [[False] * 2 + [True] * 3]
+    assert layer.validity_of(7).tolist() == [[False] * 2 + [True] * 5]
+    layer.reset()
+    assert layer.rope_state is None and layer.validity is None and layer.get_seq_length() == 0
 
 
 def test_the_state_of_a_policy_follows_its_rows() -> None:
     policy, statistics = TokenSelect(), (PhaseStatistics(), PhaseStatistics())
     layer = KVSelectLayer("int4")
     layer.update(*new_tokens(2, 4))
-    state = layer.state(policy, statistics)
+    state = layer.state(0, policy, statistics)
     assert state.prefill is statistics[0]
     assert state.decode is statistics[1]
     layer.update(*new_tokens(2, 1))
-    assert layer.state(policy, statistics) is state
+    assert layer.state(0, policy, statistics) is state
     layer.reorder_cache(torch.tensor([1, 0]))
     assert (
-        layer.state(policy, statistics) is state
+        layer.state(0, policy, statistics) is state
     )  # its lists are void by version, its counts are not
     layer.batch_repeat_interleave(2)
-    assert layer.state(policy, statistics) is not state  # allocated per row
-    state = layer.state(policy, statistics)
-    assert layer.state(TokenSelect(topk=7), statistics) is not state
+    assert layer.state(0, policy, statistics) is not state  # allocated per row
+    state = layer.state(0, policy, statistics)
+    assert layer.state(0, TokenSelect(topk=7), statistics) is not state
     layer.reset()
     layer.update(*new_tokens(2, 4))
-    assert layer.state(policy, statistics) is not state
+    assert layer.state(0, policy, statistics) is not state
 
 
 def test_rotated_and_unrotated_keys_do_not_mix() -> None:
@@ -262,9 +317,11 @@ def test_a_cache_without_layers_gets_all_of_them() -> None:
     assert cache.get_mask_sizes(5, 0) == (5, 0)
 
 
-def test_static_layers_stay() -> None:
+def test_static_layers_keep_their_room() -> None:
     config = hf_models.config("llama")
     cache = StaticCache(config=config, max_cache_len=32)
-    before = layer_types(cache)
-    upgrade_cache(cache, [None] * 3)
-    assert layer_types(cache) == before
+    upgrade_cache(cache, ["int4"] * 3, frozenset({0}), frozenset({1}))
+    assert layer_types(cache) == [StaticLayer, StaticLayer, KVSelectStaticLayer]
+    keys, values = cache.layers[2].update(*new_tokens(2, 4))
+    assert keys.shape == values.shape == (2, 2, 32, 32)
+    assert cache.layers[2].get_max_length() == 32 and int(cache.layers[2].get_seq_length()) == 4

@@ -165,6 +165,30 @@ def test_a_row_does_not_depend_on_its_batch(scope: str, positions: str, sketch: 
 
 
 @pytest.mark.parametrize("positions", hf_models.POSITIONS)
+@pytest.mark.parametrize(
+    ("settings", "chunk", "length"),
+    [({"num_tail_tokens": 0}, 32, 192), ({"dense_prefill": True}, 23, 150)],
+    ids=["whole blocks", "dense prefill"],
+)
+def test_chunks_of_a_prompt_select_as_the_whole(
+    settings: dict[str, Any], chunk: int, length: int, positions: str
+) -> None:
+    """Blocks are cut from the end of each call: chunks of whole blocks cut as one call does."""
+    model = hf_models.build(hf_models.config("llama", vocab_size=2048))
+    ids = hf_models.distinct(1, length, 2048)
+    with attach(model, hf_models.narrow(positions, **settings)) as handle, torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(chunk, dim=1)]
+        whole = model(ids).logits
+        assert error(torch.cat(parts, dim=1), whole) <= 1e-5
+        expected = model.generate(ids, **GREEDY)
+        assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **GREEDY), expected)
+        prefill = handle.report().layers[0].prefill
+    selects = prefill["num_dense_calls"] != prefill["num_calls"]
+    assert selects == ("dense_prefill" not in settings)
+
+
+@pytest.mark.parametrize("positions", hf_models.POSITIONS)
 def test_a_draft_is_scored_as_so_many_decode_steps(positions: str) -> None:
     model = hf_models.model("llama")
     ids, draft = hf_models.tokens(1, 80), hf_models.tokens(1, 4, seed=1)

@@ -112,7 +112,7 @@ def assert_stored(storage: Storage, plain: PlainCache, capacity: int) -> None:
 
 @pytest.mark.parametrize("sketch", [None, "int4", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_every_format_head_dim_and_dtype(
     head_dim: int, dtype: torch.dtype, sketch: str | None
 ) -> None:

@@ -119,6 +119,9 @@ def select(q: Tensor, cache: KVCache) -> Selection:
     )
 
 
+MODIFIED: dict[str, Any] = {"softcap": 0.5, "sink_logits": torch.linspace(-2.0, 5.0, 8)}
+
+
 @pytest.mark.parametrize("page_block_size", PAGES)
 @pytest.mark.parametrize("seqlen_q", [1, 9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -132,6 +135,12 @@ def test_sparse_attention_and_recovered_mass(
         expected = reference.sparse_attention(q, cache, chosen)
         assert rel_err(out, expected[0]) <= TOLERANCE[dtype]
         assert rel_err(lse, expected[1]) <= 2e-6
+        out, lse = kvselect.sparse_attention(q, cache, chosen, **MODIFIED)
+        expected = reference.sparse_attention(q, cache, chosen, **MODIFIED)
+        assert rel_err(out, expected[0]) <= TOLERANCE[dtype]
+        assert rel_err(lse, expected[1]) <= 2e-6
+    capped = kvselect.recovered_mass(q, cache, selection, softcap=0.5)
+    assert rel_err(capped, reference.recovered_mass(q, cache, selection, softcap=0.5)) <= 4e-6
     mass = kvselect.recovered_mass(q, cache, selection)
     assert rel_err(mass, reference.recovered_mass(q, cache, selection)) <= 4e-6
 
@@ -180,6 +189,10 @@ POLICIES: dict[str, kvselect.Policy] = {
     "compact": token_select(positions="compact"),
     "compact_layer": token_select(positions="compact", scope="layer"),
     "dense_below": token_select(dense_below_tokens=200),
+    "mass_floor": token_select(mass_target=0.7, topk_max=60),
+    "mass_floor_layer": token_select(mass_target=0.6, topk_max=100, scope="layer"),
+    "mass_floor_compact": token_select(mass_target=0.7, topk_max=60, positions="compact"),
+    "mass_floor_reusing": token_select(mass_target=0.7, topk_max=60, similarity_threshold=0.9),
     "reusing": token_select(similarity_threshold=0.9),
     "reusing_layer": token_select(similarity_threshold=0.9, scope="layer"),
     "reusing_flat": token_select(similarity_threshold=0.9, similarity="flat"),
@@ -193,8 +206,16 @@ POLICIES: dict[str, kvselect.Policy] = {
 }
 
 
+SOFTMAX: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "capped": {"softcap": 1.5},
+    "sinks": {"sink_logits": torch.linspace(-2.0, 5.0, 8)},
+}
+
+
+@pytest.mark.parametrize("softmax", SOFTMAX)
 @pytest.mark.parametrize("name", POLICIES)
-def test_decode_steps(name: str) -> None:
+def test_decode_steps(name: str, softmax: str) -> None:
     """Seven steps of three ragged rows: the same lists, hits and results as the reference's."""
     policy = POLICIES[name]
     _, cache = filled()
@@ -208,6 +229,7 @@ def test_decode_steps(name: str) -> None:
         q = steady[:, :1] + 0.02 * steady[:, step : step + 1] if step != 4 else steady[:, 4:5]
         cache.append(k[:, step : step + 1], v[:, step : step + 1])
         options: dict[str, Any] = {"rope": rope} if policy.positions == "compact" else {}
+        options |= SOFTMAX[softmax]
         out, info = kvselect.decode_step(q, cache, policy, state, **options)
         expected, plain = reference.decode_step(q, cache, policy, plain_state, **options)
         assert (info.selection is None) == (plain.selection is None)

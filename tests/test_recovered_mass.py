@@ -32,11 +32,13 @@ def random_lists(case: Case, seqlen_q: int, offsets: Tensor | None, seed: int = 
     return select(scores, blocks, keep=shape[-1] // 2, width=shape[-1])[:2]
 
 
-def assert_equals_reference(case: Case, q: Tensor, offsets: Tensor | None = None) -> Tensor:
+def assert_equals_reference(
+    case: Case, q: Tensor, offsets: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     indices, topk_length = random_lists(case, q.shape[1], offsets)
-    got = mass(case, q, indices, topk_length, q_block_offsets=offsets)
+    got = mass(case, q, indices, topk_length, q_block_offsets=offsets, softcap=softcap or 0.0)
     selection = Selection(indices=indices, topk_length=topk_length, q_block_offsets=offsets)
-    expected = reference.recovered_mass(q, case.plain, selection)
+    expected = reference.recovered_mass(q, case.plain, selection, softcap=softcap)
     assert got.dtype == torch.float32
     assert (got >= 0).all() and (got <= 1).all()
     assert rel_err(got, expected) <= TOLERANCE
@@ -44,11 +46,19 @@ def assert_equals_reference(case: Case, q: Tensor, offsets: Tensor | None = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_decode(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(4, 1, 97, 6, 2, head_dim, dtype=dtype)
     got = assert_equals_reference(make_case(k, v, int32(97, 0, 1, 70)), q)
     assert (got[1] == 1).all()  # nothing visible, nothing lost
+
+
+def test_capped_logits() -> None:
+    q, k, v = make_qkv(2, 20, 60, 4, 2, 64)
+    case = make_case(k, v, int32(60, 25))
+    plain = assert_equals_reference(case, 3 * q, int32(0, 6, 20))
+    capped = assert_equals_reference(case, 3 * q, int32(0, 6, 20), softcap=1.0)
+    assert rel_err(capped, plain) > 0.05
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 7, 8])

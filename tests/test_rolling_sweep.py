@@ -207,8 +207,20 @@ def test_steps_equal_the_reference(sketch: str | None, num_lists: int, num_segme
     assert (decoding.state.scanned_to[0] > 0).all()
 
 
+@pytest.mark.parametrize("candidates_only", [False, True])
+@pytest.mark.parametrize("num_lists", [1, 2])
+def test_capped_logits_and_sinks(num_lists: int, candidates_only: bool) -> None:
+    sinks = torch.tensor([0.0, 4.0, -torch.inf, 1.0])
+    decoding = Decoding([420, 290], room=4, num_lists=num_lists)
+    for added in ({"softcap": 0.5}, {"sink_logits": sinks}, {"softcap": 0.5, "sink_logits": sinks}):
+        decoding.step(normalise_candidates_only=candidates_only, **added)
+    q = decoding.query()
+    q[0, 1] = torch.nan  # the columns of finite queries move together
+    decoding.step(q=q, sink_logits=sinks)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> None:
     for sketch in (None, "int8"):
         decoding = Decoding([420, 290], room=3, head_dim=head_dim, dtype=dtype, sketch=sketch)

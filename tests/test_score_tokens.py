@@ -57,7 +57,7 @@ def assert_equals_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> None:
     seqlens = int32(97, 0, 1, 70)
     case = case_of(seqlens, head_dim=head_dim, dtype=dtype)
@@ -94,6 +94,63 @@ def test_lengths_around_tiles(seqlen: int) -> None:
     case = case_of(seqlens, num_kv_heads=1, head_dim=32)
     blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1)
     assert_equals_reference(case, queries(1, 1, 1, 2, 32, seed=2), blocks)
+
+
+@pytest.mark.parametrize("num_vectors", [1, 9])  # weights kept, or made again
+@pytest.mark.parametrize("softcap", [0.5, 5.0])
+@pytest.mark.parametrize("options", [{}, {"max_vote": True}, {"normalise_candidates_only": True}])
+def test_capped_logits_and_sinks(options: dict[str, Any], softcap: float, num_vectors: int) -> None:
+    seqlens = int32(1100, 0, 40)
+    case = case_of(seqlens, head_dim=32)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=3, num_recent_tokens=17)
+    q = 3 * queries(3, 1, num_vectors, 6, 32, seed=1)
+    sinks = torch.tensor([0.0, 3.0, -3.0, 30.0, -100.0, -torch.inf])
+    plain, _, _ = score(case, q, blocks, **options)
+    for added in (
+        {"softcap": softcap},
+        {"sink_logits": sinks},
+        {"softcap": 5.0, "sink_logits": sinks},
+    ):
+        assert_equals_reference(case, q, blocks, **options, **added)
+        capped, _, _ = score(case, q, blocks, **options, **added)
+        changes = "softcap" in added or not options.get("normalise_candidates_only")
+        assert (rel_err(capped, plain) > 0.01) == changes
+
+
+def test_sinks_take_their_share() -> None:
+    """Scores are shares of each head's attention: a large sink logit leaves nothing to tokens."""
+    seqlens = int32(50)
+    case = case_of(seqlens, head_dim=32)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1)
+    q = queries(1, 1, 1, 2, 32, seed=1)
+    scores, _, _ = score(case, q, blocks, sink_logits=torch.tensor([-torch.inf, 90.0]))
+    assert scores[0, 0, 0].sum() == pytest.approx(1.0, abs=1e-5)
+    assert scores[0, 0, 1].sum() < 1e-30
+
+
+@pytest.mark.parametrize("sketch", ["int4", "int8"])
+def test_sketch_logits_are_capped(sketch: str) -> None:
+    seqlens = int32(600)
+    case = case_of(seqlens, head_dim=32, sketch=sketch)
+    blocks = QueryBlocks(
+        cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=3, num_recent_tokens=140
+    )
+    q = 3 * queries(1, 1, 1, 4, 32, seed=1)
+    got, _, _ = score(case, q, blocks, sketch=True, softcap=2.0)
+    options = {"softmax_scale": 32**-0.5, "source": "sketch"}
+    expected = score_query_blocks(q, case.plain, blocks, softcap=2.0, **options).scores
+    plain = score_query_blocks(q, case.plain, blocks, **options).scores
+    assert rel_err(got, expected) <= 2e-2 < 0.1 < rel_err(plain, expected)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_cap_does_not_hide_what_is_not_finite(bad: float) -> None:
+    seqlens = int32(60)
+    _, k, v = make_qkv(1, 1, 60, 2, 2, 32)
+    k[0, 7, 1, 3] = bad
+    case = make_case(k, v, seqlens)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1, num_recent_tokens=9)
+    assert_equals_reference(case, queries(1, 1, 1, 4, 32, seed=1), blocks, softcap=5.0)
 
 
 @pytest.mark.parametrize("sketch", [None, "int4", "int8"])
@@ -284,7 +341,7 @@ def assert_inside_bound(case: Case, q: Tensor, blocks: QueryBlocks) -> None:
 
 
 @pytest.mark.parametrize("sketch", ["int4", "int8"])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sketch_logits_stay_inside_the_analytic_bound(
     sketch: str, head_dim: int, dtype: torch.dtype

@@ -54,14 +54,26 @@ def assert_equals_reference(
     *,
     offsets: Tensor | None = None,
     rope: Any = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = attend(case, q, *(lists or (None, None)), q_block_offsets=offsets, rope=rope)
+    out, lse = attend(
+        case,
+        q,
+        *(lists or (None, None)),
+        q_block_offsets=offsets,
+        rope=rope,
+        softcap=softcap or 0.0,
+        sink_logits=sink_logits,
+    )
     selection = None
     if lists is not None:
         selection = Selection(*lists, q_block_offsets=offsets)
     elif offsets is not None:  # blocks without lists: the reference needs none to see everything
         offsets = None
-    expected_out, expected_lse = reference.sparse_attention(q, case.plain, selection, rope=rope)
+    expected_out, expected_lse = reference.sparse_attention(
+        q, case.plain, selection, rope=rope, softcap=softcap, sink_logits=sink_logits
+    )
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     assert out.is_contiguous() and lse.is_contiguous()
     assert rel_err(out, expected_out) <= TOLERANCE[q.dtype]
@@ -70,7 +82,7 @@ def assert_equals_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_decode_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(4, 1, 97, 6, 2, head_dim, dtype=dtype)
     case = make_case(k, v, int32(97, 0, 1, 70))
@@ -80,13 +92,57 @@ def test_decode_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160, 192, 256, 512])
 def test_prefill_every_head_dim_and_dtype(head_dim: int, dtype: torch.dtype) -> None:
     q, k, v = make_qkv(3, 21, 97, 6, 2, head_dim, dtype=dtype)
     case = make_case(k, v, int32(97, 13, 50))
     offsets = int32(0, 8, 21)
     assert_equals_reference(case, q, random_lists(case, 21, offsets), offsets=offsets)
     assert_equals_reference(case, q)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seqlen_q", [1, 21])
+@pytest.mark.parametrize("softcap", [None, 0.5, 5.0, 50.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_capped_logits_and_sinks(
+    softcap: float | None, with_sinks: bool, seqlen_q: int, dtype: torch.dtype
+) -> None:
+    """Both change the result by far more than any tolerance; a head without a sink has -inf."""
+    q, k, v = make_qkv(4, seqlen_q, 97, 6, 2, 64, dtype=dtype)
+    q = 3 * q
+    case = make_case(k, v, int32(97, 0, 1, 70))
+    sinks = torch.tensor([0.0, 3.0, -3.0, 30.0, -100.0, -torch.inf]) if with_sinks else None
+    options: dict[str, Any] = {"softcap": softcap, "sink_logits": sinks}
+    plain, _ = attend(case, q)
+    out, lse = assert_equals_reference(case, q, **options)
+    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+    if with_sinks or softcap in (0.5, 5.0):
+        assert rel_err(out[0], plain[0]) > 0.05
+    assert_equals_reference(case, q, random_lists(case, seqlen_q), **options)
+    if seqlen_q > 1:
+        offsets = int32(0, 8, 21)
+        assert_equals_reference(
+            case, q, random_lists(case, 21, offsets), offsets=offsets, **options
+        )
+
+
+def test_capped_logits_and_sinks_at_compact_positions() -> None:
+    q, k, v = make_qkv(2, 1, 97, 6, 2, 64)
+    case = make_case(k, v, int32(97, 70))
+    cos, sin = rope_tables(97, 32)
+    rope = SimpleNamespace(cos=cos, sin=sin, start=0, interleaved=False)
+    sinks = torch.linspace(-1.0, 4.0, 6)
+    lists = random_lists(case, 1)
+    assert_equals_reference(case, 3 * q, lists, rope=rope, softcap=4.0, sink_logits=sinks)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 9])
+def test_a_cap_does_not_hide_an_infinite_logit(seqlen_q: int) -> None:
+    q, k, v = make_qkv(1, seqlen_q, 97, 2, 1, 64)
+    k[0, 40, 0, 0] = torch.inf
+    out, _ = attend(make_case(k, v, int32(97)), q, softcap=5.0)
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16])
@@ -403,6 +459,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"cos": TABLE}, "sin: got None, allowed: a tensor, like cos"),
     ({"cos": TABLE[:29], "sin": TABLE[:29]}, "cos: got 29 positions, allowed: at least 30"),
     ({"cos": TABLE, "sin": TABLE, "rope_start": 1}, "rope_start: got 1 with 32 pairs"),
+    ({"softcap": -1.0}, r"softcap: got -1, allowed: 0 \(none\), or 1e-6 .. 1e6"),
+    ({"softcap": float("nan")}, "softcap: got -?nan, allowed"),
+    ({"sink_logits": torch.zeros(3)}, r"sink_logits: got shape \[3\]"),
+    ({"sink_logits": torch.zeros(4).double()}, "sink_logits: got float64, allowed: float32"),
 ]
 
 

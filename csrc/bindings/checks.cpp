@@ -165,9 +165,9 @@ void require_heads(int64_t num_q_heads, int64_t num_kv_heads, int64_t head_dim) 
     KVS_CHECK(num_kv_heads >= 1, "num_kv_heads: got ", num_kv_heads, ", allowed: an int >= 1");
     KVS_CHECK(num_q_heads >= 1 && num_q_heads % num_kv_heads == 0, "num_q_heads: got ", num_q_heads,
               ", allowed: a multiple of num_kv_heads = ", num_kv_heads);
-    constexpr std::array<int64_t, 6> kHeadDims{32, 64, 80, 96, 128, 256};
+    constexpr std::array<int64_t, 9> kHeadDims{32, 64, 80, 96, 128, 160, 192, 256, 512};
     KVS_CHECK(std::find(kHeadDims.begin(), kHeadDims.end(), head_dim) != kHeadDims.end(),
-              "head_dim: got ", head_dim, ", allowed: 32, 64, 80, 96, 128, 256");
+              "head_dim: got ", head_dim, ", allowed: 32, 64, 80, 96, 128, 160, 192, 256, 512");
 }
 
 CacheArg read_cache(const TensorArg& cache, const OptionalTensor& block_table, int64_t batch) {
@@ -356,6 +356,21 @@ RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t
     rope.start = start;
     rope.interleaved = interleaved;
     return rope;
+}
+
+float read_softcap(double softcap) {
+    const bool usable = softcap == 0.0 || (softcap >= 1e-6 && softcap <= 1e6);
+    KVS_CHECK(usable, "softcap: got ", softcap, ", allowed: 0 (none), or 1e-6 .. 1e6");
+    return static_cast<float>(softcap);
+}
+
+const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads) {
+    if (!sink_logits) return nullptr;
+    return TensorArg("sink_logits", *sink_logits)
+        .require_dtype(ScalarType::Float)
+        .require_shape({{"num_q_heads", num_q_heads}})
+        .require_contiguous()
+        .data<float>();
 }
 
 void require_rope_positions(const RopeView& rope, int64_t needed) {

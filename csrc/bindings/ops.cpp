@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
         "int num_recent_tokens, SymInt keep, float scale, bool normalise_candidates_only, "
         "bool max_vote, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved, "
-        "Tensor? hit, SymInt max_seqlen_k) -> (Tensor scores, Tensor lse, Tensor num_nonfinite)");
+        "Tensor? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None) -> (Tensor "
+        "scores, Tensor lse, Tensor num_nonfinite)");
     m.def(
         "select_tokens(Tensor scores, Tensor cache_seqlens, Tensor? starts, "
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
@@ -28,12 +29,13 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
         "Tensor cache_seqlens, Tensor? starts, Tensor? indices, Tensor? topk_length, "
         "Tensor? q_block_offsets, float softmax_scale, Tensor? cos, Tensor? sin, int rope_start, "
-        "bool rope_interleaved) -> (Tensor out, Tensor lse)");
+        "bool rope_interleaved, float softcap=0.0, Tensor? sink_logits=None) -> (Tensor out, "
+        "Tensor lse)");
     m.def("merge_splits(Tensor partial_out, Tensor partial_lse) -> (Tensor out, Tensor lse)");
     m.def(
         "recovered_mass(Tensor q, Tensor k_cache, Tensor? block_table, Tensor cache_seqlens, "
         "Tensor? starts, Tensor indices, Tensor topk_length, Tensor? q_block_offsets, "
-        "float softmax_scale, SymInt max_seqlen_k) -> Tensor");
+        "float softmax_scale, SymInt max_seqlen_k, float softcap=0.0) -> Tensor");
     m.def(
         "selection_cache_step(Tensor q, Tensor cache_seqlens, Tensor? starts, "
         "Tensor num_nonfinite, str similarity, float similarity_threshold, int max_age, "
@@ -47,7 +49,8 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "bool normalise_candidates_only, Tensor? cos, Tensor? sin, int rope_start, "
         "bool rope_interleaved, Tensor? hit, Tensor? scan_all, Tensor(a!) pool, "
         "Tensor(b!) pool_length, Tensor(c!) scanned_to, Tensor(d!) next_segment, "
-        "Tensor(e!) indices, Tensor(f!) topk_length, Tensor(g!) kept_score) "
+        "Tensor(e!) indices, Tensor(f!) topk_length, Tensor(g!) kept_score, float softcap=0.0, "
+        "Tensor? sink_logits=None) "
         "-> (Tensor num_seen, Tensor num_nonfinite)");
     m.def("build_info() -> str");
     m.def("cpu_implementations() -> str");

@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
-    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k);
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
+    double softcap, OptionalTensor sink_logits);
 
 void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
@@ -25,19 +26,18 @@ void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    int64_t pool_width, OptionalTensor hit, Tensor indices, Tensor topk_length,
                    Tensor kept_score);
 
-std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache,
-                                            OptionalTensor block_table, Tensor cache_seqlens,
-                                            OptionalTensor starts, OptionalTensor indices,
-                                            OptionalTensor topk_length,
-                                            OptionalTensor q_block_offsets, double softmax_scale,
-                                            OptionalTensor cos, OptionalTensor sin,
-                                            int64_t rope_start, bool rope_interleaved);
+std::tuple<Tensor, Tensor> sparse_attention(
+    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor block_table, Tensor cache_seqlens,
+    OptionalTensor starts, OptionalTensor indices, OptionalTensor topk_length,
+    OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits);
 
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
 Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tensor cache_seqlens,
                       OptionalTensor starts, Tensor indices, Tensor topk_length,
-                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k);
+                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k,
+                      double softcap);
 
 Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor starts,
                             Tensor num_nonfinite, StringArg similarity, double similarity_threshold,
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> rolling_sweep(
     bool normalise_candidates_only, OptionalTensor cos, OptionalTensor sin, int64_t rope_start,
     bool rope_interleaved, OptionalTensor hit, OptionalTensor scan_all, Tensor pool,
     Tensor pool_length, Tensor scanned_to, Tensor next_segment, Tensor indices, Tensor topk_length,
-    Tensor kept_score);
+    Tensor kept_score, double softcap, OptionalTensor sink_logits);
 
 std::string build_info();
 std::string cpu_implementations();

@@ -11,7 +11,8 @@ namespace kvselect::bindings {
 
 Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tensor cache_seqlens,
                       OptionalTensor starts, Tensor indices, Tensor topk_length,
-                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k) {
+                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k,
+                      double softcap) {
     require_count("max_seqlen_k", max_seqlen_k, 0);
     const TensorArg q_arg("q", q), cache_arg("k_cache", k_cache);
     q_arg.require_shape({{"batch"}, {"seqlen_q"}, {"num_q_heads"}, {"head_dim"}})
@@ -45,6 +46,7 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
     std::copy_n(lists.indices_strides, 3, p.indices_strides);
     std::copy_n(lists.topk_length_strides, 3, p.topk_length_strides);
     p.softmax_scale = static_cast<float>(softmax_scale);
+    p.softcap = read_softcap(softcap);
     p.max_seqlen_k = max_seqlen_k;
     p.mass = static_cast<float*>(mass.mutable_data_ptr());
 

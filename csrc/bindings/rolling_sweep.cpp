@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor> rolling_sweep(
     bool normalise_candidates_only, OptionalTensor cos, OptionalTensor sin, int64_t rope_start,
     bool rope_interleaved, OptionalTensor hit, OptionalTensor scan_all, Tensor pool,
     Tensor pool_length, Tensor scanned_to, Tensor next_segment, Tensor indices, Tensor topk_length,
-    Tensor kept_score) {
+    Tensor kept_score, double softcap, OptionalTensor sink_logits) {
     const std::string format = take_string(sketch_format);
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
@@ -118,6 +118,8 @@ std::tuple<Tensor, Tensor> rolling_sweep(
     p.keys = keys.view;
     p.keep = keep;
     p.scale = static_cast<float>(scale);
+    p.softcap = read_softcap(softcap);
+    p.sink_logits = read_sink_logits(sink_logits, num_q_heads);
     p.normalise_candidates_only = normalise_candidates_only;
 
     const TensorArg pool_arg("pool", pool);

@@ -53,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
-    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k) {
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
+    double softcap, OptionalTensor sink_logits) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
@@ -128,6 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     p.keys = keys.view;
     p.keep = keep;
     p.scale = static_cast<float>(scale);
+    p.softcap = read_softcap(softcap);
+    p.sink_logits = read_sink_logits(sink_logits, num_q_heads);
     p.normalise_candidates_only = normalise_candidates_only;
     p.max_vote = max_vote;
     p.scores = static_cast<float*>(scores.mutable_data_ptr());

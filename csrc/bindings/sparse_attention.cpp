@@ -9,13 +9,11 @@
 
 namespace kvselect::bindings {
 
-std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache,
-                                            OptionalTensor block_table, Tensor cache_seqlens,
-                                            OptionalTensor starts, OptionalTensor indices,
-                                            OptionalTensor topk_length,
-                                            OptionalTensor q_block_offsets, double softmax_scale,
-                                            OptionalTensor cos, OptionalTensor sin,
-                                            int64_t rope_start, bool rope_interleaved) {
+std::tuple<Tensor, Tensor> sparse_attention(
+    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor block_table, Tensor cache_seqlens,
+    OptionalTensor starts, OptionalTensor indices, OptionalTensor topk_length,
+    OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits) {
     const TensorArg q_arg("q", q), k_cache_arg("k_cache", k_cache), v_cache_arg("v_cache", v_cache);
     q_arg.require_shape({{"batch"}, {"seqlen_q"}, {"num_q_heads"}, {"head_dim"}})
         .require_contiguous_rows();
@@ -66,6 +64,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     p.keys = keys.view;
     p.values = values.view;
     p.softmax_scale = static_cast<float>(softmax_scale);
+    p.softcap = read_softcap(softcap);
+    p.sink_logits = read_sink_logits(sink_logits, num_q_heads);
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
 

@@ -3,7 +3,7 @@
 // pages and gathered lists share one loop.
 
 constexpr int64_t kTileTokens = 64;
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 template <typename T>
 inline const T* key_row(const KVView& view, int64_t row, int64_t position, int64_t kv_head) {

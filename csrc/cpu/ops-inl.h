@@ -1,6 +1,7 @@
 // Every op over the vector type of the including file, in the order in which they use each other.
 
 #include "cpu/exp-inl.h"
+#include "cpu/soft_cap-inl.h"
 #include "cpu/key_logits-inl.h"
 #if KVS_HAS_BF16_DOT
 #include "cpu/key_logits_bf16-inl.h"

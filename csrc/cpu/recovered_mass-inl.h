@@ -39,6 +39,7 @@ void recovered_mass_of(const RecoveredMassParams& p, int64_t begin, int64_t end,
         for (int64_t h = 0; h < group; ++h) {
             float* weight = weights + h * stride;
             float total;
+            cap_logits(weight, visible, p.softcap);
             exp2_in_place(weight, visible, &total);
             double kept = 0.0;
             for (int64_t i = 0; i < count && list[i] <= position; ++i)

@@ -88,7 +88,8 @@ struct SweepItem {
     float* logits;  // [num_columns, stride]
     int64_t stride;
     float* peak;   // [num_columns] maximum logit
-    float* total;  // [num_columns] sum of 2^(logit - peak), then its inverse
+    float* total;  // [num_columns] sum of 2^(logit - peak), then what a weight is a share by
+    float* sink;   // [num_columns] sink logit of the column's head
 };
 
 // Logits of tokens [begin, end) from their keys, into slots from `out` on.
@@ -203,6 +204,8 @@ inline void fill_sweep_logits(const RollingSweepParams& p, const SweepItem& s) {
     else
         scan_sketch<T, SketchFormat::kInt8>(p, s, scanned);
     score_pooled<T>(p, s, scanned + s.scanned.tokens);
+    for (int64_t c = 0; c < s.num_columns; ++c)
+        cap_logits(s.logits + c * s.stride, s.seen, p.softcap);
 }
 
 // Marks a slot NaN where a finite query met a logit that is not; such a token weighs nothing.
@@ -265,7 +268,8 @@ void sweep_votes(const RollingSweepParams& p, int64_t begin, int64_t end, float*
         float* q_local = q + group * p.head_dim;
         s.peak = q_local + group * p.head_dim;
         s.total = s.peak + group;
-        s.logits = s.total + group;
+        s.sink = s.total + group;
+        s.logits = s.sink + group;
         s.stride = p.room;
         s.scale = p.scale * kLog2E;
         int32_t* pooled = reinterpret_cast<int32_t*>(s.logits + group * s.stride);
@@ -276,6 +280,7 @@ void sweep_votes(const RollingSweepParams& p, int64_t begin, int64_t end, float*
         s.seen = s.num_always + s.scanned.tokens + s.num_pooled;
 
         // Gather the finite queries; a query vector with NaN or inf has no vote.
+        const bool has_sinks = p.sink_logits && !p.normalise_candidates_only;
         s.num_columns = 0;
         for (int64_t h = 0; h < group; ++h) {
             const int64_t from = (s.row * p.num_q_heads + s.kv_head * group + h) * p.head_dim;
@@ -288,6 +293,7 @@ void sweep_votes(const RollingSweepParams& p, int64_t begin, int64_t end, float*
             std::memcpy(q + s.num_columns * p.head_dim, p.q + from, bytes);
             if (p.q_local)
                 std::memcpy(q_local + s.num_columns * p.head_dim, p.q_local + from, bytes);
+            s.sink[s.num_columns] = has_sinks ? p.sink_logits[s.kv_head * group + h] : -INFINITY;
             ++s.num_columns;
         }
 
@@ -304,8 +310,15 @@ void sweep_votes(const RollingSweepParams& p, int64_t begin, int64_t end, float*
             p.num_nonfinite[item] += drop_nonfinite_slots(s, votes);
             weigh_slots(s);
         }
-        for (int64_t c = 0; c < s.num_columns; ++c)
-            s.total[c] = s.total[c] > 0.f ? 1.f / s.total[c] : 0.f;
+        for (int64_t c = 0; c < s.num_columns; ++c) {
+            if (!(s.total[c] > 0.f)) {
+                s.total[c] = 0.f;
+                continue;
+            }
+            const float sum = s.peak[c] + std::log2(s.total[c]);
+            const float share = has_sinks ? exp2(sum - with_sink(sum, s.sink[c])) : 1.f;
+            s.total[c] = share / s.total[c];
+        }
         int64_t c = 0;
         for (; c + 4 <= s.num_columns; c += 4) add_votes<4>(s, c, votes);
         for (; c < s.num_columns; ++c) add_votes<1>(s, c, votes);

@@ -127,6 +127,8 @@ template <typename T>
 inline int64_t clean_logits(const ScoreTokensParams& p, const ScoreItem& s, const ScoreTile& tile,
                             bool suspicious, bool* dropped) {
     fill_logits<T>(p, s, tile);
+    for (int64_t c = 0; c < s.num_columns; ++c)
+        cap_logits(tile.out + c * kScoreTileTokens, tile.end - tile.begin, p.softcap);
     const int64_t count = suspicious ? drop_nonfinite_tokens(s, tile, dropped) : 0;
     if (p.normalise_candidates_only) drop_all_but_candidates(s, tile);
     return count;
@@ -236,7 +238,9 @@ inline void weigh_tile(const ScoreTokensParams& p, const ScoreItem& s, int64_t i
 }
 
 // log2 of each column's sum of 2^logit over all tiles, in their order.
-inline void merge_tiles(const ScoreItem& s) {
+inline void merge_tiles(const ScoreTokensParams& p, const ScoreItem& s) {
+    const bool has_sinks = p.sink_logits && !p.normalise_candidates_only;
+    const int64_t group = p.num_q_heads / p.num_kv_heads;
     for (int64_t c = 0; c < s.num_columns; ++c) {
         const float* peaks = s.peak + c * s.tile_stride;
         const float* totals = s.total + c * s.tile_stride;
@@ -251,6 +255,9 @@ inline void merge_tiles(const ScoreItem& s) {
         float sum = reduce_add(sums);
         for (int64_t t = whole; t < s.num_tiles; ++t) sum += totals[t] * exp2(peaks[t] - peak);
         s.lse[c] = peak + std::log2(sum);
+        if (has_sinks)
+            s.lse[c] =
+                with_sink(s.lse[c], p.sink_logits[s.kv_head * group + s.source_column[c] % group]);
     }
 }
 
@@ -440,7 +447,7 @@ void score_tokens_of(const ScoreTokensParams& p, ScoreStage stage, int64_t item,
         for (int64_t tile = first; tile < last; ++tile) weigh_tile<T>(p, s, tile);
         return;
     }
-    merge_tiles(s);
+    merge_tiles(p, s);
     float* row_scores =
         p.scores +
         ((s.row * p.blocks.num_blocks + s.block) * p.num_kv_heads + s.kv_head) * p.max_seqlen_k;

@@ -56,7 +56,7 @@ void load_query(const SelectionCacheStepParams& p, int64_t row, int64_t head, fl
 
 template <typename T>
 bool is_similar(const SelectionCacheStepParams& p, int64_t row, int64_t list) {
-    constexpr int64_t kMaxHeadDim = 256;
+    constexpr int64_t kMaxHeadDim = 512;
     const int64_t num_heads = p.num_q_heads / p.num_lists;
     alignas(64) float q[kMaxHeadDim];
     CosineTerms terms;

@@ -67,9 +67,16 @@ inline void store_output(const SparseAttentionParams& p, const AttentionItem& a,
         (a.row * p.blocks.seqlen_q + query) * p.num_q_heads + a.kv_head * a.group + h;
     T* out = static_cast<T*>(p.out) + row * p.head_dim;
     const bool empty = peak == -INFINITY;
-    const F32 inverse = broadcast(empty ? 0.f : 1.f / total);
-    for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, mul(load(acc + d), inverse));
+    float weight = empty ? 0.f : 1.f / total;
     p.lse[row] = empty ? -INFINITY : peak * kLn2 + std::log(total);
+    if (p.sink_logits && !empty) {
+        const float sum = peak + std::log2(total);
+        const float all = with_sink(sum, p.sink_logits[a.kv_head * a.group + h]);
+        weight *= exp2(sum - all);
+        p.lse[row] = all * kLn2;
+    }
+    const F32 inverse = broadcast(weight);
+    for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, mul(load(acc + d), inverse));
 }
 
 // acc[c][d] += sum_t weights[c][t] * rows[t][d] for a strip of kCols columns x kVecs vectors.
@@ -208,6 +215,7 @@ inline void attend_part(const SparseAttentionParams& p, const AttentionItem& a, 
         }
         for (int64_t h = 0; h < group; ++h) {
             float* weight = weights + h * kTileTokens;
+            cap_logits(weight, tokens, p.softcap);
             float sum;
             const float top = exp2_in_place(weight, tokens, &sum);
             const float now = top > part.peak[h] ? top : part.peak[h];
@@ -376,6 +384,7 @@ inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& 
             const bool whole = tokens == kTileTokens && tile_last <= lowest;
             for (int64_t r = 0; r < some; ++r) {
                 float* weight = weights + r * kTileTokens;
+                cap_logits(weight, kTileTokens, p.softcap);
                 seen[r] = kTileTokens;
                 if (!whole) {
                     const int64_t position =

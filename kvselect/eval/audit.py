@@ -87,6 +87,7 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
             selection.q_block_offsets,
             queries.softmax_scale,
             queries.max_seqlen,
+            queries.softcap,
         )
         return mass.mean()
     assert queries.rope is not None
@@ -109,6 +110,7 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
         sketch=None,
         q_local=q_local.contiguous(),
         rope=queries.rope,
+        softcap=queries.softcap,
     )
     listed = scores.gather(3, indices.clamp(min=0).long()) * (indices >= 0)
     return listed.sum(3).mean() / (queries.q.shape[2] // cache.num_kv_heads)

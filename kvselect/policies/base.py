@@ -173,6 +173,19 @@ class Policy:
         rope = queries.rope if self.positions == "compact" else None
         return attend_queries(queries, cache, selection, rope)
 
+    def audit(
+        self, state: PolicyState, queries: Queries, cache: KVCache, selection: Selection
+    ) -> None:
+        """Score a decode step from the exact keys, and record what its lists missed.
+
+        Raises
+        ------
+        ValueError
+            If the method has no scores to compare with.
+        """
+        allowed = "a policy that scores tokens (TokenSelect)"
+        require(False, "audit", f"a policy {type(self).__name__}", allowed)
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON takes them, the method's name under "policy"; see `policy_from_dict`."""
         settings: dict[str, Any] = {"policy": type(self).__name__}
@@ -255,6 +268,8 @@ def selection_of(
     if queries.q_block_offsets is None:
         indices, topk_length = indices.squeeze(1), topk_length.squeeze(1)
         kept_score = kept_score.squeeze(1)
+        if isinstance(total_score, Tensor) and total_score.dim() == 3:
+            total_score = total_score.squeeze(1)
     return Selection(indices, topk_length, queries.q_block_offsets, kept_score, total_score, hit)
 
 

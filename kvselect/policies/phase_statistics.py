@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,9 @@ class PhaseStatistics:
     _totals: Tensor | None = None  # float64 [7]: exact far beyond any count here
     _reuse_counts: Tensor | None = None  # int64 [2]
     _audits: Tensor | None = None  # float64 [5]
+    _floor: Tensor | None = None  # float64 [FLOOR_BINS + 1]
+    _exact: Tensor | None = None  # float64 [4]: sums of overlap, mass, exact mass; lists
+    _least_overlap: Tensor | None = None
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything."""
@@ -104,6 +107,36 @@ class PhaseStatistics:
         )
         if len(self._recorded) == _CALLS_AT_ONCE:
             self._add_up()
+
+    def add(
+        self,
+        *,
+        num_calls: int,
+        num_dense_calls: int,
+        tokens_visible: int,
+        tokens_attended: int,
+        tokens_scanned: int,
+        mass_sum: float,
+        mass_count: float,
+        num_nonfinite: int,
+        floor: list[float] | None = None,
+    ) -> None:
+        """Counts of other calls, as the properties name them; ``floor`` as `record_floor`."""
+        if floor is not None:
+            self.record_floor(torch.tensor(floor, dtype=torch.float64))
+        self.num_calls += num_calls
+        self.num_dense_calls += num_dense_calls
+        self.tokens_visible += tokens_visible
+        self._attended_densely += tokens_attended
+        self._scanned += tokens_scanned
+        if self._recorded:
+            self._add_up()
+        counts = [0.0] * 7
+        counts[_MASS_SUM], counts[_MASS_COUNT] = mass_sum, mass_count
+        counts[_NONFINITE] = num_nonfinite
+        device = None if self._totals is None else self._totals.device
+        new = torch.tensor(counts, dtype=torch.float64, device=device)
+        self._totals = new if self._totals is None else self._totals + new
 
     def reuse_counts(self, device: torch.device) -> Tensor:
         """Lists that were reused and their visible tokens, int64 [2]: the lookups add to it."""
@@ -154,6 +187,37 @@ class PhaseStatistics:
         counts = [counted.sum(), tokens, kept.sum(), fresh.sum(), stopped.sum()]
         new = torch.stack([count.double() for count in counts])
         self._audits = new if self._audits is None else self._audits + new
+
+    def record_floor(self, counts: Tensor) -> None:
+        """What `trim_to_mass` counted, float64."""
+        self._floor = counts if self._floor is None else self._floor + counts
+
+    def record_exact(self, overlap: Tensor, mass: Tensor, exact_mass: Tensor) -> None:
+        """What `Policy.audit` found, each [batch, num_lists]."""
+        sums = [x.sum(dtype=torch.float64) for x in (overlap, mass, exact_mass)]
+        new = torch.stack([*sums, torch.full_like(sums[0], overlap.numel())])
+        self._exact = new if self._exact is None else self._exact + new
+        least = overlap.amin()
+        seen = self._least_overlap
+        self._least_overlap = least if seen is None else torch.minimum(least, seen)
+
+    @property
+    def exact_audit(self) -> dict[str, float] | None:
+        """What audits of decode steps found, by exact scores; None: no step was audited.
+
+        ``num_lists``; means of ``overlap`` (share of the exact top-k that a list holds), of the
+        ``mass`` that it keeps and of ``exact_mass``, that of the exact top-k; ``least_overlap``.
+        """
+        if self._exact is None or self._least_overlap is None:
+            return None
+        overlap, mass, exact_mass, count = self._exact.tolist()
+        return {
+            "num_lists": int(count),
+            "overlap": overlap / count,
+            "least_overlap": float(self._least_overlap),
+            "mass": mass / count,
+            "exact_mass": exact_mass / count,
+        }
 
     def _total(self, which: int) -> float:
         if self._recorded:
@@ -228,6 +292,19 @@ class PhaseStatistics:
         return self._audit(_AUDIT_KEPT) / fresh if fresh else None
 
     @property
+    def picked_for_mass(self) -> tuple[int, ...] | None:
+        """Lists of a policy with a mass floor, by how many candidates they took to reach it.
+
+        In equal steps from the fewest that they may take to the most; None: no such policy.
+        """
+        return None if self._floor is None else tuple(int(n) for n in self._floor[:-1].tolist())
+
+    @property
+    def num_short_of_mass(self) -> int:
+        """Lists that fell short of the mass floor with the most candidates that they may take."""
+        return 0 if self._floor is None else int(self._floor[-1])
+
+    @property
     def num_nonfinite(self) -> int:
         """Tokens and vectors met by the scores that were not finite, once per call."""
         return int(self._total(_NONFINITE))
@@ -247,7 +324,7 @@ class PhaseStatistics:
         """Bytes that dense attention would have read, by the same model."""
         return self.tokens_visible * 2.0 * head_dim * itemsize
 
-    def to_dict(self) -> dict[str, int | float | None]:
+    def to_dict(self) -> dict[str, Any]:
         """All counts as plain numbers."""
         return {
             "num_calls": self.num_calls,
@@ -264,6 +341,9 @@ class PhaseStatistics:
             "num_audited": self.num_audited,
             "num_stopped": self.num_stopped,
             "rolling_mass": self.rolling_mass,
+            "exact_audit": self.exact_audit,
+            "picked_for_mass": self.picked_for_mass,
+            "num_short_of_mass": self.num_short_of_mass,
             "num_nonfinite": self.num_nonfinite,
         }
 

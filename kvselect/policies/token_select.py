@@ -30,6 +30,8 @@ from kvselect.policies.base import (
     selection_of,
     visible_tokens,
 )
+from kvselect.policies.mass_floor import trim_to_mass
+from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.scoring_vectors import (
     BlockVectors,
     compact_decode_vectors,
@@ -37,7 +39,7 @@ from kvselect.policies.scoring_vectors import (
     original_vectors,
 )
 from kvselect.queries import Phase, Queries
-from kvselect.query_blocks import block_range
+from kvselect.query_blocks import BlockRange, block_range
 from kvselect.rolling_pools import MAX_SEGMENTS, RollingPools, SweepCounts, Swept
 from kvselect.rope import Rope
 from kvselect.score import score_blocks
@@ -51,6 +53,7 @@ from kvselect.selection import (
 )
 from kvselect.selection_cache import SelectionCache
 from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS
+from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
 __all__ = ["TokenSelect"]
 
@@ -105,6 +108,13 @@ class TokenSelect(Policy):
         dense attention is the faster one on this machine, where that was measured
         (`kvselect.break_even`); near it results then depend on the machine. Compact positions end
         the dense path at the trained length.
+    mass_target : float in (0, 1), or None
+        Each list takes more candidates, up to ``topk_max`` (times ``overselect``), until the
+        estimated attention mass that it keeps, averaged over its heads, reaches this. Never fewer
+        than without. None: as many for every query.
+    topk_max : int >= topk, or None
+        Given exactly where ``mass_target`` is. Lists that fall short of the target with so many are
+        counted (`PhaseStatistics.num_short_of_mass`).
     similarity_threshold : float in (0, 1], or None
         Reuse a list while queries are at least so similar; None: select at every step.
     max_age : int
@@ -165,6 +175,8 @@ class TokenSelect(Policy):
     dense_layers: tuple[int, ...] = ()
     dense_prefill: bool = False
     dense_below_tokens: int | None = None
+    mass_target: float | None = None
+    topk_max: int | None = None
     similarity_threshold: float | None = None
     max_age: int = 64
     similarity: Literal["min", "q10", "flat"] | None = None
@@ -199,6 +211,7 @@ class TokenSelect(Policy):
         if self.dense_below_tokens is not None:
             allowed = "None or an int >= 0"
             require_int(self.dense_below_tokens, "dense_below_tokens", 0, allowed)
+        self._require_floor()
         if self.similarity_threshold is not None:
             allowed = "None or a float in (0, 1]"
             threshold = require_float(self.similarity_threshold, "similarity_threshold", allowed)
@@ -237,6 +250,26 @@ class TokenSelect(Policy):
             allowed = "'unrotated' with positions='compact'"
             require(self.similarity_on == "unrotated", "similarity_on", self.similarity_on, allowed)
 
+    def _require_floor(self) -> None:
+        """A mass floor needs scores that are shares of attention mass, of all that is visible."""
+        if self.mass_target is None:
+            allowed = "None without mass_target"
+            require(self.topk_max is None, "topk_max", self.topk_max, allowed)
+            return
+        allowed = "None or a float in (0, 1)"
+        target = require_float(self.mass_target, "mass_target", allowed)
+        require(0.0 < target < 1.0, "mass_target", target, allowed)
+        allowed = f"an int >= {self.topk} (topk) with mass_target"
+        require_int(self.topk_max, "topk_max", self.topk, allowed)
+        allowed = "None with mass_target"
+        require(self.score_scale is None, "score_scale", self.score_scale, allowed)
+        require(self.num_segments is None, "num_segments", self.num_segments, allowed)
+        allowed = "'visible' with mass_target"
+        require(self.normalise_over == "visible", "normalise_over", self.normalise_over, allowed)
+        allowed = "'sum_vote' or 'mean' with mass_target"
+        require(self.aggregate != "max_vote", "aggregate", self.aggregate, allowed)
+        require(self.pool_width == 1, "pool_width", self.pool_width, "1 with mass_target")
+
     @classmethod
     def paper_compat(cls, **settings: Any) -> TokenSelect:
         """The published form, for comparison only; ``settings`` replace single fields."""
@@ -269,6 +302,11 @@ class TokenSelect(Policy):
         return num_kept(self.topk, self.overselect)
 
     @property
+    def keep_max(self) -> int:
+        """The most tokens that may be picked by score: `keep`, but for a mass floor."""
+        return self.keep if self.topk_max is None else num_kept(self.topk_max, self.overselect)
+
+    @property
     def budget(self) -> int:
         """Tokens that may be attended to before anything is left out: rows up to here are dense."""
         return self.num_sink_tokens + self.topk + self.num_recent_tokens
@@ -278,7 +316,7 @@ class TokenSelect(Policy):
         """Most tokens in one list: sinks, picked, window, what reuse or a query block adds."""
         tail = self.tail_q_block_size if self.num_tail_tokens else 0
         window = self.num_recent_tokens + max(self.max_age, self.q_block_size, tail)
-        return self.num_sink_tokens + self.keep + window
+        return self.num_sink_tokens + self.keep_max + window
 
     def dense_limit(self, rope: Rope | None) -> int:
         """Rows of at most so many tokens are dense."""
@@ -339,7 +377,7 @@ class TokenSelect(Policy):
             state.invalidate()
             votes, total, num_nonfinite = self._vote(queries, cache)
             width = list_width(min(self._longest_list(queries, cache), queries.max_seqlen))
-            lists = self._pick(votes, queries, cache, width)
+            lists = self._pick(votes, queries, cache, width, total=total, statistics=statistics)
             selection = selection_of(lists, queries, cache.num_kv_heads, total)
             statistics.record_selection(selection, visible, True, num_nonfinite)
             return selection
@@ -368,11 +406,16 @@ class TokenSelect(Policy):
             self._audit(state, lists, sweep.rolled, queries, cache)
             heads = queries.q.shape[2] // self._num_lists(cache)
             total = float(heads) if self._scores_are_mass() else None
+            if queries.sink_logits is not None:
+                total = None  # what the sinks left to the tokens is not known
             if self._has_dense_rows(queries, cache):
                 lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         else:
             votes, total, num_nonfinite = self._vote(queries, cache, hit)
-            lists = self._pick(votes, queries, cache, list_width(width), hit, reused)
+            width = list_width(width)
+            lists = self._pick(
+                votes, queries, cache, width, hit, reused, total=total, statistics=statistics
+            )
         if reuse is not None:
             reuse.store(lists, cache)
         selection = selection_of(lists, queries, cache.num_kv_heads, total, hit)
@@ -404,6 +447,8 @@ class TokenSelect(Policy):
             width=width,
             hit=hit,
             reused=reused,
+            softcap=queries.softcap,
+            sink_logits=queries.sink_logits,
         )
 
     def _audit(
@@ -428,6 +473,32 @@ class TokenSelect(Policy):
             tokens = (counted * real).sum() * (cache.num_kv_heads // counted.shape[1])
             state.statistics(queries.phase).record_audit(*audited, tokens)
         rolling.void([tokens <= limit for tokens in cache.num_real_tokens])
+
+    def audit(
+        self, state: PolicyState, queries: Queries, cache: KVCache, selection: Selection
+    ) -> None:
+        """Compare a step's lists with the exact top-k of exact scores, ``topk`` candidates of it.
+
+        How many of these the lists hold, and which attention mass either keeps. With compact
+        positions candidates are scored as ever, at their fixed distance, but from their keys.
+        """
+        num_lists = self._num_lists(cache)
+        votes = self._vote(queries, cache, exact=True)[0][:, 0]
+        at = self._block_range(queries, cache)
+        width = list_width(min(self.budget, queries.max_seqlen))
+        best = self._pick(votes[:, None], queries, cache, width, keep=self.topk)
+        listed = selection.indices[:, :num_lists].long()
+        listed = listed.where(listed >= 0, votes.shape[2])  # pads mark a place of their own
+        marks = votes.new_zeros((*votes.shape[:2], votes.shape[2] + 1))
+        marks = marks.scatter(2, listed, 1.0)
+        wanted = best.indices[:, 0]
+        candidate = (wanted >= at.sink_end[..., None]) & (wanted < at.window_start[..., None])
+        found = marks.gather(2, wanted.clamp(min=0).long()).where(candidate, 0.0).sum(2)
+        count = candidate.sum(2)
+        overlap = (found / count.clamp(min=1)).where(count > 0, 1.0)
+        total = votes.nansum(2).clamp(min=1e-30)
+        mass = (votes.nan_to_num(0.0) * marks[..., :-1]).sum(2) / total
+        state.decode.record_exact(overlap, mass, best.kept_score[:, 0] / total)
 
     def _require_usable(self, queries: Queries, cache: KVCache) -> None:
         """What is missing would be missed at the first long row only; say so at the first step."""
@@ -477,6 +548,8 @@ class TokenSelect(Policy):
                 q_local=part.q_local,
                 rope=queries.rope if self.positions == "compact" else None,
                 hit=hit,
+                softcap=queries.softcap,
+                sink_logits=queries.sink_logits,
             )
             scores.append(part_scores)
             counts.append(num_nonfinite)
@@ -484,8 +557,14 @@ class TokenSelect(Policy):
         votes, num_nonfinite = scores[0], counts[0]
         if len(parts) > 1:
             votes, num_nonfinite = torch.cat(scores, dim=1), torch.cat(counts, dim=1)
-        total = self._total_score(parts, queries.q.shape[2] // (1 if shared else num_kv_heads))
-        return votes.sum(2, keepdim=True) if shared else votes, total, num_nonfinite
+        heads = queries.q.shape[2] // (1 if shared else num_kv_heads)
+        if shared:
+            votes = sum_over_ranks(votes.sum(2, keepdim=True), queries.process_group)
+            heads *= num_ranks(queries.process_group)
+        total = self._total_score(parts, heads)
+        if total is not None and queries.sink_logits is not None:
+            total = votes.nansum(3)  # the sinks took the rest
+        return votes, total, num_nonfinite
 
     def _total_score(self, parts: list[BlockVectors], heads: int) -> float | Tensor | None:
         """What all visible tokens of a list score together; a Tensor where blocks differ."""
@@ -510,8 +589,13 @@ class TokenSelect(Policy):
         hit: Tensor | None = None,
         reused: Lists | None = None,
         keep: int | None = None,
+        total: float | Tensor | None = None,
+        statistics: PhaseStatistics | None = None,
     ) -> Lists:
-        """Sinks, the best candidates and the window; everything, where a row is dense."""
+        """Sinks, the best candidates and the window; everything, where a row is dense.
+
+        ``total``, what all tokens score together, and ``statistics`` are for a mass floor.
+        """
         lists = select_blocks(
             votes,
             cache_seqlens=queries.cache_seqlens,
@@ -521,15 +605,39 @@ class TokenSelect(Policy):
             window_rule=self._window_rule(queries),
             num_sink_tokens=self.num_sink_tokens,
             num_recent_tokens=self.num_recent_tokens,
-            keep=self.keep if keep is None else keep,
+            keep=self.keep_max if keep is None else keep,
             width=width,
             pool_width=self.pool_width,
             hit=hit,
             reused=reused,
         )
+        if self.mass_target is not None and keep is None:
+            assert total is not None and statistics is not None
+            floored = trim_to_mass(
+                lists,
+                votes,
+                self._block_range(queries, cache),
+                keep=self.keep,
+                keep_max=self.keep_max,
+                wanted=self.mass_target * torch.as_tensor(total, device=votes.device),
+                hit=hit,
+            )
+            lists = floored.lists
+            statistics.record_floor(floored.counts)
         if self._has_dense_rows(queries, cache):
             lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         return lists
+
+    def _block_range(self, queries: Queries, cache: KVCache) -> BlockRange:
+        return block_range(
+            queries.cache_seqlens,
+            cache.starts,
+            queries.q_block_offsets,
+            queries.seqlen_q,
+            self._window_rule(queries),
+            self.num_sink_tokens,
+            self.num_recent_tokens,
+        )
 
     def _window_rule(self, queries: Queries) -> str:
         return "decode" if queries.phase == "decode" else self.window_anchor
@@ -539,7 +647,8 @@ class TokenSelect(Policy):
 
         Rows within the budget need no care: their lists hold every token anyway.
         """
-        return cache.batch > 1 and self.dense_limit(queries.rope) > self.budget
+        several = cache.batch > 1 or cache.lengths_are_bounds
+        return several and self.dense_limit(queries.rope) > self.budget
 
     def _longest_list(self, queries: Queries, cache: KVCache) -> int:
         if self._has_dense_rows(queries, cache):
@@ -570,15 +679,7 @@ class TokenSelect(Policy):
                 rank = self._decode_rank(queries, cache)
                 q, q_local = compact_decode_vectors(q.float(), rope, self.num_recent_tokens, rank)
             return [BlockVectors(0, queries.num_blocks, q, q_local)]
-        at = block_range(
-            queries.cache_seqlens,
-            cache.starts,
-            queries.q_block_offsets,
-            queries.seqlen_q,
-            self.window_anchor,
-            self.num_sink_tokens,
-            self.num_recent_tokens,
-        )
+        at = self._block_range(queries, cache)
         groups = 1 if self.aggregate == "mean" else self.query_groups
         first = self.average_queries == "before_rope"
         if self.positions == "original":
@@ -589,7 +690,7 @@ class TokenSelect(Policy):
         """Rank of each query's own token in its list; one number where all lists are full."""
         full = self.num_sink_tokens + self.keep + self.num_recent_tokens
         shortest = min(cache.num_real_tokens) - queries.num_later_tokens - queries.seqlen_q + 1
-        if shortest >= full:
+        if shortest >= full and not cache.lengths_are_bounds:
             return full - 1
         real = _real_tokens(queries, cache)
         place = torch.arange(1 - queries.seqlen_q, 1, device=real.device)

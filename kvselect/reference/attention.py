@@ -8,6 +8,7 @@ from torch import Tensor
 from kvselect.reference.cache import CacheLike
 from kvselect.reference.query_blocks import QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
+from kvselect.reference.soft_cap import soft_capped
 from kvselect.selection import Selection
 
 
@@ -26,6 +27,8 @@ def sparse_attention(
     *,
     softmax_scale: float | None = None,
     rope: RopeTable | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last ``seqlen_q`` tokens over the tokens that a selection lists.
 
@@ -45,6 +48,10 @@ def sparse_attention(
         Keys are stored, and q is given, before RoPE ("compact" positions): the key of rank r in its
         list rotates to r, the query to the rank of its own token (the one that it would have, where
         it is not listed).
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``.
+    sink_logits : Tensor, [num_q_heads], or None
+        One more logit per head, of a value that is 0: it takes part in the denominator only.
 
     Returns
     -------
@@ -83,9 +90,12 @@ def sparse_attention(
                     vectors = q[row, query, heads].double()
                     if rope is not None:
                         vectors = rotate(vectors, (entries < position).sum(), rope)
-                    logits = scale * vectors @ keys[:num_seen].T
-                    lse[row, query, heads] = logits.logsumexp(-1)
-                    out[row, query, heads] = logits.softmax(-1) @ values[:num_seen]
+                    logits = soft_capped(scale * vectors @ keys[:num_seen].T, softcap)
+                    total = logits.logsumexp(-1)
+                    if sink_logits is not None:
+                        total = total.logaddexp(sink_logits[heads].double())
+                    lse[row, query, heads] = total
+                    out[row, query, heads] = (logits - total[:, None]).exp() @ values[:num_seen]
     return out, lse
 
 
@@ -113,7 +123,12 @@ def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tens
 
 
 def recovered_mass(
-    q: Tensor, cache: CacheLike, selection: Selection, *, softmax_scale: float | None = None
+    q: Tensor,
+    cache: CacheLike,
+    selection: Selection,
+    *,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Share of each query head's dense attention mass that a selection holds.
 
@@ -126,6 +141,8 @@ def recovered_mass(
     selection : Selection
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap : float or None
+        As in `sparse_attention`.
 
     Returns
     -------
@@ -151,7 +168,8 @@ def recovered_mass(
                     if position < start:
                         continue
                     keys = cache.k[row, start : position + 1, h // group_size].double()
-                    weights = (scale * (keys @ q[row, query, h].double())).softmax(0)
+                    logits = scale * (keys @ q[row, query, h].double())
+                    weights = soft_capped(logits, softcap).softmax(0)
                     seen = entries[(entries >= start) & (entries <= position)]
                     mass[row, query, h] = weights[seen - start].sum()
     return mass

@@ -63,6 +63,8 @@ def decode_step(
     q_unrotated: Tensor | None = None,
     rope: RopeTable | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, StepInfo]:
     """Attention of each row's newest token over what TokenSelect, StreamingLLM or Dense selects.
 
@@ -81,6 +83,8 @@ def decode_step(
         Needed by "compact".
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap, sink_logits
+        As in sparse_attention.
 
     Returns
     -------
@@ -119,13 +123,15 @@ def decode_step(
         )
         dense = [blocks.seqlen(row) - blocks.start(row) <= limit for row in range(batch)]
     if all(dense):
-        out, lse = sparse_attention(q, cache, softmax_scale=scale, rope=table)
+        out, lse = sparse_attention(
+            q, cache, softmax_scale=scale, rope=table, softcap=softcap, sink_logits=sink_logits
+        )
         return out, StepInfo(None, lse)
 
     num_lists = 1 if getattr(settings, "scope", "layer") == "layer" else num_kv_heads
     votes: Tensor | None = None
     if name == "TokenSelect":
-        votes = decode_votes(q, cache, blocks, settings, table, scale)
+        votes = decode_votes(q, cache, blocks, settings, table, scale, softcap, sink_logits)
         if num_lists == 1:
             votes = votes.sum(1, keepdim=True)
     threshold: Any = getattr(settings, "similarity_threshold", None)  # None: select every time
@@ -138,6 +144,10 @@ def decode_step(
         if state.version != version:
             state.lists, state.version = {}, version
 
+    total: float | Tensor | None = total_score(settings, q.shape[2] // num_lists)
+    if total is not None and sink_logits is not None and votes is not None:
+        total = votes.nansum(-1)  # the sinks took the rest
+
     lists: list[list[int]] = []
     kept: list[float] = []
     hits: list[int] = []
@@ -149,7 +159,12 @@ def decode_step(
             if dense[row] and limit > budget(settings):
                 listed, score = list(range(at.start, at.end)), float("nan")
             else:  # a dense row within the budget loses nothing by selection
-                listed, score = fresh_list(own, at, settings)
+                whole = (
+                    total
+                    if total is None
+                    else float(torch.as_tensor(total).expand(batch, num_lists)[row, n])
+                )
+                listed, score = fresh_list(own, at, settings, whole)
             if threshold is not None:
                 known = state.lists.pop((row, n), None)
                 anchor, age = compared[row, n], 0
@@ -175,21 +190,43 @@ def decode_step(
         indices.view(*shape, width).expand(-1, num_kv_heads, -1),
         lengths.view(shape).expand(-1, num_kv_heads),
         kept_score=torch.tensor(kept, dtype=torch.float64).view(shape).expand(-1, num_kv_heads),
-        total_score=total_score(settings, q.shape[2] // num_lists),
+        total_score=total,
         hit=torch.tensor(hits, dtype=torch.int32).view(shape) if threshold is not None else None,
     )
-    out, lse = sparse_attention(q, cache, selection, softmax_scale=scale, rope=table)
+    out, lse = sparse_attention(
+        q,
+        cache,
+        selection,
+        softmax_scale=scale,
+        rope=table,
+        softcap=softcap,
+        sink_logits=sink_logits,
+    )
     return out, StepInfo(selection, lse)
 
 
-def fresh_list(own: list[float] | None, at: BlockRange, settings: Any) -> tuple[list[int], float]:
-    """Sinks, the best-scored candidates and the window, and what they score; None: no scores."""
+def fresh_list(
+    own: list[float] | None, at: BlockRange, settings: Any, total: float | None = None
+) -> tuple[list[int], float]:
+    """Sinks, the best-scored candidates and the window, and what they score; None: no scores.
+
+    With a mass floor, as many candidates as reach its share of ``total``, between two bounds.
+    """
     sinks, window = range(at.start, at.sink_end), range(at.window_start, at.end)
     if own is None:
         return [*sinks, *window], 0.0
     keep = num_kept(settings.topk, settings.overselect)
-    picked = pick(own, at.sink_end, at.window_start, keep, settings.pool_width)
-    listed = without_nonfinite([*sinks, *picked, *window], own)
+    target, largest = settings.mass_target, keep
+    if target is not None:
+        largest = num_kept(settings.topk_max, settings.overselect)
+    while True:
+        picked = pick(own, at.sink_end, at.window_start, keep, settings.pool_width)
+        listed = without_nonfinite([*sinks, *picked, *window], own)
+        if keep >= min(largest, at.num_candidates) or target is None or total is None:
+            break
+        if sum(own[i] for i in listed) >= target * total:
+            break
+        keep += 1
     return listed, sum(own[i] for i in listed)
 
 
@@ -230,6 +267,8 @@ def decode_votes(
     settings: Any,
     table: RopeTable | None,
     softmax_scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Scores of a TokenSelect decode step, [batch, num_kv_heads, max_seqlen].
 
@@ -256,4 +295,6 @@ def decode_votes(
         keep=keep,
         normalise_candidates_only=settings.normalise_over == "candidates",
         rope=table,
+        softcap=softcap,
+        sink_logits=sink_logits,
     ).scores[:, 0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvselect.reference.cache import CacheLike, sketched_keys
 from kvselect.reference.query_blocks import QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
+from kvselect.reference.soft_cap import soft_capped
 
 
 class BlockScores(NamedTuple):
@@ -32,6 +33,8 @@ def score_query_blocks(
     normalise_candidates_only: bool = False,
     max_vote: bool = False,
     rope: RopeTable | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> BlockScores:
     """Score every visible token for every block: ``scores[g, i] = sum_h exp(s[h, i] - lse[h])``.
 
@@ -62,6 +65,10 @@ def score_query_blocks(
         Keys are stored before RoPE ("compact" positions): a sink's key rotates to its rank, a
         recent one's to ``num_sinks + min(keep, num_candidates)`` plus its offset in the window.
         Candidates stay as they are; the caller has rotated q to one fixed distance.
+    softcap : float or None
+        Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``.
+    sink_logits : Tensor, [num_q_heads], or None
+        One more logit per head in ``lse``, unless that is the candidates' alone.
 
     Returns
     -------
@@ -114,8 +121,16 @@ def score_query_blocks(
                         logits = torch.where(is_candidate, far @ query, local @ query_local)
                         logits = softmax_scale * logits
                         bad |= visible & ~logits.isfinite()
+                        logits = soft_capped(logits, softcap)
                         logits = logits.where(counted & logits.isfinite(), -torch.inf)
-                        lse[row, block, vector, h] = logits.logsumexp(0)
+                        total = logits.logsumexp(0)
+                        if (
+                            sink_logits is not None
+                            and not normalise_candidates_only
+                            and counted.any()
+                        ):
+                            total = total.logaddexp(sink_logits[h].double())
+                        lse[row, block, vector, h] = total
                         if lse[row, block, vector, h] > -torch.inf:
                             vote += (logits - lse[row, block, vector, h]).exp()
                     votes.append(vote)

@@ -12,6 +12,7 @@ from kvselect.reference.cache import BLOCK_TOKENS, CacheLike, sketched_keys
 from kvselect.reference.query_blocks import BlockRange, QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.selection import BlockLists, without_nonfinite
+from kvselect.reference.soft_cap import soft_capped
 
 
 class SweepState(NamedTuple):
@@ -57,6 +58,8 @@ def rolling_sweep(
     hit: Tensor | None = None,
     scan_all: Tensor | None = None,
     previous: BlockLists | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> SweptLists:
     """Lists of one decode step, from the tokens that this step looks at.
 
@@ -89,6 +92,8 @@ def rolling_sweep(
     scan_all : Tensor or None, [batch, num_lists]
         Where non-zero, every candidate is looked at, and the list's state stays as it is.
     previous : BlockLists or None
+    softcap, sink_logits
+        As in score_query_blocks.
 
     Returns
     -------
@@ -147,6 +152,8 @@ def rolling_sweep(
                     source=source,
                     normalise_candidates_only=normalise_candidates_only,
                     rope=rope,
+                    softcap=softcap,
+                    sink_logits=sink_logits,
                 )
                 own = own + vote
                 num_nonfinite[row, g] = bad
@@ -204,6 +211,8 @@ def _head_votes(
     source: str,
     normalise_candidates_only: bool,
     rope: RopeTable | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, int]:
     """Votes of KV head ``g``, [max_seqlen] float64, NaN for defects; how many were not finite."""
     always, scanned, pooled = looked_at
@@ -217,7 +226,7 @@ def _head_votes(
         ranks = [i + (-at.start if i < at.sink_end else after_picked) for i in always]
         keys[always] = rotate(exact[always], torch.tensor(ranks, dtype=torch.int64), rope)
     seen = [*always, *scanned, *pooled]
-    num_nonfinite, logits = 0, []
+    num_nonfinite, logits, sinks = 0, [], []
     for h in range(g * group_size, (g + 1) * group_size):
         far, near = q[h].double(), q_local[h].double()
         if not (far.isfinite().all() and near.isfinite().all()):
@@ -225,16 +234,21 @@ def _head_votes(
             continue
         both = torch.cat([keys[always] @ near, keys[[*scanned, *pooled]] @ far])
         logits.append(softmax_scale * both)
+        sinks.append(-torch.inf if sink_logits is None else float(sink_logits[h]))
     bad = torch.zeros(len(seen), dtype=torch.bool)
     for own in logits:
         bad |= ~own.isfinite()
     vote = torch.zeros(len(seen), dtype=torch.float64)
-    for own in logits:
+    for own, sink in zip(logits, sinks):
+        own = soft_capped(own, softcap)
         own[bad] = -torch.inf
         if normalise_candidates_only:
             own[: len(always)] = -torch.inf
         if (own > -torch.inf).any():
-            vote += own.softmax(0)
+            total = own.logsumexp(0)
+            if not normalise_candidates_only:
+                total = total.logaddexp(torch.tensor(sink, dtype=torch.float64))
+            vote += (own - total).exp()
     votes = torch.zeros(cache.k.shape[1], dtype=torch.float64)
     votes[seen] = vote.where(~bad, torch.nan)
     return votes, num_nonfinite + int(bad.sum())

@@ -20,7 +20,7 @@ namespace kvselect::test {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16};
-constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 256};
+constexpr int64_t kHeadDims[] = {32, 64, 80, 96, 128, 160, 192, 256, 512};
 
 class Random {  // splitmix64
 public:

@@ -19,6 +19,8 @@ struct Case {
     int64_t listed = 0;        // tokens per list; 0: no lists
     bool shared_list = false;  // head stride 0
     const RopeTable* rope = nullptr;
+    float softcap = 0.f;
+    std::vector<float> sink_logits{};  // one per query head, or none
 };
 
 // Runs the op on a cache whose unlisted tokens are NaN, and compares with softmax in double.
@@ -88,6 +90,8 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
         }
     }
     p.softmax_scale = 0.125f;
+    p.softcap = c.softcap;
+    if (!c.sink_logits.empty()) p.sink_logits = c.sink_logits.data();
     if (c.rope) p.rope = c.rope->view();
     p.out = out.data();
     p.lse = lse.data();
@@ -149,9 +153,13 @@ void attend_and_compare(const cpu::Implementation& ops, const Case& c, int line)
                         key[d] = cache.key(row, seen[rank], kv_head, d);
                     if (c.rope) key = c.rope->rotate(key, static_cast<int64_t>(rank));
                     logits.push_back(0.125 * dot(query, key));
+                    if (c.softcap > 0.f)
+                        logits.back() = c.softcap * std::tanh(logits.back() / c.softcap);
                     peak = std::max(peak, logits.back());
                 }
                 for (double& x : logits) total += x = std::exp(x - peak);
+                if (!c.sink_logits.empty() && !seen.empty())
+                    total += std::exp(double{c.sink_logits[head]} - peak);
                 for (size_t i = 0; i < seen.size(); ++i)
                     for (int64_t d = 0; d < c.head_dim; ++d)
                         want[d] += logits[i] / total * cache.value(row, seen[i], kv_head, d);
@@ -238,6 +246,23 @@ TEST(sparse_attention_blocks_of_queries_are_causal) {
             __LINE__);
     attend_and_compare(
         ops, {.seqlens = {200, 77}, .seqlen_q = 20, .offsets = {0, 4, 20}, .listed = 50}, __LINE__);
+}
+
+TEST(sparse_attention_caps_logits_and_counts_sinks) {
+    for (DType dtype : kDTypes)
+        for (float softcap : {0.f, 0.75f, 30.f})
+            for (int64_t listed : {0, 70}) {
+                Case c{.dtype = dtype,
+                       .seqlens = {300, 1, 0, 70},
+                       .listed = listed,
+                       .softcap = softcap,
+                       .sink_logits = {0.f, 2.f, -INFINITY, 40.f}};
+                attend_and_compare(ops, c, __LINE__);
+                c.seqlens = {300, 90};
+                c.seqlen_q = 20;
+                c.offsets = {0, 1, 20};
+                attend_and_compare(ops, c, __LINE__);
+            }
 }
 
 TEST(sparse_attention_rotates_to_ranks) {

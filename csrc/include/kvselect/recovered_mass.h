@@ -17,6 +17,7 @@ struct RecoveredMassParams {
     const int32_t* topk_length;  // [batch, num_blocks, num_kv_heads]
     int64_t indices_strides[3], topk_length_strides[3];
     float softmax_scale;
+    float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
     int64_t max_seqlen_k;
     float* mass;  // [batch, seqlen_q, num_q_heads] in [0, 1]; 1 where nothing is visible
 };

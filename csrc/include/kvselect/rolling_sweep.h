@@ -29,6 +29,8 @@ struct RollingSweepParams {
     RopeView rope;      // as in score_tokens.h
     int64_t keep;       // candidates to pick, by (votes descending, position ascending)
     float scale;
+    float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
+    const float* sink_logits;  // as in score_tokens.h
     bool normalise_candidates_only;
     const int32_t* hit;       // [batch, num_lists] non-zero: only append the newest token to the
                               // list, and leave its state alone; or nullptr
@@ -133,7 +135,7 @@ inline int64_t rolling_sweep_room(const RollingSweepParams& p) {
 // Scratch per worker, in floats.
 inline int64_t rolling_sweep_scratch_floats(const RollingSweepParams& p) {
     const int64_t columns = p.num_q_heads / p.num_kv_heads;
-    const int64_t vote = columns * (p.room + 2 * p.head_dim + 2) + 2 * p.room;
+    const int64_t vote = columns * (p.room + 2 * p.head_dim + 3) + 2 * p.room;
     const int64_t pick = 9 * p.room;
     return vote > pick ? vote : pick;
 }

@@ -24,6 +24,9 @@ struct ScoreTokensParams {
                         // candidates stay as they are
     int64_t keep;       // tokens that will be picked
     float scale;
+    float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
+    const float* sink_logits;  // [num_q_heads] one more logit per head in the normaliser, unless
+                               // that is the candidates' alone; or nullptr
     bool normalise_candidates_only;  // published TokenSelect; otherwise over all visible tokens
     bool max_vote;                   // maximum over the vectors instead of the sum
     const int32_t*

@@ -21,6 +21,9 @@ struct SparseAttentionParams {
     int64_t indices_strides[3],
         topk_length_strides[3];  // elements; head stride 0 = one list for all heads
     float softmax_scale;
+    float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
+    const float* sink_logits;  // [num_q_heads] one more logit per head, in the denominator (and
+                               // lse) only; or nullptr
     RopeView rope;  // cos != nullptr ("compact"): key of rank r rotates to r, a query to the rank
                     // of its own token
     void* out;  // [batch, seqlen_q, num_q_heads, head_dim] contiguous; 0 where a query sees nothing

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from kvselect.checks import UnsupportedModelError, require, require_bool, require_type
+from kvselect.checks import UnsupportedModelError, require, require_bool, require_int, require_type
 from kvselect.crossovers import break_even_mode
 from kvselect.integrations.hf.attention import kvselect_attention
 from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
@@ -22,9 +23,11 @@ from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_p
 from kvselect.integrations.hf.report import Report, make_report
 from kvselect.integrations.hf.stack import (
     attention_modules,
+    execution_device,
     find_stack,
     implementation_keys,
     plan_layer,
+    require_masks_left_alone,
     trained_length,
 )
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
@@ -127,6 +130,8 @@ def attach(
     *,
     strict: bool = True,
     break_even: str | None = None,
+    audit_every: int | None = None,
+    audit_layers: Sequence[int] | None = None,
 ) -> Handle:
     """Attach a selection policy to a transformers causal language model, in place and reversibly.
 
@@ -148,6 +153,12 @@ def attach(
         second or two and storing it. "stored": without measuring. "off": the selection budget
         decides, which gives the same results on every machine. None: the environment variable
         ``KVSELECT_BREAK_EVEN``, else "auto".
+    audit_every : int or None
+        Score every so many decode steps of a layer from its exact keys as well, and report how much
+        of the exact top-k its lists held and what mass (`PhaseStatistics.exact_audit`). Each reads
+        all keys. None: no step.
+    audit_layers : sequence of int or None
+        The layers to audit; None: all that select.
 
     Returns
     -------
@@ -174,6 +185,12 @@ def attach(
     require_bool(strict, "strict")
     mode = break_even_mode(break_even, default="auto")
     policy = _policy_of(model, policy)
+    if audit_every is not None:
+        require_int(audit_every, "audit_every", 1, "None or an int >= 1")
+        allowed = "None for a policy without scores"
+        require(type(policy).audit is not Policy.audit, "audit_every", audit_every, allowed)
+    allowed = "None without audit_every"
+    require(audit_every is not None or audit_layers is None, "audit_layers", audit_layers, allowed)
     copied = remove_copied_hooks(model)
     if copied is not None:
         model.set_attn_implementation(copied.previous)
@@ -191,6 +208,7 @@ def attach(
         bad,
         f"indices of this model's layers, 0..{config.num_hidden_layers - 1}",
     )
+    require_masks_left_alone(model, modules)
     length = trained_length(config)
     if policy.positions == "compact":
         allowed = (
@@ -211,7 +229,9 @@ def attach(
                 "keywords on to them and leave the mask to them"
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
-        settle_crossovers(plan, mode, next(model.parameters()).device.type)
+        _join_ranks(plan, config)
+        _plan_audits(plan, audit_every, audit_layers)
+        settle_crossovers(plan, mode, execution_device(stack).type)
         plan.mode = "select"
         undo.callback(plan.withdraw)
         return Handle(model, plan, undo.pop_all())
@@ -286,16 +306,81 @@ def _decide(
         lines = "".join(f"\n  layer {index}: {problem.text}" for index, problem in raised.items())
         fatal = any(problem.fatal for problem in raised.values())
         advice = "" if fatal else "\nstrict=False runs these layers dense."
+        if not fatal and all(problem.rotation for problem in raised.values()):
+            advice += (
+                "\nA policy that undoes no rotation runs as it is: positions='original', "
+                "average_queries='after_rope', and similarity_on='rotated' if it reuses lists."
+            )
         raise UnsupportedModelError(
-            f"{type(model).__name__}: got layers that cannot select, allowed: plain causal softmax "
+            f"{type(model).__name__}: got layers that cannot select, allowed: causal softmax "
             f"attention with RoPE{lines}{advice}"
         )
-    last = max((layer.index for layer in plan.layers), default=-1)
-    plan.sketches = [None] * (last + 1)
     plan.foreign_layers = frozenset(problems)
     for layer in plan.layers:
         if layer.selects and layer.index in problems:
             layer.reason = problems[layer.index].text
-        if layer.selects:
-            plan.sketches[layer.index] = plan.policy.required_sketch
+    if plan.policy.positions == "compact":
+        _settle_shared_keys(plan)
+    selecting = [layer for layer in plan.layers if layer.selects]
+    read = {layer.index: layer.source for layer in plan.layers}
+    plan.latent_layers = frozenset(layer.index for layer in selecting if layer.source is None)
+    plan.sketches = [None] * (max(read, default=-1) + 1)
+    for layer in selecting:
+        if layer.source is not None:
+            plan.sketches[layer.source] = plan.policy.required_sketch
+    for layer in plan.layers:
         layer.use(plan.policy)
+
+
+def _plan_audits(plan: StackPlan, every: int | None, layers: Sequence[int] | None) -> None:
+    """Tell the layers how often they are audited.
+
+    Raises
+    ------
+    ValueError
+        If one that is asked for does not select.
+    """
+    selecting = [layer.index for layer in plan.layers if layer.selects]
+    wanted = selecting if layers is None else list(layers)
+    bad = [index for index in wanted if index not in selecting]
+    require(not bad, "audit_layers", bad, f"layers that select: {selecting}")
+    for layer in plan.layers:
+        layer.audit_every = every if layer.index in wanted else None
+
+
+def _join_ranks(plan: StackPlan, config: Any) -> None:
+    """Find out whether this process holds a share of the heads only (tensor parallel).
+
+    Raises
+    ------
+    ValueError
+        If the policy wants one list for all heads and remembers something about it, which ranks
+        would have to agree on; or if other processes take part.
+    """
+    shares = {
+        config.num_attention_heads // layer.num_q_heads
+        for layer in plan.layers
+        if layer.selects and layer.num_q_heads
+    }
+    if not shares or max(shares) <= 1:
+        return
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    got = f"1 of {max(shares)} shares of the heads, in {ranks} processes"
+    require(shares == {ranks}, "tensor parallel", got, "as many processes as shares")
+    policy: Any = plan.policy
+    if getattr(policy, "scope", "kv_head") != "layer":
+        return  # every head decides for itself
+    for name in ("similarity_threshold", "num_segments"):
+        value = getattr(policy, name)
+        allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
+        require(value is None, name, value, f"{allowed}='kv_head'")
+    plan.process_group = torch.distributed.group.WORLD
+
+
+def _settle_shared_keys(plan: StackPlan) -> None:
+    """Layers that read the same keys must agree on whether these are rotated."""
+    for layer in plan.layers:
+        readers = [other for other in plan.layers if other.source == layer.source is not None]
+        dense = [other.index for other in readers if not other.selects]
+        if layer.selects and dense:
+            layer.reason = f"shares its keys with layer {dense[0]}, which runs dense"

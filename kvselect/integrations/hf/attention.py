@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,26 @@ from torch import Tensor, nn
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.decode import decode_step
+from kvselect.integrations.hf.attached_layer import AttachedLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
+from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
+from kvselect.policies.base import PolicyState
 from kvselect.prefill import prefill
 
 QUERIES_AT_ONCE = 2048
 """Queries that are rotated back at once in prefill: bounds the float32 copies."""
+
+
+class SoftmaxOptions(TypedDict):
+    """What a model adds to its softmax, as `dense_attention` takes it."""
+
+    sliding_window: int | None
+    softcap: float | None
+    sink_logits: Tensor | None
 
 
 def kvselect_attention(
@@ -32,6 +44,7 @@ def kvselect_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer call, as transformers asks for it.
@@ -48,6 +61,12 @@ def kvselect_attention(
         From `attention_pre_hook`; without it nobody attached.
     scaling : float or None
         None: ``module.scaling``.
+    sliding_window : int or None
+        Keys that a query sees, itself included.
+    softcap : float or None
+        Logits become ``softcap * tanh(logits / softcap)``.
+    s_aux : Tensor, [num_q_heads], or None
+        Sink logits: one more per head, in the denominator only.
 
     Returns
     -------
@@ -57,8 +76,7 @@ def kvselect_attention(
     Raises
     ------
     ValueError
-        If the model is not attached or trains, for dropout, and for softmax variants that we do not
-        compute.
+        If the model is not attached or trains, for dropout, and for a bias of the logits.
     """
     if kvselect is None:
         raise ValueError(
@@ -67,15 +85,18 @@ def kvselect_attention(
             "attached one needs a copy of it)"
         )
     softmax_scale: float = module.scaling if scaling is None else scaling  # type: ignore[assignment]
+    require(position_bias is None, "position_bias", "a tensor", "None")
+    sink_logits = None if s_aux is None else s_aux.detach().float().flatten()
+    options = SoftmaxOptions(
+        sliding_window=sliding_window, softcap=softcap, sink_logits=sink_logits
+    )
     if kvselect.plan.stack.recorder is not None:
-        options = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
         recorder = kvselect.plan.stack.recorder
         return recorder(
             module, query, key, value, attention_mask, kvselect, softmax_scale, options
         ), None
     require(dropout == 0.0, "dropout", dropout, "0 (kvselect does not train: model.eval())")
-    require(softcap is None and s_aux is None, "softmax", "softcap or sink logits", "plain softmax")
-    arguments = (module, query, key, value, attention_mask, kvselect, softmax_scale, sliding_window)
+    arguments = (module, query, key, value, attention_mask, kvselect, softmax_scale, options)
     if not (torch.is_grad_enabled() and query.requires_grad):
         return _attend(*arguments), None
     require(
@@ -95,14 +116,14 @@ def _attend(
     attention_mask: Tensor | None,
     context: LayerContext,
     softmax_scale: float,
-    sliding_window: int | None,
+    options: SoftmaxOptions,
 ) -> Tensor:
     plan, layer = context.plan, context.layer
     stack = plan.stack
     keys = stack.mask(attention_mask)
-    if type(layer) is KVSelectLayer and isinstance(keys, KeyRange):
+    if isinstance(layer, AttachedLayer) and isinstance(keys, KeyRange):
         if query.shape[2] > 1 or keys.validity is not None:
-            layer.validity = keys.validity
+            _remember_validity(layer, keys)
         elif layer.validity is not None:
             keys = KeyRange(keys.starts, keys.ends, layer.validity_of(key.shape[2]))
     elif (
@@ -119,14 +140,14 @@ def _attend(
         reason = _why_dense(keys, layer)
         if reason is None:
             assert isinstance(keys, KeyRange)
-            return _select(query, key, value, context, keys, softmax_scale)
+            return _select(query, key, value, context, keys, softmax_scale, options)
         plan.ran_dense(reason)
         if plan.rotates_itself:
             assert isinstance(keys, KeyRange)  # the hook let nothing else through
             rope = stack.table(plan, key.shape[2], key.device)
             query = rotate_by_index(query, keys, rope)
             key = rotate_by_index(key, keys, rope)
-    return dense_attention(module, query, key, value, keys, softmax_scale, sliding_window)
+    return dense_attention(module, query, key, value, keys, softmax_scale, **options)
 
 
 def _why_dense(keys: KeyRange | Tensor, layer: Any) -> str | None:
@@ -135,7 +156,7 @@ def _why_dense(keys: KeyRange | Tensor, layer: Any) -> str | None:
         return "a 4-D attention mask"
     if keys.validity is not None:
         return "padding with holes (right or middle padding)"
-    if layer is not None and type(layer) is not KVSelectLayer:
+    if layer is not None and not isinstance(layer, AttachedLayer):
         filled = " filled before attach" if type(layer).__name__ == "DynamicLayer" else ""
         return f"a cache layer {type(layer).__name__}{filled}"
     return None
@@ -148,19 +169,92 @@ def _select(
     context: LayerContext,
     keys: KeyRange,
     softmax_scale: float,
+    options: SoftmaxOptions,
 ) -> Tensor:
     """One decode step or prefill call through the attached policy."""
     plan, layer, policy = context.plan, context.layer, context.plan.policy
     assert policy is not None
-    if layer is not None:
-        cache: KVCache = layer.cache
-        state = layer.state(policy, plan.statistics, plan.crossovers)
-    else:  # no cache: the state lasts one call
+    if isinstance(layer, KVSelectStaticLayer):
+        return _select_static(query, value, context, layer, softmax_scale, options)
+    if isinstance(layer, KVSelectLayer):
+        assert layer.cache is not None
+        cache = layer.cache
+        state = layer.state(plan.index, policy, plan.statistics, plan.crossovers)
+    else:  # no cache, or one of latents: the state lasts one call
         cache = _one_call_cache(key, value, keys, policy.required_sketch)
         state = policy.new_state(cache, plan.crossovers)
         state.prefill, state.decode = plan.statistics
     plan.nonfinite = cache.num_nonfinite
-    q = query.transpose(1, 2)
+    call = _Call(cache, state, softmax_scale, options)
+    out = _attend_call(plan, query, call, context, cache.max_seqlen)
+    return out[..., : value.shape[-1]].contiguous()
+
+
+class _Call(NamedTuple):
+    """What one call of a selecting layer works on."""
+
+    cache: KVCache
+    state: PolicyState
+    softmax_scale: float
+    options: SoftmaxOptions
+
+
+def _select_static(
+    query: Tensor,
+    value: Tensor,
+    context: LayerContext,
+    layer: KVSelectStaticLayer,
+    softmax_scale: float,
+    options: SoftmaxOptions,
+) -> Tensor:
+    """The same on a cache of fixed room: decode steps never ask the host how long a row is."""
+    plan, policy, cache = context.plan, context.plan.policy, layer.cache
+    assert policy is not None and cache is not None
+    for name in ("similarity_threshold", "num_segments"):
+        value_of = getattr(policy, name, None)
+        allowed = "None with a static cache (steps that remember lists cannot be captured)"
+        require(value_of is None, name, value_of, allowed)
+    allowed = "None with a static cache (whether one is due cannot be captured)"
+    require(plan.audit_every is None, "audit_every", plan.audit_every, allowed)
+    captured = layer.captured(plan.index)
+    state = layer.state(plan.index, policy, (plan.statistics[0], captured), {})
+    call = _Call(cache, state, softmax_scale, options)
+    if query.shape[2] > 1:
+        compiling = torch.compiler.is_compiling()
+        allowed = "calls of one token (disable_compile=True where prefill is chunked)"
+        require(not compiling, "compiled static cache", f"{query.shape[2]} tokens", allowed)
+        plan.nonfinite = cache.num_nonfinite
+        if captured not in plan.captured:
+            plan.count_captured()  # of the caches before
+            plan.captured[:] = [captured]
+        with cache.known_lengths():
+            out = _attend_call(plan, query, call, context, cache.capacity)
+    else:
+        q = filled_up(query.transpose(1, 2), cache.head_dim)
+        rope = None
+        if plan.rotates_itself:
+            rope = plan.stack.table(plan, max(policy.capacity, cache.capacity), q.device)
+        out, _ = decode_step(
+            q,
+            cache,
+            policy,
+            state,
+            rope=rope,
+            softmax_scale=softmax_scale,
+            softcap=options["softcap"],
+            sink_logits=options["sink_logits"],
+            process_group=plan.stack.process_group,
+        )
+    return out[..., : value.shape[-1]].contiguous()
+
+
+def _attend_call(
+    plan: LayerPlan, query: Tensor, call: _Call, context: LayerContext, room: int
+) -> Tensor:
+    """A decode step or prefill call of whatever cache; ``room``: the longest row it can have."""
+    cache, state, policy = call.cache, call.state, plan.policy
+    assert policy is not None
+    q = filled_up(query.transpose(1, 2), cache.head_dim)
     seqlen_q = q.shape[1]
     filled = cache.max_seqlen > seqlen_q
     stepwise = filled and seqlen_q <= policy.tail_q_block_size  # each query selects by itself
@@ -169,7 +263,7 @@ def _select(
 
     rope, q_unrotated = None, None
     if plan.rotates_itself:
-        rope = plan.stack.table(plan, max(policy.capacity, cache.max_seqlen), q.device)
+        rope = plan.stack.table(plan, max(policy.capacity, room), q.device)
     elif filled and seqlen_q == 1:
         if "decode" in plan.needs_unrotated:
             assert context.cos is not None and context.sin is not None
@@ -181,16 +275,39 @@ def _select(
             q_unrotated = _rotated_back(plan, q, cache)
             rope = plan.stack.table(plan, 1, q.device)
 
-    step = decode_step if filled and seqlen_q == 1 else prefill
-    out, _ = step(
-        q, cache, policy, state, q_unrotated=q_unrotated, rope=rope, softmax_scale=softmax_scale
-    )
-    return out
+    options: dict[str, Any] = {
+        "q_unrotated": q_unrotated,
+        "rope": rope,
+        "softmax_scale": call.softmax_scale,
+        "softcap": call.options["softcap"],
+        "sink_logits": call.options["sink_logits"],
+        "process_group": plan.stack.process_group,
+    }
+    if not (filled and seqlen_q == 1):
+        return prefill(q, cache, policy, state, **options)[0]
+    plan.num_steps += 1
+    due = plan.audit_every is not None and plan.num_steps % plan.audit_every == 0
+    return decode_step(q, cache, policy, state, audit=due, **options)[0]
+
+
+def _remember_validity(layer: AttachedLayer, keys: KeyRange) -> None:
+    """Keep which keys count: a decode step's mask says only where a row begins.
+
+    Of a static cache only the tokens that are there: the mask has its whole room.
+    """
+    if torch.compiler.is_compiling():
+        return
+    validity = keys.validity
+    if validity is not None and isinstance(layer, KVSelectStaticLayer):
+        validity = validity[:, : int(keys.ends[0])]
+    layer.validity = validity
 
 
 def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | None) -> KVCache:
     """A cache for a call without one: ``key`` and ``value`` are all there is."""
-    batch, num_kv_heads, seqlen_k, head_dim = key.shape
+    batch, num_kv_heads, seqlen_k = key.shape[:3]
+    head_dim = stored_head_dim(key.shape[-1], value.shape[-1])
+    assert head_dim is not None  # attach refused the layer otherwise
     cache = KVCache(
         batch,
         num_kv_heads,
@@ -201,7 +318,8 @@ def _one_call_cache(key: Tensor, value: Tensor, keys: KeyRange, sketch: str | No
         sketch=sketch,
     )
     cache.set_starts(keys.starts)
-    cache.append(key.transpose(1, 2), value.transpose(1, 2))
+    k, v = (filled_up(x, head_dim).transpose(1, 2) for x in (key, value))
+    cache.append(k, v)
     return cache
 
 

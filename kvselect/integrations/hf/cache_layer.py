@@ -7,23 +7,20 @@ follows the rows of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from kvselect.cache import KVCache
 from kvselect.checks import require
-from kvselect.crossovers import Crossover
-from kvselect.policies.base import Policy, PolicyState
-from kvselect.policies.phase_statistics import PhaseStatistics
-
-RopeState = Literal["rotated", "unrotated"]
+from kvselect.integrations.hf.attached_layer import AttachedLayer, LatentLayer, RopeState
+from kvselect.integrations.hf.head_dims import filled_up, require_head_dim
+from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 
 
-class KVSelectLayer(DynamicLayer):
+class KVSelectLayer(AttachedLayer, DynamicLayer):
     """One layer's keys and values in a `KVCache`, shown as ``[batch, heads, seqlen, head_dim]``.
 
     Parameters
@@ -36,11 +33,6 @@ class KVSelectLayer(DynamicLayer):
     ----------
     cache : KVCache or None
         None until the first `update`.
-    rope_state : {"rotated", "unrotated"} or None
-        How the stored keys are; set by the first append.
-    validity : Tensor, [batch, tokens], bool, or None
-        Which keys count, where the padding of the last call with several queries had holes; younger
-        tokens count.
     version : int
         Moves with everything except an append: what a policy remembered at another version is
         stale.
@@ -48,16 +40,8 @@ class KVSelectLayer(DynamicLayer):
 
     def __init__(self, sketch: str | None = None) -> None:
         super().__init__()
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
         self.sketch = sketch
-        self.cache: KVCache | None = None
-        self.rope_state: RopeState | None = None
-        self.validity: Tensor | None = None
-        self._state: PolicyState | None = None
-        self._state_policy: Policy | None = None
-        self._crossovers: Mapping[int, Crossover] | None = None
-        self._announced: RopeState | None = None
+        self._head_dims = 0, 0  # of the keys and values that came
         self._starts: Tensor | None = None
         self._stores: tuple[Tensor, Tensor] | None = (
             None  # all room, [batch, heads, capacity, head_dim]
@@ -72,61 +56,22 @@ class KVSelectLayer(DynamicLayer):
         return self._past_versions + (0 if self.cache is None else self.cache.version)
 
     def announce(self, rope_state: RopeState, sketch: str | None, starts: Tensor | None) -> None:
-        """Say what the coming `update` brings: called by the attention hook of an attached model.
-
-        Parameters
-        ----------
-        rope_state : {"rotated", "unrotated"}
-        sketch : {"int4", "int8", None}
-            Format that the attached policy wants; the sketch of a filled layer is rebuilt if it has
-            another.
-        starts : Tensor, [batch], int32, or None
-            First real token of each row; None: leave them as they are.
-
-        Raises
-        ------
-        ValueError
-            If the layer holds keys of the other kind.
-        """
-        self._require_rope_state(rope_state)
-        self._announced, self._starts = rope_state, starts
+        """As `AttachedLayer`; the sketch of a filled layer is rebuilt if it has another format."""
+        super().announce(rope_state, sketch, starts)
+        self._starts = starts
         if sketch != self.sketch:
             self._change_sketch(sketch)
 
     def withdraw(self) -> None:
         """Take back what was announced: the forward pass that it was for failed."""
-        self._announced = self._starts = None
-
-    def state(
-        self,
-        policy: Policy,
-        statistics: tuple[PhaseStatistics, PhaseStatistics],
-        crossovers: Mapping[int, Crossover] | None = None,
-    ) -> PolicyState:
-        """What ``policy`` remembers about this layer; made anew for another policy.
-
-        ``crossovers``: as `Policy.new_state` takes them; others make the state anew too.
-        """
-        assert self.cache is not None
-        if (
-            self._state is None
-            or self._state_policy is not policy
-            or (self._crossovers is not crossovers and self._crossovers != crossovers)
-        ):
-            self._state = policy.new_state(self.cache, crossovers)
-            self._state_policy, self._crossovers = policy, crossovers
-        self._state.prefill, self._state.decode = statistics
-        return self._state
+        super().withdraw()
+        self._starts = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate as the first keys are, ``[batch, heads, n, head_dim]``."""
-        require(
-            key_states.shape == value_states.shape,
-            "value_states",
-            list(value_states.shape),
-            f"the shape of the keys, {list(key_states.shape)}",
-        )
-        batch, num_kv_heads, _, head_dim = key_states.shape
+        head_dim = require_head_dim(key_states, value_states)
+        batch, num_kv_heads = key_states.shape[:2]
+        self._head_dims = key_states.shape[-1], value_states.shape[-1]
         self.dtype, self.device = key_states.dtype, key_states.device
         self._replace_cache(self._new_cache(batch, num_kv_heads, head_dim))
         self.is_initialized = True
@@ -137,17 +82,11 @@ class KVSelectLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Append ``[batch, heads, n, head_dim]``; return views of everything stored, so laid out.
 
-        Raises
-        ------
-        ValueError
-            If the layer holds un-rotated keys and the caller is not an attached model: a model that
-            rotates its queries would meet them without their positions.
+        See `AttachedLayer` for what is refused.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        announced, self._announced = self._announced or "rotated", None
-        self._require_rope_state(announced)
-        self.rope_state = announced
+        self._take_announced()
         assert self.cache is not None
         if (
             self._starts is not None
@@ -156,7 +95,8 @@ class KVSelectLayer(DynamicLayer):
             self._starts = None
         if key_states.requires_grad or value_states.requires_grad:  # our ops have no gradient
             key_states, value_states = key_states.detach(), value_states.detach()
-        self.cache.append(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        k, v = (filled_up(x, self.cache.head_dim) for x in (key_states, value_states))
+        self.cache.append(k.transpose(1, 2), v.transpose(1, 2))
         return self._show()
 
     def get_seq_length(self) -> int:
@@ -203,8 +143,9 @@ class KVSelectLayer(DynamicLayer):
         """Forget all tokens and what was remembered of them; the next `update` allocates."""
         self._past_versions = self.version + 1
         self.cache = self.keys = self.values = None
-        self.rope_state = self.validity = self._state = self._state_policy = self._crossovers = None
-        self._announced = self._starts = self._stores = None
+        self._forget()
+        self._states.clear()
+        self._starts = self._stores = None
         self.is_initialized = False
 
     def offload(self) -> None:
@@ -212,14 +153,6 @@ class KVSelectLayer(DynamicLayer):
         raise ValueError("offloading: got True, allowed: False for the cache of an attached model")
 
     prefetch = offload
-
-    def validity_of(self, seqlen_k: int) -> Tensor | None:
-        """`validity` over ``seqlen_k`` keys: tokens after the last call with holes all count."""
-        if self.validity is None:
-            return None
-        return torch.nn.functional.pad(
-            self.validity, (0, seqlen_k - self.validity.shape[1]), value=True
-        )
 
     def _take_rows(self, index: Tensor) -> None:
         if self.cache is None or self.cache.max_seqlen == 0:  # as DynamicLayer: nothing to take
@@ -230,18 +163,9 @@ class KVSelectLayer(DynamicLayer):
         if self.validity is not None:
             self.validity = self.validity.index_select(0, index)
         if self.cache.batch != batch:  # the state is allocated per row
-            self._state = None
+            self._states.clear()
         self._stores = None
         self._show()
-
-    def _require_rope_state(self, rope_state: RopeState) -> None:
-        if self.rope_state in (None, rope_state) or self.get_seq_length() == 0:
-            return
-        got = f"{self.get_seq_length()} {self.rope_state} keys"
-        allowed = (
-            f"{rope_state} keys or an empty cache (positions='compact' stores keys un-rotated)"
-        )
-        require(False, "cache layer", got, allowed)
 
     def _change_sketch(self, sketch: str | None) -> None:
         """Rebuild a cache that was filled under a policy with another sketch format."""
@@ -263,14 +187,17 @@ class KVSelectLayer(DynamicLayer):
         if self.cache is not None:
             self._past_versions = self.version + 1
         self.cache = cache
-        self._state = self._stores = None
+        self._states.clear()
+        self._stores = None
 
     def _show(self) -> tuple[Tensor, Tensor]:
         """Point ``keys`` and ``values`` at what is stored, and return them."""
         cache = self.cache
         assert cache is not None
         if self._stores is None or self._stores[0].shape[2] != cache.capacity:
-            self._stores = cache.k_pages.transpose(1, 2), cache.v_pages.transpose(1, 2)
+            pages = zip((cache.k_pages, cache.v_pages), self._head_dims)
+            k, v = (page.transpose(1, 2)[..., :head_dim] for page, head_dim in pages)
+            self._stores = k, v
         tokens = cache.max_seqlen
         keys, values = (store.narrow(2, 0, tokens) for store in self._stores)
         self.keys, self.values = keys, values
@@ -278,9 +205,14 @@ class KVSelectLayer(DynamicLayer):
 
 
 def upgrade_cache(
-    cache: Cache, sketches: list[str | None], foreign_layers: frozenset[int] = frozenset()
+    cache: Cache,
+    sketches: list[str | None],
+    foreign_layers: frozenset[int] = frozenset(),
+    latent_layers: frozenset[int] = frozenset(),
 ) -> None:
-    """Replace the empty plain layers of a cache by `KVSelectLayer`, in place.
+    """Replace the empty plain layers of a cache by ours, in place.
+
+    `KVSelectLayer` where they grow, `KVSelectStaticLayer` where their room is fixed.
 
     Parameters
     ----------
@@ -291,6 +223,8 @@ def upgrade_cache(
         Sketch format of each layer of the decoder stack.
     foreign_layers : frozenset of int
         Layers that `KVCache` cannot hold; they stay as they are.
+    latent_layers : frozenset of int
+        Layers whose attention makes keys and values of what they hold: they become `LatentLayer`.
 
     Raises
     ------
@@ -305,5 +239,12 @@ def upgrade_cache(
         layers.extend(DynamicLayer() for _ in sketches[len(layers) :])
     for index, sketch in enumerate(sketches[: len(layers)]):
         layer = layers[index]
-        if type(layer) is DynamicLayer and not layer.is_initialized and index not in foreign_layers:
-            layers[index] = KVSelectLayer(sketch)
+        if index in foreign_layers or type(layer) not in (DynamicLayer, StaticLayer):
+            continue
+        if layer.is_initialized:
+            continue
+        latent = index in latent_layers
+        if type(layer) is DynamicLayer:
+            layers[index] = LatentLayer() if latent else KVSelectLayer(sketch)
+        elif not latent:
+            layers[index] = KVSelectStaticLayer(layer.max_cache_len, sketch)

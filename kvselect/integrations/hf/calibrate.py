@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES
 from kvselect.integrations.hf.dense import dense_attention
+from kvselect.integrations.hf.head_dims import stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan, StackPlan
 from kvselect.integrations.hf.rope_fit import (
@@ -20,9 +22,13 @@ from kvselect.integrations.hf.rope_fit import (
     freeze_frequencies,
     frequencies_match,
 )
+from kvselect.integrations.hf.stack import execution_device
 
 NUM_TOKENS = 7
 FIRST_POSITION = 5
+SHIFT = 3
+"""How far the second run's positions lie from the first's: layers that are given no rotation to
+take away show whether they have one of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class Probe:
     cos: Tensor | None
     sin: Tensor | None
     problem: Problem | None
+    source: int | None
+    head_dim: int
     unrotated: tuple[Tensor, Tensor] | None = None
 
 
@@ -80,16 +88,25 @@ def run_calibration(stack: nn.Module, plan: StackPlan) -> dict[int, Probe]:
             return probes[index].out
         keys = read_mask(mask)
         problem = _problem(context.plan, query, key, value, keys, options)
-        window = options.get("sliding_window")
-        out = dense_attention(module, query, key, value, keys, softmax_scale, window)
-        probes[index] = Probe(query.detach(), key.detach(), out, context.cos, context.sin, problem)
+        out = dense_attention(module, query, key, value, keys, softmax_scale, **options)
+        probes[index] = Probe(
+            query.detach(),
+            key.detach(),
+            out,
+            context.cos,
+            context.sin,
+            problem,
+            _source(context, key),
+            stored_head_dim(key.shape[-1], value.shape[-1]) or 0,
+        )
         return out
 
     config: Any = stack.config
-    embedding: Tensor = next(stack.parameters())
+    device = execution_device(stack)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, config.vocab_size, (1, NUM_TOKENS), generator=generator)
     positions = torch.arange(FIRST_POSITION, FIRST_POSITION + NUM_TOKENS)[None]
+    positions = positions.to(device)
     training = [module for module in stack.modules() if module.training]
     plan.recorder = record
     try:
@@ -97,15 +114,26 @@ def run_calibration(stack: nn.Module, plan: StackPlan) -> dict[int, Probe]:
         with torch.no_grad():
             for plan.identity in (False, True):
                 stack(
-                    input_ids=tokens.to(embedding.device),
-                    position_ids=positions.to(embedding.device),
-                    use_cache=False,
+                    input_ids=tokens.to(device),
+                    position_ids=positions + SHIFT * plan.identity,
+                    past_key_values=DynamicCache(config=config),
+                    use_cache=True,
                 )
     finally:
         for module in training:
             module.training = True
         plan.identity, plan.recorder = False, None
     return probes
+
+
+def _source(context: LayerContext, key: Tensor) -> int | None:
+    """The cache layer that gave ``key``: the same object, the layer's own before others."""
+    layers = context.cache.layers
+    own = context.plan.index
+    for index in (own, *range(len(layers))):
+        if index < len(layers) and getattr(layers[index], "keys", None) is key:
+            return index
+    return None
 
 
 def _problem(
@@ -117,9 +145,6 @@ def _problem(
     options: dict[str, Any],
 ) -> Problem | None:
     """Why a layer cannot select, as far as one call tells; None if it can, or need not."""
-    for name in ("softcap", "s_aux"):
-        if options.get(name) is not None:
-            return Problem(f"{name} is part of its softmax", fatal=True)
     window = options.get("sliding_window")
     if plan.reason is not None:
         if plan.slides and window is None and isinstance(keys, KeyRange):
@@ -131,10 +156,9 @@ def _problem(
         )
     if window is not None:
         return Problem(f"it slides over {window} tokens, but the configuration does not say so")
-    if value.shape[-1] != key.shape[-1]:
-        return Problem(f"v_head_dim {value.shape[-1]} differs from head_dim {key.shape[-1]}")
-    if key.shape[-1] not in HEAD_DIMS:
-        return Problem(f"head_dim {key.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}")
+    if stored_head_dim(key.shape[-1], value.shape[-1]) is None:
+        largest = max(key.shape[-1], value.shape[-1])
+        return Problem(f"head_dim {largest} is more than {max(HEAD_DIMS)}")
     if key.dtype not in STORAGE_DTYPES or query.dtype != key.dtype:
         return Problem(f"dtype {key.dtype} is not float32, float16 or bfloat16")
     return None
@@ -156,7 +180,8 @@ def fit_layers(stack: nn.Module, plan: StackPlan, probes: dict[int, Probe]) -> d
                 "its attention does not call the registered function", fatal=True
             )
             continue
-        layer.head_dim, layer.itemsize = probe.key.shape[-1], probe.key.element_size()
+        layer.source = probe.source
+        layer.head_dim, layer.itemsize = probe.head_dim, probe.key.element_size()
         layer.num_q_heads, layer.num_kv_heads = probe.query.shape[1], probe.key.shape[1]
         layer.dtype = probe.key.dtype
         if layer.layer_type not in frozen:
@@ -169,10 +194,13 @@ def fit_layers(stack: nn.Module, plan: StackPlan, probes: dict[int, Probe]) -> d
 
 def _fit_layer(layer: LayerPlan, probe: Probe, frequencies: Frequencies | None) -> Problem | None:
     cos, sin = probe.cos, probe.sin
+    assert probe.unrotated is not None
     if cos is None or sin is None:
+        shifted = zip((probe.query, probe.key), probe.unrotated)
+        if all(torch.equal(first, second) for first, second in shifted):
+            return None  # the layer knows no positions
         text = "position_embeddings are not passed by keyword as a pair (cos, sin)"
         return Problem(text, rotation=True)
-    assert probe.unrotated is not None
     layer.layout, layer.fit_error = fit_layout((probe.query, probe.key), probe.unrotated, cos, sin)
     if layer.fit_error > FIT_TOLERANCE:
         layer.layout = NO_ROPE

@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache
 
 from kvselect.checks import require
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.attached_layer import AttachedLayer
+from kvselect.integrations.hf.cache_layer import upgrade_cache
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import (
     NAME,
@@ -37,6 +39,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         the attention implementation since `attach` (un-rotated keys would meet it).
     """
     plan: StackPlan = plan_of(module)
+    plan.require_own_thread()
     if plan.mode != "select":
         return None
     require(not kwargs.get("output_attentions"), "output_attentions", True, "False")
@@ -44,11 +47,12 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     implementation = config._attn_implementation
     allowed = f"{NAME!r} while attached; call handle.detach() first"
     require(implementation == NAME, "attn_implementation", implementation, allowed)
+    _require_one_axis(plan, kwargs.get("position_ids"))
     place = plan.cache_argument
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+        upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
         return None
     use_cache = kwargs.get("use_cache")
     if (
@@ -58,10 +62,20 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     ):
         return None
     cache = DynamicCache(config=config)
-    upgrade_cache(cache, plan.sketches, plan.foreign_layers)
+    upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}
+
+
+def _require_one_axis(plan: StackPlan, position_ids: Tensor | None) -> None:
+    """Compact positions count tokens one after another; those of images differ by axis (M-RoPE)."""
+    compact = plan.policy.positions == "compact"
+    if not compact or position_ids is None or position_ids.ndim < 3 or position_ids.shape[-1] == 1:
+        return
+    axes = position_ids[-3:]  # a first row of text positions may come before the three axes
+    allowed = "the same on every axis (positions='compact': text only, no images)"
+    require(bool((axes == axes[:1]).all()), "position_ids", "axes that differ", allowed)
 
 
 def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,20 +86,20 @@ def attention_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     """
     plan: LayerPlan = plan_of(module)
     stack = plan.stack
+    stack.require_own_thread()
     if stack.mode == "stock":
         return None
     rotation = kwargs.get("position_embeddings")
     cos, sin = rotation if isinstance(rotation, tuple) and len(rotation) == 2 else (None, None)
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    layer = (
-        cache.layers[plan.index] if cache is not None and plan.index < len(cache.layers) else None
-    )
+    place = plan.index if plan.source is None else plan.source
+    layer = cache.layers[place] if cache is not None and place < len(cache.layers) else None
     if stack.mode == "calibrate":
         rotates_itself = stack.identity
     else:
         rotates_itself = plan.rotates_itself
         _announce(plan, layer, args, kwargs, rotates_itself)
-    kwargs["kvselect"] = LayerContext(layer, cos, sin, plan)
+    kwargs["kvselect"] = LayerContext(layer, cos, sin, plan, cache)
     if rotates_itself and cos is not None and sin is not None:
         kwargs["position_embeddings"] = stack.no_rotation(cos, sin)
     return args, kwargs
@@ -95,14 +109,18 @@ def _announce(
     plan: LayerPlan, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotates_itself: bool
 ) -> None:
     """Tell the cache layer what comes; raise, before anything is stored, for what cannot be."""
-    plan.cache_class = "none" if layer is None else type(layer).__name__
-    ours = type(layer) is KVSelectLayer
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        plan.cache_class = "none" if layer is None else type(layer).__name__
+    ours = isinstance(layer, AttachedLayer)
     if not ours and not rotates_itself:
         return
     keys = plan.stack.mask(kwargs.get("attention_mask"))
     if rotates_itself:
         _require_compact(plan, layer, keys, kwargs)
-    if ours:
+    if isinstance(layer, AttachedLayer) and plan.source in (None, plan.index):
+        if compiling:  # nothing that is announced may change once a graph is captured
+            return
         starts = keys.starts if isinstance(keys, KeyRange) else None
         if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -119,7 +137,7 @@ def _require_compact(
     if not isinstance(keys, KeyRange):
         allowed = "a 2-D padding mask or None (positions='compact')"
         require(False, "attention_mask", "a 4-D mask", allowed)
-    if layer is not None and type(layer) is not KVSelectLayer:
+    if layer is not None and not isinstance(layer, AttachedLayer):
         allowed = "a cache of dynamic layers, empty or filled by this model (positions='compact')"
         require(False, "past_key_values", f"a {plan.cache_class}", allowed)
     if not isinstance(kwargs.get("position_embeddings"), tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -17,9 +18,11 @@ from kvselect.crossovers import Crossover
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
+from kvselect.policies.captured_statistics import CapturedStatistics
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
+from kvselect.tensor_parallel import ProcessGroup
 
 NAME = "kvselect"
 """Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
@@ -51,6 +54,8 @@ class StackPlan:
         nothing.
     trained_length : int
         Positions that the model was trained on [tokens]; compact positions stay below it.
+    process_group : ProcessGroup or None
+        Ranks over which the heads are spread (tensor parallel).
     previous : dict
         Attention implementation of each sub-config before, in the form of
         ``set_attn_implementation``.
@@ -66,6 +71,9 @@ class StackPlan:
     identity: bool = False  # calibration's second run: every layer gets cos = 1, sin = 0
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
+    latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
+    process_group: ProcessGroup | None = None
+    thread: int = field(default_factory=threading.get_ident)  # that attaches
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
     announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
@@ -76,6 +84,20 @@ class StackPlan:
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:
         return self  # a copied module finds that it is not the owner
 
+    def require_own_thread(self) -> None:
+        """Refuse calls from elsewhere while `attach` runs the model for itself.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread runs the model.
+        """
+        if self.mode == "calibrate" and threading.get_ident() != self.thread:
+            raise RuntimeError(
+                "forward: got a call from another thread while attach runs, allowed: one after "
+                "attach has returned"
+            )
+
     def withdraw(self) -> None:
         """No cache layer waits for this model's keys any more."""
         for layer in self.announced:
@@ -83,6 +105,8 @@ class StackPlan:
 
     def mask(self, attention_mask: Tensor | None) -> KeyRange | Tensor:
         """`read_mask`, once per forward: all layers of a kind get the same mask object."""
+        if torch.compiler.is_compiling():  # which finds common work by itself
+            return read_mask(attention_mask)
         for mask, keys in self._masks:
             if attention_mask is not None and mask() is attention_mask:
                 return keys
@@ -107,6 +131,8 @@ class StackPlan:
 
     def no_rotation(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Ones and zeros in the form of ``cos`` and ``sin``, made once per shape."""
+        if torch.compiler.is_compiling():
+            return torch.ones_like(cos), torch.zeros_like(sin)
         kept = self._ones
         if (
             kept is None
@@ -171,6 +197,10 @@ class LayerPlan:
         Whether its attention slides over a window.
     layout, fit_error, frequencies
         The layer's rotation (`rope_fit`).
+    source : int or None
+        The cache layer whose keys the layer reads: its own ``index``, or with KV sharing an earlier
+        one. None: none holds them (MLA: the cache has latents, and every call makes keys and values
+        of all tokens anew).
     needs_unrotated : frozenset of {"prefill", "decode"}
         Phases in which the policy asks for the queries before RoPE.
     rope : Rope or None
@@ -188,11 +218,17 @@ class LayerPlan:
         Why there is none where the policy leaves it to measurement.
     statistics : pair of PhaseStatistics
         Of prefill and decode: shared by every cache that the layer meets while attached.
+    audit_every : int or None
+        Every so many decode steps are scored exactly.
+    num_steps : int
+        Decode steps so far.
     num_lists : int
         Queries of decode steps so far, times rows, times KV heads: what the decode counts are
         summed over.
     nonfinite : Tensor, [batch, num_kv_heads], int64, or None
         Counter of the last cache.
+    captured : list of CapturedStatistics
+        Counts of decode steps on static caches, which no host code sees; see `count_captured`.
     cache_class : str
         Type of the cache layer of the last call.
     runtime_dense : Counter
@@ -208,6 +244,7 @@ class LayerPlan:
     layout: RopeLayout = NO_ROPE
     fit_error: float = 0.0
     frequencies: Frequencies | None = None
+    source: int | None = None
     needs_unrotated: frozenset[Phase] = frozenset()
     rope: Rope | None = None
     policy: Policy | None = None
@@ -221,8 +258,11 @@ class LayerPlan:
     statistics: tuple[PhaseStatistics, PhaseStatistics] = field(
         default_factory=lambda: (PhaseStatistics(), PhaseStatistics())
     )
+    audit_every: int | None = None
+    num_steps: int = 0
     num_lists: int = 0
     nonfinite: Tensor | None = None
+    captured: list[CapturedStatistics] = field(default_factory=list)
     cache_class: str = ""
     runtime_dense: Counter[str] = field(default_factory=Counter)
 
@@ -251,8 +291,18 @@ class LayerPlan:
             unrotated_phases(policy) if self.layout.num_pairs > 0 else frozenset()
         )
 
+    def count_captured(self) -> None:
+        """Add what captured steps counted to ``statistics`` (reads the device)."""
+        for captured in self.captured:
+            self.num_lists += captured.move_to(self.statistics[1])
+
     def ran_dense(self, reason: str) -> None:
-        """Count a call that should have selected; say so once per reason."""
+        """Count a call that should have selected; say so once per reason.
+
+        Not inside torch.compile: the prefill before it, which is eager, was counted.
+        """
+        if torch.compiler.is_compiling():
+            return
         if reason not in self.runtime_dense:
             warnings.warn(f"kvselect: layer {self.index} runs dense: {reason}", stacklevel=3)
         self.runtime_dense[reason] += 1
@@ -261,10 +311,11 @@ class LayerPlan:
 class LayerContext(NamedTuple):
     """What the attention hook hands to the attention function, as the keyword ``kvselect``."""
 
-    layer: Any  # the cache layer, or None without a cache
+    layer: Any  # the cache layer that the keys come from, or None without a cache
     cos: Tensor | None  # None: the model passes no pair position_embeddings by keyword
     sin: Tensor | None
     plan: LayerPlan
+    cache: Any = None  # all layers
 
 
 def unrotated_phases(policy: Policy) -> frozenset[Phase]:

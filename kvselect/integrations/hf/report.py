@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvselect import ops
 from kvselect.integrations.hf.dense_border import dense_border
 from kvselect.integrations.hf.plan import LayerPlan, StackPlan
+from kvselect.integrations.hf.stack import execution_device
 from kvselect.policies.base import Policy
 
 
@@ -27,6 +28,8 @@ class LayerReport:
     selects : bool
     reason : str or None
         Why it runs dense.
+    note : str or None
+        What else a user should know of it.
     rope, rope_fit_error : str, float
         Measured layout and its relative error.
     cache_layer : str
@@ -56,6 +59,7 @@ class LayerReport:
     index: int
     selects: bool
     reason: str | None
+    note: str | None
     rope: str
     rope_fit_error: float
     cache_layer: str
@@ -68,8 +72,8 @@ class LayerReport:
     dense_up_to_source: str | None
     tokens_per_step: float | None
     context_per_step: float | None
-    prefill: dict[str, int | float | None]
-    decode: dict[str, int | float | None]
+    prefill: dict[str, Any]
+    decode: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,7 @@ class Report:
             f"query-aware: {_yes(self.query_aware)}",
         ]
         words += _border_lines(self.layers)
+        words += _audit_lines(self.layers)
         if self.bytes_ratio is not None:
             words.append(
                 f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
@@ -136,7 +141,7 @@ class Report:
         for name in ("hits", "tokens/step", "bytes", "kept mass", "NaN cache/scores"):
             table.add_column(name, justify="right", no_wrap=True)
         for layer in self.layers:
-            table.add_row(*_cells(layer))
+            table.add_row(*_cells(layer, self.policy.get("mass_target")))
         out = StringIO()
         Console(file=out, width=160, no_color=True, highlight=False).print(table)
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
@@ -146,7 +151,9 @@ class Report:
 def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
     """The report of an attachment; reads the device's counters."""
     policy = plan.policy
-    device = next(model.parameters()).device.type
+    stack = plan.owner()
+    assert stack is not None  # the model holds it
+    device = execution_device(stack).type
     return Report(
         model=type(model).__name__,
         policy=policy.to_dict(),
@@ -161,6 +168,7 @@ def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
 
 
 def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
+    layer.count_captured()
     phases = layer.statistics
     sizes = (layer.head_dim, layer.itemsize)
     border = dense_border(layer)
@@ -168,6 +176,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         index=layer.index,
         selects=layer.selects,
         reason=layer.reason,
+        note=_note(layer),
         rope=str(layer.layout),
         rope_fit_error=layer.fit_error,
         cache_layer=layer.cache_class,
@@ -183,6 +192,17 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         prefill=phases[0].to_dict(),
         decode=phases[1].to_dict(),
     )
+
+
+def _note(layer: LayerPlan) -> str | None:
+    if not layer.selects:
+        return None
+    if layer.source is None:
+        return (
+            "exact, but slower than dense: transformers makes keys and values of all tokens anew "
+            "from the latents at every step (MLA)"
+        )
+    return f"reads the keys of layer {layer.source}" if layer.source != layer.index else None
 
 
 def _mode(policy: Policy) -> str:
@@ -210,13 +230,31 @@ def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
     ]
 
 
-def _cells(layer: LayerReport) -> list[str]:
+def _audit_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line for each audited layer: what exact scores say of its lists."""
+    lines = []
+    for layer in layers:
+        audit = layer.decode["exact_audit"]
+        if audit is not None:
+            lines.append(
+                f"layer {layer.index}: {audit['num_lists']} lists audited: they hold "
+                f"{audit['overlap']:.1%} of the exact top-k (least {audit['least_overlap']:.1%}), "
+                f"mass {audit['mass']:.1%} against {audit['exact_mass']:.1%}"
+            )
+    return lines
+
+
+def _cells(layer: LayerReport, mass_target: float | None) -> list[str]:
     """One row of the table."""
     runs = "selects" if layer.selects else f"dense: {layer.reason}"
+    runs += f"; {layer.note}" if layer.note else ""
     runs += "".join(f"; dense {count}x: {reason}" for reason, count in layer.ran_dense.items())
     decode = layer.decode
     if layer.dense_up_to is not None and decode["num_dense_calls"]:
         runs += f"; {decode['num_dense_calls']} of {decode['num_calls']} steps dense: short"
+    if decode["picked_for_mass"] is not None:
+        short, lists = decode["num_short_of_mass"], sum(decode["picked_for_mass"])
+        runs += f"; {short} of {lists} lists short of mass {mass_target}"
     steps = "-"
     if layer.tokens_per_step is not None:
         steps = f"{layer.tokens_per_step:.0f} of {layer.context_per_step:.0f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,6 +42,18 @@ def find_stack(model: PreTrainedModel) -> nn.Module:
     )
 
 
+def execution_device(stack: nn.Module) -> torch.device:
+    """Where the stack computes: where its weights lie, or where accelerate brings them from."""
+    for parameter in stack.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    for module in stack.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")
+
+
 def attention_modules(stack: nn.Module) -> list[nn.Module]:
     """The self-attention module of every layer that has one, in the order of the layers.
 
@@ -64,6 +77,30 @@ def attention_modules(stack: nn.Module) -> list[nn.Module]:
             "...Attention that has a layer_idx"
         )
     return found
+
+
+def require_masks_left_alone(model: PreTrainedModel, modules: list[nn.Module]) -> None:
+    """Refuse attention that chooses keys for itself and reads its mask to do so.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming every such layer.
+    """
+    indexed: list[Any] = [
+        module.layer_idx
+        for module in modules
+        if any(type(inner).__name__.endswith("Indexer") for inner in module.modules())
+    ]
+    if indexed:
+        lines = "".join(
+            f"\n  layer {index}: an indexer of its own picks the keys and reads the mask (DSA)"
+            for index in indexed
+        )
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: got layers that select for themselves, allowed: attention "
+            f"that leaves the mask to the registered functions{lines}"
+        )
 
 
 def plan_layer(module: nn.Module, config: Any, plan: StackPlan) -> LayerPlan:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kvselect.checks import require, require_int
 from kvselect.integrations.hf.plan import StackPlan
+from kvselect.integrations.hf.stack import execution_device
 from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.sketch import BLOCK_TOKENS
@@ -86,8 +87,11 @@ def verify_attachment(
     allowed = f"at most {plan.trained_length} tokens (the trained length), decode included"
     require(length <= plan.trained_length, "prompt_tokens", length, allowed)
     config: Any = model.config.get_text_config(decoder=True)
+    stack = plan.owner()
+    assert stack is not None  # the model holds it
+    device = execution_device(stack)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(model.device)
+    tokens = torch.randint(0, config.vocab_size, (1, length), generator=generator).to(device)
 
     with stock():
         expected = _run(model, plan, tokens, prompt_tokens)
@@ -148,7 +152,14 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
 def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
     """Run another policy for a while, with counters of its own."""
     before = [
-        (layer.policy, layer.needs_unrotated, layer.statistics, layer.num_lists, layer.nonfinite)
+        (
+            layer.policy,
+            layer.needs_unrotated,
+            layer.statistics,
+            layer.num_lists,
+            layer.nonfinite,
+            layer.num_steps,
+        )
         for layer in plan.layers
     ]
     try:
@@ -159,7 +170,7 @@ def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
     finally:
         for layer, kept in zip(plan.layers, before):
             layer.policy, layer.needs_unrotated, layer.statistics = kept[:3]
-            layer.num_lists, layer.nonfinite = kept[3:]
+            layer.num_lists, layer.nonfinite, layer.num_steps = kept[3:]
 
 
 def _run(model: PreTrainedModel, plan: StackPlan, tokens: Tensor, prompt_tokens: int) -> _Trace:

@@ -1,0 +1,61 @@
+"""One rank of a tensor-parallel run, started by torchrun from test_hf_distributed.py.
+
+Arguments: folder of the model, scope, positions. Writes what it generated to ``rank<n>.pt`` there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvselect import attach
+
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 10,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def generate(model: Any, scope: str, positions: str) -> dict[str, Any]:
+    """Tokens through lists that hold everything, and through lists that leave tokens out."""
+    ids, mask = hf_models.left_padded((70, 55), 70)
+    result = {"stock": model.generate(ids, attention_mask=mask, **GREEDY)}
+    for form in ("listing", "narrow"):
+        with attach(model, getattr(hf_models, form)(positions, scope=scope)) as handle:
+            result[form] = model.generate(ids, attention_mask=mask, **GREEDY)
+            layer = handle.report().layers[0]
+        result[f"{form} steps"] = layer.decode["num_calls"] - layer.decode["num_dense_calls"]
+        result[f"{form} mass"] = layer.decode["kept_mass"]
+    return result
+
+
+def refusals(model: Any) -> list[str]:
+    messages = []
+    for settings in ({"similarity_threshold": 0.9}, {"num_segments": 4}):
+        try:
+            attach(model, hf_models.narrow(scope="layer", **settings))
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+if __name__ == "__main__":
+    os.environ["KVSELECT_BREAK_EVEN"] = "off"
+    folder, scope, positions = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    sharded = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    with attach(sharded, hf_models.narrow()) as handle:
+        seen = handle._plan.layers[0].num_q_heads
+    found = {"heads": seen, **generate(sharded, scope, positions), "refused": refusals(sharded)}
+    torch.save(found, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
