@@ -187,7 +187,8 @@ inline bool weigh_codes(const ScoreTokensParams& p, const ScoreItem& s, int64_t 
         sketch_block_logits<kFormat>(record, s.q, p.head_dim, s.num_columns, p.head_dim, s.scale,
                                      logits, kSketchBlockTokens);
         for (int64_t c = 0; c < s.num_columns; ++c) {
-            const float* column = logits + c * kSketchBlockTokens;
+            float* column = logits + c * kSketchBlockTokens;
+            cap_logits(column, kSketchBlockTokens, p.softcap);
             if (b == 0) peak[c] = largest(column, kSketchBlockTokens);
             total[c] += exp2_against(column, peak[c], kSketchBlockTokens,
                                      weights + c * stride + b * kSketchBlockTokens);
