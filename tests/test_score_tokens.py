@@ -632,7 +632,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"max_seqlen_k": 129}, r"max_seqlen_k: got 129, allowed: at least cache_seqlens\[0\] = 130"),
     ({"seqlen_q": -1}, "seqlen_q: got -1, allowed: an int >= 0"),
     ({"window_rule": "end"}, "window_rule: got 'end', allowed: decode, block_start, block_end"),
-    ({"q": torch.zeros(2, 2, 1, 4, 64).double()}, "q: got float64, allowed: float32, float16, bfloat16"),
+    ({"q": torch.zeros(2, 2, 1, 4, 64).double()}, "q: got float64, allowed: float32, float16"),
     ({"q": torch.zeros(2, 2, 4, 64)}, r"q: got shape \[2, 2, 4, 64\], allowed: \[batch, num_blo"),
     ({"q": torch.zeros(2, 3, 1, 4, 64)}, r"q: got shape \[2, 3, 1, 4, 64\], .*num_blocks=2"),
     ({"q": torch.zeros(2, 2, 1, 4, 32)}, r"q: got shape .*head_dim=64"),
