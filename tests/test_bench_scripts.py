@@ -257,6 +257,36 @@ def test_step_overhead(tmp_path: Path) -> None:
             assert len(times["samples_us"]) == 3 and times["p20_us"] <= times["median_us"]
 
 
+def test_attach_overhead(tmp_path: Path) -> None:
+    module = script("attach_overhead")
+    rows = quick("attach_overhead", tmp_path)
+    parts = {part: [row for row in rows if row["part"] == part] for part in ("step", "writes")}
+    stock, again, ours = parts["step"]
+    assert [row["contender"] for row in parts["step"]] == [module.STOCK, module.AGAIN, module.DENSE]
+    assert len(ours["samples_ms"]) == 3 and stock["met"] is again["met"] is None
+    assert ours["met"] == (ours["times_stock"] <= module.ALLOWED)
+    assert {row["tokens"] for row in rows if row["part"] == "generate"} == {256, 1024}
+    assert {row["contender"] for row in rows if row["part"] == "append"} == set(module.LAYERS)
+    (report,) = (row["report"] for row in rows if row["part"] == "report")
+    assert report["policy"]["policy"] == "TokenSelect"
+    # Of 1024 tokens and 129: what concatenating writes is known to the byte, and ours grew once.
+    tokens, more, token_bytes = 1024, 129, 2 * 8 * 128 * 2
+    for row in parts["writes"]:
+        assert row["token_bytes"] == token_bytes and row["peak_bytes"] >= 0
+        if row["contender"] == "DynamicLayer":
+            assert row["bytes_per_token"] == token_bytes * (tokens + (more + 1) / 2)
+        else:
+            assert (
+                token_bytes < row["bytes_per_token"] < token_bytes * 2 * 1.3 * tokens / more + 1e4
+            )
+
+
+@pytest.mark.parametrize("name", ["rounds", "new-tokens", "layers", "grown-tokens", "chunk"])
+def test_attach_overhead_refuses(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got 0, allowed: an int >= 1"):
+        script("attach_overhead").main(["--quick", f"--{name}", "0"])
+
+
 # ---- generate
 
 

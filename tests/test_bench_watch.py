@@ -9,10 +9,10 @@ import pytest
 import torch
 from bench_sizes import SHAPE
 
-from kvselect import TokenSelect, decode_step
+from kvselect import KVCache, TokenSelect, decode_step
 from kvselect.bench import watch as watch_module
 from kvselect.bench.layer import StructuredLayer
-from kvselect.bench.watch import KVSELECT_STAGES, REST, OpWatch, stage_ms
+from kvselect.bench.watch import KVSELECT_STAGES, REST, OpWatch, WriteWatch, stage_ms
 
 BINDINGS = Path(__file__).resolve().parent.parent / "csrc" / "bindings" / "ops.cpp"
 
@@ -48,6 +48,42 @@ def test_a_step_is_taken_apart_and_its_lists_are_copies() -> None:
         assert torch.equal(listed, info.selection.indices[0, head, :count])
     attended.indices.zero_()
     assert bool((info.selection.indices != 0).any())
+
+
+def test_bytes_written_are_those_of_memory_that_ops_fill() -> None:
+    a, kilobyte = torch.ones(16, 16), 1024
+    with WriteWatch() as watch:
+        room = torch.empty(16, 16)
+        room.narrow(0, 0, 8).copy_(a[:8])
+    assert watch.written_bytes == kilobyte // 2  # views and allocations write nothing
+    with WriteWatch() as watch:
+        both = torch.cat([a, a])
+        both.zero_()
+    assert watch.written_bytes == 4 * kilobyte
+
+
+@pytest.mark.parametrize(("sketch", "record_bytes"), [(None, 0), ("int8", 128 * 32)])
+def test_an_append_writes_its_tokens_and_the_records_it_completes(
+    sketch: str | None, record_bytes: int
+) -> None:
+    cache = KVCache(2, 3, 32, capacity=512, sketch=sketch)
+    k = torch.randn(2, 127, 3, 32)
+    with WriteWatch() as watch:
+        cache.append(k, k)
+    assert watch.written_bytes == 2 * k.nbytes
+    with WriteWatch() as watch:
+        cache.append(k[:, :1], k[:, :1])
+    records = 0 if cache.sketch_data is None else 2 * 3 * cache.sketch_data.shape[3]
+    assert watch.written_bytes == 2 * k[:, :1].nbytes + records
+    assert records >= 2 * 3 * record_bytes
+
+
+def test_the_peak_of_memory_counts_what_was_given_back() -> None:
+    size = 48 << 20  # beyond glibc's largest threshold: given back to the system at once
+    with WriteWatch() as watch:
+        torch.zeros(size, dtype=torch.uint8).fill_(1)
+        torch.zeros(size, dtype=torch.uint8).fill_(1)
+    assert size <= watch.peak_bytes < 1.5 * size
 
 
 def test_what_ops_do_not_explain_is_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Watching ops at work: how long each stage took, which lists attention read."""
+"""Watching ops at work: how long each stage took, which lists attention read, what was written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvselect.bench.measure import clock_of
+from kvselect.bench.memory import resident_bytes
+from kvselect.sketch import BLOCK_TOKENS
 
-__all__ = ["KVSELECT_STAGES", "REST", "AttendedLists", "OpWatch", "stage_ms"]
+__all__ = ["KVSELECT_STAGES", "REST", "AttendedLists", "OpWatch", "WriteWatch", "stage_ms"]
 
 KVSELECT_STAGES = {
     "kvselect.kv_append": "append and sketch",
@@ -74,6 +76,78 @@ class OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (self._now() - before)
         return out
+
+
+class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While entered: bytes that ops write, and the most memory that the process has after any.
+
+    An op that returns memory of its own has written all of it, unless it only allocates; one that
+    works in place has written the tensor that it is called on; `kv_append` its tokens and the
+    sketch records of the blocks that they complete.
+
+    Attributes
+    ----------
+    written_bytes : int
+    peak_bytes : int
+        In RAM, beyond what the process had when the block was entered (Linux).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.written_bytes = self.peak_bytes = 0
+        self._resident_bytes = resident_bytes()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = str(func).split(".")[1]
+        if name == "kv_append":
+            self.written_bytes += _appended_bytes(*args)
+        out = func(*args, **(kwargs or {}))
+        if name.endswith("_"):
+            self.written_bytes += args[0].nbytes
+        elif isinstance(out, Tensor) and "empty" not in name:
+            given = {x.untyped_storage().data_ptr() for x in _tensors(args)}
+            if out.untyped_storage().data_ptr() not in given:
+                self.written_bytes += out.nbytes
+        self.peak_bytes = max(self.peak_bytes, resident_bytes() - self._resident_bytes)
+        return out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors of an op's arguments, those in lists included."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _appended_bytes(
+    k: Tensor,
+    v: Tensor,
+    num_valid: Tensor | None,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    sketch_data: Tensor | None,
+    *rest: Any,
+) -> int:
+    """What `kv_append` writes, for rows without padding that take every token."""
+    assert num_valid is None
+    record_bytes = 0
+    if sketch_data is not None:
+        num_new = k.shape[1]
+        ends = [(n + num_new) // BLOCK_TOKENS - n // BLOCK_TOKENS for n in cache_seqlens.tolist()]
+        record_bytes = sum(ends) * sketch_data.shape[1] * sketch_data.shape[3]
+    return k.nbytes + v.nbytes + record_bytes
 
 
 def stage_ms(
