@@ -119,7 +119,14 @@ class HeadMajorRows:
         longest = max(lengths, default=0)
         if longest > self.capacity:
             capacity = grown_capacity(longest, exactly)
-            self._set_stores(grown(self._k, 2, capacity), grown(self._v, 2, capacity))
+            # One after the other: the old keys are gone before the old values are held twice.
+            fitted = self.capacity
+            self._set_stores(grown(self._k, 2, capacity), self._v)
+            try:
+                self._set_stores(self._k, grown(self._v, 2, capacity))
+            except BaseException:  # out of memory: as long as they were, both of them
+                self._set_stores(self._k[:, :, :fitted], self._v)
+                raise
 
     def release(self, lengths: list[int]) -> None:
         """Rows keep their room."""

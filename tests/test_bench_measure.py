@@ -101,6 +101,22 @@ def test_memory_freed_on_a_kept_heap_stays_with_the_process() -> None:
     assert memory.resident_bytes() <= kept - size // 2
 
 
+@pytest.mark.skipif(not measure.can_keep_heap(), reason="needs glibc")
+def test_freed_memory_is_returned_even_from_a_kept_heap() -> None:
+    size = 1 << 26
+    with measure.kept_heap():
+        torch.ones(size, dtype=torch.uint8)
+        kept = memory.resident_bytes()
+        measure.return_freed_memory()
+        assert memory.resident_bytes() <= kept - size // 2
+
+
+def test_a_heap_that_is_not_glibcs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "can_keep_heap", lambda: False)
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: pytest.fail("asked a library"))
+    measure.return_freed_memory()
+
+
 def test_rounds_are_checked() -> None:
     with pytest.raises(ValueError, match="rounds: got 0, allowed: an int >= 1"):
         interleaved_ms({}, 0)

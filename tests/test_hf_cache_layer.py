@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from kvselect.bench.watch import WriteWatch
 from kvselect.integrations.hf.attached_layer import LatentLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.token_select import TokenSelect
+from kvselect.storage import grown
 
 HEADS, HEAD_DIM = 2, 32
 
@@ -325,3 +327,50 @@ def test_static_layers_keep_their_room() -> None:
     keys, values = cache.layers[2].update(*new_tokens(2, 4))
     assert keys.shape == values.shape == (2, 2, 32, 32)
     assert cache.layers[2].get_max_length() == 32 and int(cache.layers[2].get_seq_length()) == 4
+
+
+# ---- memory while it grows
+
+
+def test_growing_never_holds_keys_and_values_twice() -> None:
+    count = 1 << 17  # 32 MiB of keys: large enough to be seen beside everything else
+    layer = KVSelectLayer(None)
+    layer.update(*new_tokens(1, count))
+    k, v = new_tokens(1, layer.cache.capacity - count + 1, seed=1)  # type: ignore[union-attr]
+    with WriteWatch() as watch:
+        keys, values = layer.update(k, v)
+    one = layer.cache.k_pages.nbytes  # type: ignore[union-attr]
+    assert one < watch.peak_bytes < 1.5 * one  # both at once: 2
+    assert torch.equal(keys[:, :, count:], k) and torch.equal(values[:, :, count:], v)
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["keys", "values"])
+def test_a_layer_that_finds_no_memory_to_grow_stays_as_it_was(
+    failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, theirs, calls = KVSelectLayer("int4"), DynamicLayer(), 0
+    first, more = new_tokens(2, 128), new_tokens(2, 400, seed=1)
+    for each in (layer, theirs):
+        each.update(*first)
+
+    def without_memory(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise RuntimeError("not enough memory")
+        return grown(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvselect.storage.grown", without_memory)
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            layer.update(*more)
+    assert layer.get_seq_length() == 128
+    assert_equal(layer.keys, theirs.keys)
+    assert_equal(layer.values, theirs.values)
+    for _ in range(2):
+        for mine, other in zip(layer.update(*more), theirs.update(*more)):
+            assert torch.equal(mine, other)
+
+
+def assert_equal(mine: Tensor | None, other: Tensor | None) -> None:
+    assert mine is not None and other is not None and torch.equal(mine, other)

@@ -36,6 +36,7 @@ __all__ = [
     "kept_heap",
     "quantiles",
     "read_gb_per_s",
+    "return_freed_memory",
     "threads",
 ]
 
@@ -92,6 +93,12 @@ def kept_heap() -> Iterator[None]:
             for option, value in _ADAPTED:
                 libc.mallopt(option, value)
             libc.malloc_trim(0)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system (glibc), so that what is resident is what is held."""
+    if can_keep_heap():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def clock_name(num_threads: int) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvselect.bench.measure import clock_of
+from kvselect.bench.measure import clock_of, return_freed_memory
 from kvselect.bench.memory import resident_bytes
 from kvselect.sketch import BLOCK_TOKENS
 
@@ -95,6 +95,7 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.written_bytes = self.peak_bytes = 0
+        return_freed_memory()
         self._resident_bytes = resident_bytes()
 
     def __torch_dispatch__(
@@ -114,7 +115,9 @@ class WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             given = {x.untyped_storage().data_ptr() for x in _tensors(args)}
             if out.untyped_storage().data_ptr() not in given:
                 self.written_bytes += out.nbytes
-        self.peak_bytes = max(self.peak_bytes, resident_bytes() - self._resident_bytes)
+        if resident_bytes() - self._resident_bytes > self.peak_bytes:  # or freed since
+            return_freed_memory()
+            self.peak_bytes = max(self.peak_bytes, resident_bytes() - self._resident_bytes)
         return out
 
 

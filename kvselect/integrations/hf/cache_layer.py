@@ -96,8 +96,13 @@ class KVSelectLayer(AttachedLayer, DynamicLayer):
         if key_states.requires_grad or value_states.requires_grad:  # our ops have no gradient
             key_states, value_states = key_states.detach(), value_states.detach()
         k, v = (filled_up(x, self.cache.head_dim) for x in (key_states, value_states))
-        self.cache.append(k.transpose(1, 2), v.transpose(1, 2))
-        return self._show()
+        if self.cache.max_seqlen + k.shape[2] > self.cache.capacity:
+            self.keys = self.values = self._stores = None  # would keep what the cache grows out of
+        try:
+            self.cache.append(k.transpose(1, 2), v.transpose(1, 2))
+        finally:
+            shown = self._show()
+        return shown
 
     def get_seq_length(self) -> int:
         """Tokens stored (padding included)."""
