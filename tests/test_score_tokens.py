@@ -128,9 +128,10 @@ def test_sinks_take_their_share() -> None:
     assert scores[0, 0, 1].sum() < 1e-30
 
 
+@pytest.mark.parametrize("seqlen", [600, 2300])  # short of a tile of whole blocks, and beyond it
 @pytest.mark.parametrize("sketch", ["int4", "int8"])
-def test_sketch_logits_are_capped(sketch: str) -> None:
-    seqlens = int32(600)
+def test_sketch_logits_are_capped(sketch: str, seqlen: int) -> None:
+    seqlens = int32(seqlen)
     case = case_of(seqlens, head_dim=32, sketch=sketch)
     blocks = QueryBlocks(
         cache_seqlens=seqlens, seqlen_q=1, num_sink_tokens=3, num_recent_tokens=140

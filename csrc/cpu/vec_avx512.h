@@ -136,6 +136,7 @@ inline I32 count_ge(I32 acc, F32 a, F32 b) {
 inline int64_t reduce_add(I32 a) { return _mm512_reduce_add_epi32(a); }
 inline I32 dot4(I32 acc, Codes codes, int32_t q4) {
     const I32 q = _mm512_set1_epi32(q4);
+    // Not the intrinsic: around it GCC 12 copies and spills the sums of a loop that keeps sixteen.
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
     return acc;
 }
