@@ -70,11 +70,13 @@ cpp-test: $(READY)
 	cmake --build build/cpp-test --parallel $(JOBS)
 	build/cpp-test/tests/cpp/kvselect_tests
 
-# Compiles and links every .cu for all architectures; needs nvcc, but neither a GPU nor a CUDA build of torch.
+# Compiles and links every .cu for all architectures, then prints what each kernel takes; needs nvcc, but neither a GPU
+# nor a CUDA build of torch.
 cuda-check: $(READY)
 	$(CMAKE_CONFIGURE) -B build/cuda-check -DPython3_EXECUTABLE="$$(command -v $(PY))" \
 	    -DKVSELECT_CUDA=check -DKVSELECT_WERROR=ON
 	cmake --build build/cuda-check --parallel $(JOBS) --target cuda_check
+	@if [ -e build/cuda-check/modules/_C_cuda.abi3.so ]; then $(PY) tests/cuda_report.py build/cuda-check; fi
 
 # What is compiled for one instruction set stays with it (tests/isa_check.py); needs objdump.
 isa-check: build/.built-$(KIND)

@@ -14,9 +14,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kvselect.checks import require, require_type
+from kvselect.checks import require, require_bool, require_type
 
-__all__ = ["build_info", "cpu_implementation", "cpu_implementations", "set_cpu_implementation"]
+__all__ = [
+    "build_info",
+    "cpu_implementation",
+    "cpu_implementations",
+    "set_cpu_implementation",
+    "set_cuda_overlap",
+]
 
 Fake = TypeVar("Fake", bound=Callable[..., object])
 
@@ -40,6 +46,38 @@ def _load(name: str) -> None:
 _load("_C")
 if torch.version.cuda is not None and Path(__file__).with_name("_C_cuda.abi3.so").is_file():
     _load("_C_cuda")
+
+
+def _refuse_cuda() -> torch.library.Library:
+    """Ops without a CUDA kernel say so, and why; torch's own words name neither.
+
+    They stay refused as long as the library that is returned lives.
+    """
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    cpu, cuda = set(registered("CPU")), set(registered("CUDA"))
+    loaded = any("_C_cuda" in str(path) for path in torch.ops.loaded_libraries)
+    if loaded:
+        reason = "this op has no CUDA kernel"
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} has no CUDA"
+    else:
+        reason = "this kvselect was built without its CUDA module: build it where nvcc is"
+    library = torch.library.Library("kvselect", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
+    for name in sorted(cpu - cuda):
+        if name.startswith("kvselect::"):
+            refusal = _refusal(name, reason)
+            library.impl(name.removeprefix("kvselect::"), refusal)  # type: ignore[no-untyped-call]
+    return library
+
+
+def _refusal(op: str, reason: str) -> Callable[..., object]:
+    def refuse(*args: object, **kwargs: object) -> object:
+        raise ValueError(f"{op}: got CUDA tensors, allowed: tensors on the CPU ({reason})")
+
+    return refuse
+
+
+_REFUSED_ON_CUDA = _refuse_cuda()
 
 
 def _fake(op: str) -> Callable[[Fake], Fake]:
@@ -252,7 +290,7 @@ def build_info() -> dict[str, object]:
     info["cpu_compiled"] = str(info["cpu_compiled"]).split(",")
     info["cpu_notes"] = notes
     info["cuda_archs"] = [arch for arch in str(info["cuda_archs"]).split(",") if arch]
-    info["cuda_loaded"] = any("_C_cuda" in path for path in torch.ops.loaded_libraries)
+    info["cuda_loaded"] = any("_C_cuda" in str(path) for path in torch.ops.loaded_libraries)
     info["torch"] = str(torch.__version__)
     info["cuda_runtime"] = torch.version.cuda
     info["python"] = platform.python_version()
@@ -276,6 +314,25 @@ def cpu_implementation() -> str:
         here.
     """
     return str(torch.ops.kvselect.cpu_implementation())
+
+
+def set_cuda_overlap(on: bool) -> None:
+    """Whether a CUDA kernel of ours may start while the one before it finishes, from now on.
+
+    Programmatic dependent launch: effective from sm_90 on, off to begin with. Results are the same
+    bits either way.
+
+    Raises
+    ------
+    TypeError
+        If ``on`` is not a bool.
+    ValueError
+        If the CUDA module is not loaded.
+    """
+    require_bool(on, "on")
+    loaded = build_info()["cuda_loaded"]
+    require(loaded is True, "on", on, "with the CUDA module loaded")
+    torch.ops.kvselect.set_cuda_overlap(on)
 
 
 def set_cpu_implementation(name: str) -> None:

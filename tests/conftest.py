@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from on_device import OpsOnDevice
 
 from kvselect import ops
 from kvselect.bench import measure
@@ -33,6 +34,21 @@ def no_measured_crossover(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(params=ops.cpu_implementations())
 def cpu_implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of the implementation that is forced while the test runs."""
+    before = ops.cpu_implementation()
+    ops.set_cpu_implementation(request.param)
+    yield request.param
+    ops.set_cpu_implementation(before)
+
+
+@pytest.fixture(params=[*ops.cpu_implementations(), pytest.param("cuda", marks=pytest.mark.cuda)])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What runs the ops: each CPU implementation, and with ``-m cuda`` the GPU."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        with OpsOnDevice("cuda"):
+            yield "cuda"
+        return
     before = ops.cpu_implementation()
     ops.set_cpu_implementation(request.param)
     yield request.param

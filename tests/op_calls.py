@@ -15,7 +15,7 @@ from kvselect.testing import StoredKV, store
 NONE = "none"  # sketch_format of a call without a sketch
 
 # For tests of what is checked before any kernel runs.
-ONE_IMPLEMENTATION = pytest.mark.parametrize("cpu_implementation", ["scalar"], indirect=True)
+ONE_IMPLEMENTATION = pytest.mark.parametrize("implementation", ["scalar"], indirect=True)
 
 
 def int32(*values: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvselect.reference import QueryBlocks
 from kvselect.testing import StoredKV, make_qkv
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FAR = 2**31  # elements; the memory between is reserved by the system but never touched
 

@@ -13,7 +13,7 @@ from kvselect.reference import PlainCache, encode_block, kv_append
 from kvselect.sketch import block_bytes
 from kvselect.testing import LAYOUTS, make_qkv, non_contiguous
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 UNTOUCHED = 7.0  # what storage holds before anything is written

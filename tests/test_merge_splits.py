@@ -12,7 +12,7 @@ from torch import Tensor
 from kvselect import reference
 from kvselect.testing import TOLERANCE, make_qkv, non_contiguous, rel_err
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 merge = torch.ops.kvselect.merge_splits
 
 

@@ -230,7 +230,7 @@ def test_every_computing_op_is_opchecked() -> None:
     schemas = (ROOT / "csrc/bindings/ops.cpp").read_text()
     defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas))
     machine = {"build_info", "cpu_implementations", "cpu_implementation", "set_cpu_implementation"}
-    machine |= {"advise_huge_pages"}
+    machine |= {"advise_huge_pages", "set_cuda_overlap"}
     assert defined == SCHEMAS | machine
 
 

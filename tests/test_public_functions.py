@@ -14,7 +14,7 @@ from kvselect import KVCache, Rope, Selection, reference
 from kvselect.reference import BLOCK_TOKENS, DecodeState
 from kvselect.testing import TOLERANCE, make_qkv, poison, rel_err, rope_tables
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 SEQLENS, STARTS = (300, 141, 17), (0, 130, 2)
 

@@ -14,7 +14,7 @@ from kvselect.reference import QueryBlocks
 from kvselect.selection import Selection
 from kvselect.testing import LAYOUTS, make_qkv, non_contiguous, rel_err
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 # A ratio of float32 sums of exponentials, whatever dtype the keys have.
 TOLERANCE = 4e-6

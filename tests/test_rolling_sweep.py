@@ -32,7 +32,7 @@ TOLERANCE = 4e-6
 SUM_TOLERANCE = {None: TOLERANCE, "int8": 2e-4, "int4": 3e-2}
 TIE_TOLERANCE = {None: 1e-5, "int8": 2e-3, "int4": 0.15}
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 class Decoding:

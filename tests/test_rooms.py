@@ -213,6 +213,38 @@ def test_kernel_files_are_named_after_ops() -> None:
     assert bindings == set(OPS) | {"ops", "checks", "machine"}
 
 
+CUDA_OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+
+
+@pytest.mark.parametrize("op", CUDA_OPS)
+def test_a_cuda_op_is_bound_emulated_and_described(op: str) -> None:
+    header = (CSRC / "include" / "kvselect" / f"{op}.h").read_text(encoding="utf-8")
+    assert "namespace cuda {" in header and f"void {op}(const " in header
+    registered = (CSRC / "bindings" / "cuda" / "ops.cpp").read_text(encoding="utf-8")
+    assert f'm.impl("{op}", TORCH_BOX(&cuda::{op}));' in registered
+    assert (CSRC / "bindings" / "cuda" / f"{op}.cpp").is_file()
+    emulated = (ROOT / "tests" / "cpp" / f"emulated_{op}.cpp").read_text(encoding="utf-8")
+    assert f'#include "cuda/{op}.cu"' in emulated
+    page = (ROOT / "docs" / "kernels" / f"{op}.md").read_text(encoding="utf-8")
+    assert "## CUDA" in page
+
+
+def test_instructions_by_name_have_host_twins() -> None:
+    """ptx.cuh is the one file with assembly, and the emulation defines the same functions."""
+    twin = ROOT / "tests" / "cpp" / "cuda_emulation" / "cuda" / "device" / "ptx.cuh"
+    names = [
+        set(re.findall(r"^(?:__device__ __forceinline__|inline) [\w* ]+?(\w+)\(", text, re.M))
+        for text in (
+            (CSRC / "cuda" / "device" / "ptx.cuh").read_text(encoding="utf-8"),
+            twin.read_text(encoding="utf-8"),
+        )
+    ]
+    assert len(names[0]) > 10 and names[0] <= names[1]
+    for path in (CSRC / "cuda").rglob("*.cu*"):
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "ptx.cuh" or not re.search(r"\basm\b|<<<|__CUDA_ARCH__", text), path
+
+
 def test_files_are_named_after_what_they_hold() -> None:
     vague = {"util", "utils", "helper", "helpers", "misc", "common"}
     for path in OWN_FILES:

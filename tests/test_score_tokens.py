@@ -17,7 +17,7 @@ from kvselect.testing import LAYOUTS, make_qkv, rel_err, rope_tables
 # and of the products it sums) into a relative error of the score, hence twice STYLE.md's bound.
 TOLERANCE = 4e-6
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def queries(

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvselect.reference import BlockLists, QueryBlocks, select_query_blocks
 from kvselect.testing import rel_err
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def random_scores(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvselect import reference
 from kvselect.testing import non_contiguous
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 STATE = ("anchor_query", "age", "expected_seqlens", "known_nonfinite", "reuse_counts")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvselect.reference import QueryBlocks
 from kvselect.testing import structured_keys
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 SEQLEN, SINKS, RECENT = 8192, 64, 128
 NUM_KV_HEADS, GROUP_SIZE = 2, 4

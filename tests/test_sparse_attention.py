@@ -15,7 +15,7 @@ from kvselect.reference import QueryBlocks
 from kvselect.selection import Selection
 from kvselect.testing import LAYOUTS, TOLERANCE, make_qkv, non_contiguous, rel_err, rope_tables
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LSE_TOLERANCE = 2e-6  # float32 whatever the dtype of the cache

@@ -69,15 +69,25 @@ void require_positions(const int32_t* list, int64_t length, int64_t seqlen,
 
 }  // namespace
 
-TensorArg::TensorArg(const char* name, const Tensor& tensor)
+TensorArg::TensorArg(const char* name, const Tensor& tensor, Place place)
     : name_(name),
       tensor_(&tensor),
       dim_(tensor.dim()),
       sizes_(tensor.sizes().data()),
       strides_(tensor.strides().data()),
-      dtype_(tensor.scalar_type()) {
-    KVS_CHECK(tensor.is_cpu(), name,
-              ": got a tensor on another device, allowed: cpu, like k_cache");
+      dtype_(tensor.scalar_type()),
+      place_(place) {
+    if (!place.is_cuda) {
+        KVS_CHECK(tensor.is_cpu(), name,
+                  ": got a tensor on another device, allowed: cpu, like k_cache");
+        return;
+    }
+    const bool is_cuda = tensor.is_cuda();
+    KVS_CHECK(is_cuda && tensor.get_device_index() == place.index, name, ": got a tensor on ",
+              is_cuda           ? "cuda:" + std::to_string(tensor.get_device_index())
+              : tensor.is_cpu() ? std::string("cpu")
+                                : std::string("another device"),
+              ", allowed: cuda:", place.index, ", like the other tensors");
 }
 
 const TensorArg& TensorArg::require_dtype(ScalarType allowed) const {
@@ -131,16 +141,17 @@ std::string take_string(StringArg argument) {
     return taken;
 }
 
-const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch) {
-    return TensorArg(name, tensor)
+const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch, Place place) {
+    return TensorArg(name, tensor, place)
         .require_dtype(ScalarType::Int)
         .require_shape({{"batch", batch}})
         .require_contiguous()
         .data<int32_t>();
 }
 
-const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64_t batch) {
-    return tensor ? row_numbers(name, *tensor, batch) : nullptr;
+const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64_t batch,
+                           Place place) {
+    return tensor ? row_numbers(name, *tensor, batch, place) : nullptr;
 }
 
 DType kernel_dtype(const TensorArg& arg) {
@@ -188,7 +199,7 @@ CacheArg read_cache(const TensorArg& cache, const OptionalTensor& block_table, i
                        0};
     read.capacity_tokens = cache.size(1);
     if (block_table) {
-        const TensorArg table("block_table", *block_table);
+        const TensorArg table("block_table", *block_table, cache.place());
         table.require_dtype(ScalarType::Int)
             .require_shape({{"batch", batch}, {"max_num_blocks"}})
             .require_contiguous_rows();
@@ -263,12 +274,12 @@ SketchFormat sketch_format(const std::string& name) {
 }
 
 SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, int64_t batch,
-                       int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens) {
+                       int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens, Place place) {
     SketchView view{nullptr, sketch_format(format), 0, 0, 0};
     if (!sketch) return view;
     KVS_CHECK(view.format != SketchFormat::kNone,
               "sketch_format: got 'none' with a sketch, allowed: ", "int4, int8");
-    const TensorArg arg("sketch", *sketch);
+    const TensorArg arg("sketch", *sketch, place);
     arg.require_dtype(ScalarType::Byte)
         .require_shape({{"batch", batch},
                         {"num_kv_heads", num_kv_heads},
@@ -295,28 +306,28 @@ WindowRule window_rule(const std::string& name) {
 
 QueryBlocks read_query_blocks(const Tensor& cache_seqlens, const OptionalTensor& starts,
                               const OptionalTensor& q_block_offsets, int64_t batch,
-                              int64_t seqlen_q) {
+                              int64_t seqlen_q, Place place) {
     require_count("seqlen_q", seqlen_q, 0);
     QueryBlocks blocks{};
     blocks.batch = batch;
     blocks.num_blocks = 1;
     blocks.seqlen_q = seqlen_q;
-    blocks.cache_seqlens = row_numbers("cache_seqlens", cache_seqlens, batch);
-    blocks.starts = row_numbers("starts", starts, batch);
+    blocks.cache_seqlens = row_numbers("cache_seqlens", cache_seqlens, batch, place);
+    blocks.starts = row_numbers("starts", starts, batch, place);
     blocks.rule = WindowRule::kDecode;
-    for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t row = 0; place.host_readable() && row < batch; ++row) {
         KVS_CHECK(blocks.cache_seqlens[row] >= 0, "cache_seqlens: got ", blocks.cache_seqlens[row],
                   " in row ", row, ", allowed: an int >= 0");
     }
     if (q_block_offsets) {
-        const TensorArg arg("q_block_offsets", *q_block_offsets);
+        const TensorArg arg("q_block_offsets", *q_block_offsets, place);
         arg.require_dtype(ScalarType::Int).require_shape({{"num_blocks + 1"}}).require_contiguous();
         KVS_CHECK(arg.size(0) >= 1,
                   "q_block_offsets: got no entry, allowed: num_blocks + 1 entries");
         blocks.num_blocks = arg.size(0) - 1;
         blocks.offsets = arg.data<int32_t>();
         int64_t before = 0;
-        for (int64_t i = 0; i <= blocks.num_blocks; ++i) {
+        for (int64_t i = 0; place.host_readable() && i <= blocks.num_blocks; ++i) {
             const int64_t offset = blocks.offsets[i];
             KVS_CHECK(offset >= before && offset <= seqlen_q, "q_block_offsets: got ", offset,
                       " at ", i, ", allowed: ascending from 0 to seqlen_q = ", seqlen_q);
@@ -334,12 +345,12 @@ void require_all_queries_covered(const QueryBlocks& blocks) {
 }
 
 RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t start,
-                   bool interleaved, int64_t head_dim) {
+                   bool interleaved, int64_t head_dim, Place place) {
     RopeView rope{};
     KVS_CHECK(cos.has_value() == sin.has_value(), "sin: got ", sin ? "a tensor" : "None",
               ", allowed: ", cos ? "a tensor, like cos" : "None, like cos");
     if (!cos) return rope;
-    const TensorArg cos_arg("cos", *cos), sin_arg("sin", *sin);
+    const TensorArg cos_arg("cos", *cos, place), sin_arg("sin", *sin, place);
     cos_arg.require_dtype(ScalarType::Float)
         .require_shape({{"num_positions"}, {"num_pairs"}})
         .require_contiguous();
@@ -379,8 +390,8 @@ void require_rope_positions(const RopeView& rope, int64_t needed) {
 }
 
 IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
-                               const QueryBlocks& blocks, int64_t num_kv_heads) {
-    const TensorArg lists("indices", indices), lengths("topk_length", topk_length);
+                               const QueryBlocks& blocks, int64_t num_kv_heads, Place place) {
+    const TensorArg lists("indices", indices, place), lengths("topk_length", topk_length, place);
     lists.require_dtype(ScalarType::Int)
         .require_shape({{"batch", blocks.batch},
                         {"num_blocks", blocks.num_blocks},
@@ -401,6 +412,10 @@ IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
         read.topk_length_strides[i] = lengths.stride(i);
     }
     const int64_t width = lists.size(3);
+    if (!place.host_readable()) {
+        read.num_ranks = width + 1;
+        return read;
+    }
     // Heads that share a list (stride 0) share its check.
     const bool shared = read.indices_strides[2] == 0 && read.topk_length_strides[2] == 0;
     const int64_t num_lists = shared ? std::min<int64_t>(num_kv_heads, 1) : num_kv_heads;

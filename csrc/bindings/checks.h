@@ -30,11 +30,21 @@ struct Dim {
     int64_t size = kAnySize;
 };
 
+// Where an op runs: all its tensors must lie there. What they hold (lengths, page numbers, lists)
+// is checked on the CPU only: to read it from a GPU would stop the stream that a step runs on.
+struct Place {
+    bool is_cuda = false;
+    int32_t index = 0;  // of the CUDA device
+
+    bool host_readable() const { return !is_cuda; }
+};
+
 // A tensor argument under its name. Sizes and strides are read through the C ABI once; they are
 // borrowed.
 class TensorArg {
 public:
-    TensorArg(const char* name, const Tensor& tensor);  // checks that it lies on the CPU
+    TensorArg(const char* name, const Tensor& tensor,
+              Place place = {});  // checks that it lies there
 
     const TensorArg& require_dtype(ScalarType allowed) const;
     const TensorArg& require_shape(std::initializer_list<Dim> dims) const;
@@ -47,6 +57,7 @@ public:
     int64_t stride(int64_t i) const { return strides_[i]; }
     ScalarType dtype() const { return dtype_; }
     const char* name() const { return name_; }
+    Place place() const { return place_; }
     // Never null: kernels read a null pointer as "not given", and an empty tensor is given.
     template <typename T>
     const T* data() const {
@@ -66,6 +77,7 @@ private:
     const int64_t* sizes_;
     const int64_t* strides_;
     ScalarType dtype_;
+    Place place_;
     alignas(64) inline static char no_element_[64] = {};
 };
 
@@ -78,9 +90,9 @@ struct StringArg {
 std::string take_string(StringArg argument);
 
 // An int32 tensor of one number per row (cache_seqlens, starts, num_valid), contiguous.
-const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch);
-const int32_t* row_numbers(const char* name, const OptionalTensor& tensor,
-                           int64_t batch);  // or nullptr
+const int32_t* row_numbers(const char* name, const Tensor& tensor, int64_t batch, Place place = {});
+const int32_t* row_numbers(const char* name, const OptionalTensor& tensor, int64_t batch,
+                           Place place = {});  // or nullptr
 
 DType kernel_dtype(const TensorArg& arg);  // float32, float16 or bfloat16
 void require_count(const char* name, int64_t value, int64_t low);
@@ -107,31 +119,33 @@ void require_max_seqlen(const char* name, int64_t max_seqlen_k, const QueryBlock
 SketchFormat sketch_format(const std::string& name);
 // `needed_tokens`: the longest row; every whole block of it must have a record.
 SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, int64_t batch,
-                       int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens);
+                       int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens,
+                       Place place = {});
 
 WindowRule window_rule(const std::string& name);
 // Only the cutting of the queries; callers that keep windows add rule, sinks and recent tokens.
 QueryBlocks read_query_blocks(const Tensor& cache_seqlens, const OptionalTensor& starts,
                               const OptionalTensor& q_block_offsets, int64_t batch,
-                              int64_t seqlen_q);
+                              int64_t seqlen_q, Place place = {});
 void require_all_queries_covered(const QueryBlocks& blocks);
 
 RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t start,
-                   bool interleaved, int64_t head_dim);
+                   bool interleaved, int64_t head_dim, Place place = {});
 // What a model adds to the softmax, into the params of an op that takes it.
 float read_softcap(double softcap);
 const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads);
 void require_rope_positions(const RopeView& rope, int64_t needed);
 
-// Selected token lists as the kernels read them, each list checked: ascending positions inside the
-// row.
+// Selected token lists as the kernels read them; each list checked where the host can read it:
+// ascending positions inside the row.
 struct IndexListsArg {
     const int32_t* indices;
     const int32_t* topk_length;
     int64_t indices_strides[3], topk_length_strides[3];  // elements: batch, block, head
-    int64_t num_ranks;  // ranks that listed tokens and queries can have: [0, num_ranks)
+    int64_t num_ranks;  // ranks that listed tokens and queries can have: [0, num_ranks); on CUDA,
+                        // at most
 };
 IndexListsArg read_index_lists(const Tensor& indices, const Tensor& topk_length,
-                               const QueryBlocks& blocks, int64_t num_kv_heads);
+                               const QueryBlocks& blocks, int64_t num_kv_heads, Place place = {});
 
 }  // namespace kvselect::bindings

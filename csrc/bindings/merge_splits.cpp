@@ -1,55 +1,16 @@
-#include "kvselect/merge_splits.h"
-
-#include <vector>
-
+#include "bindings/merge_splits_call.h"
 #include "bindings/ops.h"
-#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 
 namespace kvselect::bindings {
 
-// Any strides: the parts are small (num_splits rows per query head), so others than contiguous ones
-// are copied.
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse) {
-    const TensorArg out_arg("partial_out", partial_out), lse_arg("partial_lse", partial_lse);
-    out_arg.require_dtype(ScalarType::Float);
-    lse_arg.require_dtype(ScalarType::Float);
-    KVS_CHECK(out_arg.dim() >= 2, "partial_out: got ", out_arg.dim(),
-              " dimensions, allowed: [num_splits, ..., head_dim]");
-    KVS_CHECK(out_arg.size(0) >= 1, "partial_out: got num_splits ", out_arg.size(0),
-              ", allowed: an int >= 1");
-    KVS_CHECK(lse_arg.dim() == out_arg.dim() - 1, "partial_lse: got ", lse_arg.dim(),
-              " dimensions, allowed: ", out_arg.dim() - 1,
-              ", those of partial_out without head_dim");
-    std::vector<int64_t> lse_shape;
-    int64_t num_rows = 1;
-    for (int64_t i = 0; i < lse_arg.dim(); ++i) {
-        KVS_CHECK(lse_arg.size(i) == out_arg.size(i), "partial_lse: got size ", lse_arg.size(i),
-                  " in dimension ", i, ", allowed: ", out_arg.size(i), ", like partial_out");
-        if (i == 0) continue;
-        lse_shape.push_back(lse_arg.size(i));
-        num_rows *= lse_arg.size(i);
-    }
-    std::vector<int64_t> out_shape = lse_shape;
-    out_shape.push_back(out_arg.size(out_arg.dim() - 1));
-
-    const Tensor out_parts = torch::stable::contiguous(partial_out);
-    const Tensor lse_parts = torch::stable::contiguous(partial_lse);
-    Tensor out = new_output(out_shape, ScalarType::Float);
-    Tensor lse = new_output(lse_shape, ScalarType::Float);
-    MergeSplitsParams p{};
-    p.num_splits = out_arg.size(0);
-    p.num_rows = num_rows;
-    p.head_dim = out_shape.back();
-    p.partial_out = static_cast<const float*>(out_parts.const_data_ptr());
-    p.partial_lse = static_cast<const float*>(lse_parts.const_data_ptr());
-    p.out = static_cast<float*>(out.mutable_data_ptr());
-    p.lse = static_cast<float*>(lse.mutable_data_ptr());
-
+    const MergeSplitsCall call = read_merge_splits(partial_out, partial_lse, Place{});
+    const MergeSplitsParams& p = call.params;
     const auto kernel = cpu::current_implementation().merge_splits;
-    run_parallel(num_rows, 0, [&](int64_t begin, int64_t end, float*) { kernel(p, begin, end); });
-    return {out, lse};
+    run_parallel(p.num_rows, 0, [&](int64_t begin, int64_t end, float*) { kernel(p, begin, end); });
+    return {call.out, call.lse};
 }
 
 }  // namespace kvselect::bindings

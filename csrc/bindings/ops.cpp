@@ -56,6 +56,7 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def("cpu_implementations() -> str");
     m.def("cpu_implementation() -> str");
     m.def("set_cpu_implementation(str name) -> ()");
+    m.def("set_cuda_overlap(bool on) -> ()");
     m.def("advise_huge_pages(int address, int num_bytes) -> ()");
 }
 

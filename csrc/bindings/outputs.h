@@ -1,4 +1,4 @@
-// Where ops put their results: fresh contiguous tensors on the CPU.
+// Where ops put their results: fresh contiguous tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,6 +12,7 @@
 #include <new>
 #include <vector>
 
+#include "bindings/checks.h"
 #include "bindings/huge_pages.h"
 
 namespace kvselect::bindings {
@@ -29,13 +30,15 @@ inline std::vector<int64_t> contiguous_strides(torch::headeronly::IntHeaderOnlyA
 // Memory that nobody has written to. torch::stable::new_empty looks aten's op up by name and boxes
 // six arguments at every call: 1.0 us instead of 0.4, and a decode step makes six outputs.
 inline torch::stable::Tensor new_output(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                                        torch::headeronly::ScalarType dtype) {
+                                        torch::headeronly::ScalarType dtype, Place place = {}) {
     namespace detail = torch::stable::detail;
     const std::vector<int64_t> strides = contiguous_strides(sizes);
     AtenTensorHandle output = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-        detail::to<int32_t>(detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &output));
+        detail::to<int32_t>(detail::from(dtype)),
+        place.is_cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), place.index,
+        &output));
     return torch::stable::Tensor(output);
 }
 

@@ -1,6 +1,8 @@
 #include <cstdio>
 
 #include "check.h"
+#include "cuda_emulated.h"
+#include "cuda_emulation/fibres.h"
 #include "tile_implementations.h"
 
 namespace kvselect::test {
@@ -19,20 +21,27 @@ void count_check() { ++num_checks; }
 
 namespace {
 
+using kvselect::emulation::Order;
+
 struct Subject {
     std::string label;
     const kvselect::cpu::Implementation& ops;
+    Order order = Order::kForwards;  // of emulated threads
 };
 
-// What runs here, slowest first, and "amx" as far as it can be made to run.
+// What runs here, slowest first; "amx" as far as it can be made to run; the CUDA kernels on host
+// fibres.
 std::vector<Subject> subjects() {
     using namespace kvselect;
     std::vector<Subject> found;
     for (const std::string& name : cpu::available_implementations())
         for (const cpu::Implementation* compiled : cpu::compiled_implementations())
-            if (name == compiled->name) found.push_back({name, *compiled});
+            if (name == compiled->name) found.push_back({name, *compiled, {}});
     const cpu::Implementation* amx = test::amx_implementation_to_test();
-    if (amx && found.back().label != amx->name) found.push_back({"amx, tiles emulated", *amx});
+    if (amx && found.back().label != amx->name) found.push_back({"amx, tiles emulated", *amx, {}});
+    found.push_back({"cuda, emulated", test::cuda_emulated_implementation(), Order::kForwards});
+    found.push_back(
+        {"cuda, emulated backwards", test::cuda_emulated_implementation(), Order::kBackwards});
     return found;
 }
 
@@ -44,6 +53,7 @@ int main(int argc, char** argv) {
     int passed = 0, failed = 0;
     bool first = true;
     for (const Subject& subject : subjects()) {
+        emulation::set_order(subject.order);
         for (const test::Test& one : test::all_tests()) {
             if (one.once && !first) continue;
             const std::string full =

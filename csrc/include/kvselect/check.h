@@ -14,6 +14,14 @@ template <typename... Parts>
     throw std::invalid_argument(message.str());
 }
 
+// What went wrong while running: RuntimeError in Python, not ValueError.
+template <typename... Parts>
+[[noreturn]] void fail_at_run_time(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw std::runtime_error(message.str());
+}
+
 }  // namespace kvselect
 
 #define KVS_CHECK(condition, ...)                        \

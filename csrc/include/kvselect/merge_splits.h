@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kvselect/cuda_launch.h"
+
 namespace kvselect {
 
 struct MergeSplitsParams {
@@ -15,5 +17,9 @@ struct MergeSplitsParams {
 
 // Work items are rows: [0, num_rows).
 using MergeSplitsFn = void (*)(const MergeSplitsParams&, int64_t begin, int64_t end);
+
+namespace cuda {
+void merge_splits(const MergeSplitsParams&, const CudaLaunch&);
+}
 
 }  // namespace kvselect

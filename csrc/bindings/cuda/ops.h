@@ -1,0 +1,33 @@
+// The CUDA op of every schema in bindings/ops.cpp that has one: check, allocate, fill the params,
+// launch. Nothing is read back from the device, and memory comes from torch's allocator, so every
+// op can be captured in a CUDA graph.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <tuple>
+
+#include "bindings/checks.h"
+#include "kvselect/cuda_launch.h"
+
+namespace kvselect::bindings::cuda {
+
+// The device of an op's first tensor, current while the op runs; its stream is torch's current one.
+class OnDevice {
+public:
+    OnDevice(const char* name, const Tensor& first);
+
+    Place place() const { return place_; }
+    CudaLaunch launch() const { return launch_; }
+
+private:
+    Place place_;
+    torch::stable::accelerator::DeviceGuard guard_;
+    CudaLaunch launch_;
+};
+
+std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
+
+void set_cuda_overlap(bool on);
+
+}  // namespace kvselect::bindings::cuda

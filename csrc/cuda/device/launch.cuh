@@ -1,0 +1,55 @@
+// How kernels are launched: every launch checked, every error a C++ exception that says what failed
+// where.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kvselect/check.h"
+#include "kvselect/cuda_launch.h"
+
+#define KVS_CUDA_CHECK(call)                                                                       \
+    do {                                                                                           \
+        const cudaError_t kvs_status = (call);                                                     \
+        if (kvs_status != cudaSuccess)                                                             \
+            ::kvselect::fail_at_run_time("CUDA: ", cudaGetErrorString(kvs_status), " in ", #call); \
+    } while (false)
+
+namespace kvselect::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
+
+// Shared memory that a block may ask for on every GPU that we build for (sm_86, sm_89, sm_120: 99
+// KiB).
+constexpr int64_t kMaxSharedBytes = int64_t{99} << 10;
+
+// grid.x = x, grid.y = y; a grid of nothing is not launched.
+template <typename... Params, typename... Args>
+void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64_t y, int threads,
+            int64_t shared_bytes, const Args&... args) {
+    if (x == 0 || y == 0) return;
+    KVS_CHECK(x <= kMaxGridX && y <= kMaxGridY, "grid: got ", x, " x ", y, ", allowed: at most ",
+              kMaxGridX, " x ", kMaxGridY, " (rows, blocks of queries and heads of one call)");
+    if (shared_bytes > (int64_t{48} << 10))
+        KVS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared_bytes)));
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = where.stream;
+    config.attrs = &overlap;
+    config.numAttrs = where.overlap ? 1 : 0;
+    KVS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
+    KVS_CUDA_CHECK(cudaGetLastError());
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace kvselect::cuda

@@ -1,0 +1,115 @@
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them; a spill fails.
+
+Two uses, both by `make cuda-check`:
+
+    cuda_report.py --compile nvcc ...   run the compiler, keep what ptxas says beside the object
+    cuda_report.py FOLDER               read all that was kept under FOLDER, print a table
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+SUFFIX = ".ptxas"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one architecture. [registers per thread, bytes]"""
+
+    kernel: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def compile_and_keep(command: list[str]) -> int:
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    said = done.stderr.splitlines(keepends=True)
+    kept = [line for line in said if line.startswith(("ptxas info", "    "))]
+    sys.stderr.writelines(line for line in said if line not in kept)
+    if done.returncode == 0 and "-o" in command:
+        Path(command[command.index("-o") + 1] + SUFFIX).write_text("".join(kept))
+    return done.returncode
+
+
+def usages(text: str) -> list[Usage]:
+    """All kernels of one ptxas log.
+
+    >>> usages('''ptxas info    : Compiling entry function 'k' for 'sm_80'
+    ...     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+    ... ptxas info    : Used 40 registers, used 1 barriers, 256 bytes smem, 400 bytes cmem[0]''')
+    [Usage(kernel='k', architecture='sm_80', registers=40, stack_bytes=8, spill_bytes=16, \
+shared_bytes=256)]
+    """
+    found = []
+    kernel = architecture = ""
+    stack = spills = 0
+    for line in text.splitlines():
+        if entry := ENTRY.search(line):
+            kernel, architecture = entry.groups()
+            stack = spills = 0
+        elif spill := SPILLS.search(line):
+            stack, spills = int(spill[1]), int(spill[2]) + int(spill[3])
+        elif (used := USED.search(line)) and kernel:
+            shared = SHARED.search(line)
+            size = int(shared[1]) if shared else 0
+            found.append(Usage(kernel, architecture, int(used[1]), stack, spills, size))
+            kernel = ""
+    return found
+
+
+def readable(names: list[str]) -> list[str]:
+    """Demangled, without namespaces and parameters."""
+    done = subprocess.run(["c++filt", *names], stdout=subprocess.PIPE, text=True, check=True)
+    short = []
+    for name in done.stdout.splitlines():
+        name = re.sub(r"\(anonymous namespace\)::|kvselect::(cuda::)?|^void ", "", name)
+        name = re.sub(r"\((int|long|bool|\w*Format)\)", "", name)
+        short.append(re.sub(r"\((?!anonymous).*\)$", "", name))
+    return short
+
+
+def report(folder: Path) -> int:
+    found = [u for log in folder.rglob(f"*{SUFFIX}") for u in usages(log.read_text())]
+    if not found:
+        print(f"{folder}: got no ptxas report, allowed: a folder that make cuda-check built in")
+        return 1
+    by_kernel: dict[str, list[Usage]] = {}
+    for usage in found:
+        by_kernel.setdefault(usage.kernel, []).append(usage)
+    names = dict(zip(by_kernel, readable(list(by_kernel))))
+    architectures = sorted({u.architecture for u in found}, key=lambda a: int(re.sub(r"\D", "", a)))
+    print(
+        f"registers per thread; static shared memory and spills in bytes; {len(by_kernel)} kernels"
+    )
+    print(f"{'kernel':<72}" + "".join(f"{a:>8}" for a in architectures) + "  shared  spills")
+    for kernel in sorted(by_kernel, key=lambda k: names[k]):
+        of = {u.architecture: u for u in by_kernel[kernel]}
+        registers = "".join(f"{of[a].registers if a in of else '-':>8}" for a in architectures)
+        shared = max(u.shared_bytes for u in of.values())
+        spills = max(u.spill_bytes + u.stack_bytes for u in of.values())
+        print(f"{names[kernel]:<72}{registers}{shared:>8}{spills:>8}")
+    spilling = [u for u in found if u.spill_bytes or u.stack_bytes]
+    for u in spilling:
+        print(
+            f"SPILLS {names[u.kernel]} on {u.architecture}: {u.spill_bytes} bytes, "
+            f"stack {u.stack_bytes}"
+        )
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        sys.exit(compile_and_keep([word for word in sys.argv[2:] if word]))
+    sys.exit(report(Path(sys.argv[1])))
