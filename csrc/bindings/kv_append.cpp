@@ -1,7 +1,4 @@
-#include "kvselect/kv_append.h"
-
-#include <limits>
-
+#include "bindings/kv_append_call.h"
 #include "bindings/ops.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
@@ -12,86 +9,16 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
                StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts) {
     const std::string format = take_string(sketch_format);
-    const TensorArg k_arg("k", k), v_arg("v", v), k_cache_arg("k_cache", k_cache),
-        v_cache_arg("v_cache", v_cache), seqlens_arg("cache_seqlens", cache_seqlens),
-        nonfinite_arg("num_nonfinite", num_nonfinite);
-    k_arg.require_shape({{"batch"}, {"num_new"}, {"num_kv_heads"}, {"head_dim"}});
-    const int64_t batch = k_arg.size(0), num_new = k_arg.size(1);
-    const CacheArg keys = read_cache(k_cache_arg, block_table, batch);
-    const CacheArg values = read_values(v_cache_arg, k_cache_arg, keys);
-    k_cache_arg.require_writable();
-    v_cache_arg.require_writable();
-    require_heads(keys.num_kv_heads, keys.num_kv_heads, keys.head_dim);
-    for (const TensorArg* arg : {&k_arg, &v_arg}) {
-        arg->require_dtype(keys.scalar_type)
-            .require_shape({{"batch", batch},
-                            {"num_new", num_new},
-                            {"num_kv_heads", keys.num_kv_heads},
-                            {"head_dim", keys.head_dim}})
-            .require_contiguous_rows();
-    }
-    nonfinite_arg.require_dtype(ScalarType::Long)
-        .require_shape({{"batch", batch}, {"num_kv_heads", keys.num_kv_heads}})
-        .require_contiguous();
-    const int32_t* seqlens = row_numbers("cache_seqlens", cache_seqlens, batch);
-    const int32_t* valid = row_numbers("num_valid", num_valid, batch);
-    const int32_t* first_real = row_numbers("starts", starts, batch);
-
-    // Room for every row, before the first one is written.
-    int64_t longest = 0;
-    for (int64_t row = 0; row < batch; ++row) {
-        const int64_t before = seqlens[row];
-        const int64_t added = valid ? valid[row] : num_new;
-        KVS_CHECK(before >= 0, "cache_seqlens: got ", before, " in row ", row,
-                  ", allowed: an int >= 0");
-        KVS_CHECK(added >= 0 && added <= num_new, "num_valid: got ", added, " in row ", row,
-                  ", allowed: 0..", num_new);
-        const int64_t after = before + added;
-        KVS_CHECK(after <= keys.capacity_tokens, "capacity: got ", before, " + ", added,
-                  " tokens in row ", row, ", allowed: at most ", keys.capacity_tokens, " (what ",
-                  block_table ? "block_table" : "k_cache", " has room for)");
-        KVS_CHECK(after <= std::numeric_limits<int32_t>::max(), "capacity: got ", after,
-                  " tokens in row ", row, ", allowed: at most 2^31 - 1");
-        // A block that these tokens complete is sketched from its first token on, so its older
-        // pages are read too.
-        const int64_t start = first_real ? first_real[row] : 0;
-        KVS_CHECK(start >= 0, "starts: got ", start, " in row ", row, ", allowed: an int >= 0");
-        const int64_t in_block = before > start ? (before - start) % kSketchBlockTokens : 0;
-        const int64_t first_read = sketch ? before - in_block : before;
-        require_pages(keys, row, first_read, after);
-        longest = std::max(longest, after);
-    }
-    const SketchView sketch_view =
-        read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest);
-    if (sketch) TensorArg("sketch", *sketch).require_writable();
-
-    KvAppendParams p{};
-    p.dtype = keys.dtype;
-    p.batch = batch;
-    p.num_new = num_new;
-    p.num_kv_heads = keys.num_kv_heads;
-    p.head_dim = keys.head_dim;
-    p.k = k_arg.data<void>();
-    p.v = v_arg.data<void>();
-    for (int i = 0; i < 3; ++i) {
-        p.k_strides[i] = k_arg.stride(i);
-        p.v_strides[i] = v_arg.stride(i);
-    }
-    p.num_valid = valid;
-    p.seqlens_before = seqlens;
-    p.starts = first_real;
-    p.k_cache = keys.view;
-    p.v_cache = values.view;
-    p.sketch = sketch_view;
-    p.num_nonfinite = nonfinite_arg.mutable_data<int64_t>();
-
+    const KvAppendParams p =
+        read_kv_append(k, v, num_valid, k_cache, v_cache, block_table, cache_seqlens, sketch,
+                       format, num_nonfinite, starts, Place{});
     const auto kernel = cpu::current_implementation().kv_append;
     run_parallel(kv_append_items(p).count, 0,
                  [&](int64_t begin, int64_t end, float*) { kernel(p, begin, end); });
 
-    int32_t* seqlens_after = seqlens_arg.mutable_data<int32_t>();
-    for (int64_t row = 0; row < batch; ++row) {
-        seqlens_after[row] += valid ? valid[row] : static_cast<int32_t>(num_new);
+    int32_t* seqlens_after = TensorArg("cache_seqlens", cache_seqlens).mutable_data<int32_t>();
+    for (int64_t row = 0; row < p.batch; ++row) {
+        seqlens_after[row] += p.num_valid ? p.num_valid[row] : static_cast<int32_t>(p.num_new);
     }
 }
 

@@ -56,6 +56,7 @@ void set_cuda_overlap(bool on) { overlap.store(on, std::memory_order_relaxed); }
 
 STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     using namespace kvselect::bindings;
+    m.impl("kv_append", TORCH_BOX(&cuda::kv_append));
     m.impl("merge_splits", TORCH_BOX(&cuda::merge_splits));
 }
 

@@ -26,6 +26,10 @@ private:
     CudaLaunch launch_;
 };
 
+void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
+               OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
+               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts);
+
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
 void set_cuda_overlap(bool on);

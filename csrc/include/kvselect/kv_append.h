@@ -1,6 +1,7 @@
 // kv_append: store new keys and values, and sketch every 128-token block that they complete.
 #pragma once
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/sketch.h"
 
@@ -52,5 +53,14 @@ struct KvAppendItems {
     return items;
 }
 using KvAppendFn = void (*)(const KvAppendParams&, int64_t begin, int64_t end);
+
+namespace cuda {
+// All items.
+void kv_append(const KvAppendParams&, const CudaLaunch&);
+// cache_seqlens[row] += num_valid[row], or num_new without num_valid: after kv_append on the same
+// stream, which reads the lengths of before.
+void advance_seqlens(int32_t* cache_seqlens, const int32_t* num_valid, int64_t num_new,
+                     int64_t batch, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kvselect/host_device.h"
+
 namespace kvselect {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -21,7 +23,8 @@ struct KVView {
 
     // Element offset of (row, position, kv_head); int64 throughout: tokens * heads * head_dim
     // passes 2^31.
-    [[gnu::always_inline]] int64_t offset(int64_t row, int64_t position, int64_t kv_head) const {
+    [[gnu::always_inline]] KVS_HOST_DEVICE int64_t offset(int64_t row, int64_t position,
+                                                          int64_t kv_head) const {
         const int64_t page = position / page_block_size;
         const int64_t slot = position - page * page_block_size;
         const int64_t physical =

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kvselect/host_device.h"
+
 namespace kvselect {
 
 // Where the recent window of a query block [begin, end) is counted from, and what its scores
@@ -41,8 +43,8 @@ struct BlockRange {
     int64_t begin, end;   // the block's own queries
 };
 
-[[gnu::always_inline]] inline BlockRange block_range(const QueryBlocks& blocks, int64_t row,
-                                                     int64_t block) {
+[[gnu::always_inline]] KVS_HOST_DEVICE inline BlockRange block_range(const QueryBlocks& blocks,
+                                                                     int64_t row, int64_t block) {
     const auto clip = [](int64_t value, int64_t low, int64_t high) {
         return value < low ? low : (value > high ? high : value);
     };

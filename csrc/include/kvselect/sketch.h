@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "kvselect/host_device.h"
+
 namespace kvselect {
 
 enum class SketchFormat : int32_t { kNone = 0, kInt4 = 4, kInt8 = 8 };
@@ -22,19 +24,19 @@ enum class SketchFormat : int32_t { kNone = 0, kInt4 = 4, kInt8 = 8 };
 constexpr int64_t kSketchBlockTokens = 128;
 constexpr int64_t kSketchSubBlockTokens = 16;
 
-[[gnu::always_inline]] inline constexpr int64_t sketch_levels(SketchFormat format) {
+[[gnu::always_inline]] KVS_HOST_DEVICE inline constexpr int64_t sketch_levels(SketchFormat format) {
     return format == SketchFormat::kInt4 ? 15 : 255;
 }
 
-[[gnu::always_inline]] inline constexpr int64_t sketch_code_bytes(SketchFormat format,
-                                                                  int64_t head_dim) {
+[[gnu::always_inline]] KVS_HOST_DEVICE inline constexpr int64_t sketch_code_bytes(
+    SketchFormat format, int64_t head_dim) {
     return format == SketchFormat::kNone
                ? 0
                : kSketchBlockTokens * head_dim * static_cast<int64_t>(format) / 8;
 }
 
-[[gnu::always_inline]] inline constexpr int64_t sketch_block_bytes(SketchFormat format,
-                                                                   int64_t head_dim) {
+[[gnu::always_inline]] KVS_HOST_DEVICE inline constexpr int64_t sketch_block_bytes(
+    SketchFormat format, int64_t head_dim) {
     return format == SketchFormat::kNone ? 0 : 4 * head_dim + sketch_code_bytes(format, head_dim);
 }
 
@@ -47,7 +49,8 @@ struct SketchView {
     SketchFormat format;
     int64_t row_stride, head_stride, block_stride;  // bytes
 
-    [[gnu::always_inline]] uint8_t* block(int64_t row, int64_t kv_head, int64_t index) const {
+    [[gnu::always_inline]] KVS_HOST_DEVICE uint8_t* block(int64_t row, int64_t kv_head,
+                                                          int64_t index) const {
         return data + row * row_stride + kv_head * head_stride + index * block_stride;
     }
 };

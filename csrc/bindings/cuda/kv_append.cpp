@@ -1,0 +1,22 @@
+#include "bindings/kv_append_call.h"
+
+#include "bindings/cuda/ops.h"
+
+namespace kvselect::bindings::cuda {
+
+// Room is the caller's to make: lengths lie on the device, and KVCache knows them on the host too.
+void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
+               OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
+               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts) {
+    const std::string format = take_string(sketch_format);
+    const OnDevice device("k", k);
+    const KvAppendParams p =
+        read_kv_append(k, v, num_valid, k_cache, v_cache, block_table, cache_seqlens, sketch,
+                       format, num_nonfinite, starts, device.place());
+    kvselect::cuda::kv_append(p, device.launch());
+    int32_t* seqlens_after = static_cast<int32_t*>(cache_seqlens.mutable_data_ptr());
+    kvselect::cuda::advance_seqlens(seqlens_after, p.num_valid, p.num_new, p.batch,
+                                    device.launch());
+}
+
+}  // namespace kvselect::bindings::cuda
