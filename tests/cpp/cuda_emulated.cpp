@@ -1,5 +1,7 @@
 #include "cuda_emulated.h"
 
+#include <vector>
+
 namespace kvselect::test {
 namespace {
 
@@ -15,6 +17,31 @@ void merge_splits(const MergeSplitsParams& p, int64_t, int64_t end) {
     if (end == p.num_rows) cuda::merge_splits(p, kLaunch);
 }
 
+void score_tokens(const ScoreTokensParams& p, ScoreStage stage, int64_t item, int64_t part_begin,
+                  int64_t, float*, float*) {
+    if (stage != ScoreStage::kVote || part_begin != 0 || item != 0) return;
+    // Exactly what is asked for, and full of NaN.
+    std::vector<uint8_t> workspace(cuda::score_tokens_workspace_bytes(p), 0xff);
+    cuda::score_tokens(p, workspace.data(), kLaunch);
+}
+
+// Rows are independent, so some of them are a call of their own.
+void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, int64_t end) {
+    SelectionCacheStepParams p = all;
+    const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
+    p.batch = end - begin;
+    p.q = static_cast<const uint8_t*>(p.q) + begin * p.q_strides[0] * element_bytes;
+    p.cache_seqlens += begin;
+    if (p.starts) p.starts += begin;
+    p.num_nonfinite += begin * p.num_kv_heads;
+    p.anchor_query += begin * p.num_q_heads * p.head_dim;
+    p.age += begin * p.num_lists;
+    p.expected_seqlens += begin;
+    p.known_nonfinite += begin * p.num_lists;
+    p.hit += begin * p.num_lists;
+    cuda::selection_cache_step(p, kLaunch);
+}
+
 }  // namespace
 
 const cpu::Implementation& cuda_emulated_implementation() {
@@ -23,6 +50,8 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.name = "cuda";
         table.kv_append = kv_append;
         table.merge_splits = merge_splits;
+        table.score_tokens = score_tokens;
+        table.selection_cache_step = selection_cache_step;
         return table;
     }();
     return implementation;

@@ -57,6 +57,8 @@ void set_cuda_overlap(bool on) { overlap.store(on, std::memory_order_relaxed); }
 STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     using namespace kvselect::bindings;
     m.impl("kv_append", TORCH_BOX(&cuda::kv_append));
+    m.impl("score_tokens", TORCH_BOX(&cuda::score_tokens));
+    m.impl("selection_cache_step", TORCH_BOX(&cuda::selection_cache_step));
     m.impl("merge_splits", TORCH_BOX(&cuda::merge_splits));
 }
 

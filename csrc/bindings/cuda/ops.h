@@ -32,6 +32,33 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
 
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
+std::tuple<Tensor, Tensor, Tensor> score_tokens(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k);
+
+void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
+                   OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+                   int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep,
+                   int64_t pool_width, OptionalTensor hit, Tensor indices, Tensor topk_length,
+                   Tensor kept_score);
+
+std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache,
+                                            OptionalTensor block_table, Tensor cache_seqlens,
+                                            OptionalTensor starts, OptionalTensor indices,
+                                            OptionalTensor topk_length,
+                                            OptionalTensor q_block_offsets, double softmax_scale,
+                                            OptionalTensor cos, OptionalTensor sin,
+                                            int64_t rope_start, bool rope_interleaved);
+
+Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor starts,
+                            Tensor num_nonfinite, StringArg similarity, double similarity_threshold,
+                            int64_t max_age, int64_t dense_limit, Tensor anchor_query, Tensor age,
+                            Tensor expected_seqlens, Tensor known_nonfinite, Tensor reuse_counts);
+
 void set_cuda_overlap(bool on);
 
 }  // namespace kvselect::bindings::cuda

@@ -8,6 +8,7 @@
 
 #include "kvselect/check.h"
 #include "kvselect/cuda_launch.h"
+#include "kvselect/host_device.h"
 
 #define KVS_CUDA_CHECK(call)                                                                       \
     do {                                                                                           \
@@ -50,6 +51,6 @@ void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64
     KVS_CUDA_CHECK(cudaGetLastError());
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+KVS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace kvselect::cuda

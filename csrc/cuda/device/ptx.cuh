@@ -82,10 +82,10 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 
 // --- memory
 
-// 16 bytes that no other thread will read soon: past L1, first to leave L2.
+// 16 bytes that nobody will read again soon: past L1.
 __device__ __forceinline__ uint4 load_streaming(const void* address) {
     uint4 out;
-    asm("ld.global.nc.L1::no_allocate.L2::evict_first.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
         : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
         : "l"(address));
     return out;

@@ -1,6 +1,7 @@
 // score_tokens: how much each cached token matters to a block of queries: soft votes per KV head.
 #pragma once
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
 #include "kvselect/rope.h"
@@ -84,5 +85,12 @@ inline int64_t score_tokens_scratch_floats(const ScoreTokensParams& p) {
 using ScoreTokensFn = void (*)(const ScoreTokensParams&, ScoreStage, int64_t item,
                                int64_t part_begin, int64_t part_end, float* workspace,
                                float* scratch);
+
+namespace cuda {
+// Bytes of device memory that a call works in; what it holds before does not matter.
+int64_t score_tokens_workspace_bytes(const ScoreTokensParams&);
+// All items. Outputs of lists that `hit` skips: lse -inf, num_nonfinite 0, scores untouched.
+void score_tokens(const ScoreTokensParams&, void* workspace, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

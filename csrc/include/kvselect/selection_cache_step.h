@@ -15,6 +15,7 @@
 
 #include <cstdint>
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 
 namespace kvselect {
@@ -55,5 +56,9 @@ inline int64_t may_differ(const SelectionCacheStepParams& p) {
 
 // Work items are rows: [0, batch).
 using SelectionCacheStepFn = void (*)(const SelectionCacheStepParams&, int64_t begin, int64_t end);
+
+namespace cuda {
+void selection_cache_step(const SelectionCacheStepParams&, const CudaLaunch&);
+}
 
 }  // namespace kvselect

@@ -1,0 +1,1 @@
+#include "cuda/score_tokens.cu"

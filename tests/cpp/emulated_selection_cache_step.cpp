@@ -1,0 +1,1 @@
+#include "cuda/selection_cache_step.cu"
