@@ -1,4 +1,6 @@
-"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them; a spill fails.
+"""Registers, spills and shared memory of every CUDA kernel, as ptxas reports them.
+
+A spill fails, but in the kernels that COLD names.
 
 Two uses, both by `make cuda-check`:
 
@@ -19,6 +21,14 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
 SUFFIX = ".ptxas"
+
+# Kernels that may spill, by the start of their readable name, and why that is no loss that counts.
+COLD = {
+    "attend_kernel<float, 128>": "float32 caches: three products for one",
+    "attend_kernel<float, 256>": "float32 caches: three products for one",
+    "attend_kernel<BFloat, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
+}
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,16 @@ def report(folder: Path) -> int:
         shared = max(u.shared_bytes for u in of.values())
         spills = max(u.spill_bytes + u.stack_bytes for u in of.values())
         print(f"{names[kernel]:<72}{registers}{shared:>8}{spills:>8}")
-    spilling = [u for u in found if u.spill_bytes or u.stack_bytes]
-    for u in spilling:
-        print(
-            f"SPILLS {names[u.kernel]} on {u.architecture}: {u.spill_bytes} bytes, "
-            f"stack {u.stack_bytes}"
-        )
-    return 1 if spilling else 0
+    failures = 0
+    for u in found:
+        if u.spill_bytes or u.stack_bytes:
+            why = COLD.get(names[u.kernel])
+            failures += why is None
+            print(
+                f"{'spills' if why else 'SPILLS'} {names[u.kernel]} on {u.architecture}: "
+                f"{u.spill_bytes} bytes, stack {u.stack_bytes}{f' (allowed: {why})' if why else ''}"
+            )
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

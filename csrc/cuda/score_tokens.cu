@@ -566,11 +566,15 @@ struct Shared {
     float score[kTileTokens], set[kTileTokens];
 };
 
+// Two blocks of 128 registers where they fit without spills, for more loads under way.
+template <typename T, SketchFormat kFormat, int kHeadDim32>
+constexpr int kBlocksPerSm =
+    kFormat != SketchFormat::kNone && kHeadDim32 == 4 && !std::is_same_v<T, float> ? 2 : 1;
+
 // Weigh, or vote from logits made again (`voting`): one kernel, since the making of logits is most
 // of either.
 template <typename T, SketchFormat kFormat, int kHeadDim32>
-__global__ void __launch_bounds__(kThreads,
-                                  kHeadDim32 <= 4 && kFormat != SketchFormat::kNone ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>)
     logits_kernel(const ScoreTokensParams p, const Workspace w, const bool voting) {
     __shared__ Shared shared;
     ptx::wait_for_previous_kernel();

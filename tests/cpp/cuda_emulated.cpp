@@ -1,5 +1,6 @@
 #include "cuda_emulated.h"
 
+#include <algorithm>
 #include <vector>
 
 namespace kvselect::test {
@@ -25,6 +26,12 @@ void score_tokens(const ScoreTokensParams& p, ScoreStage stage, int64_t item, in
     cuda::score_tokens(p, workspace.data(), kLaunch);
 }
 
+void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t, float*) {
+    if (begin != 0) return;
+    std::vector<uint8_t> workspace(cuda::select_tokens_workspace_bytes(p), 0xff);
+    cuda::select_tokens(p, workspace.data(), kLaunch);
+}
+
 // Rows are independent, so some of them are a call of their own.
 void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, int64_t end) {
     SelectionCacheStepParams p = all;
@@ -42,6 +49,17 @@ void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, in
     cuda::selection_cache_step(p, kLaunch);
 }
 
+void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int64_t item, int64_t,
+                      int64_t, float*, float*) {
+    if (stage == AttentionStage::kParts || item != 0) return;
+    // Without lists, what a cache of the longest row has room for.
+    int64_t longest = p.indices ? p.indices_strides[0] : 1;
+    for (int64_t row = 0; !p.indices && row < p.blocks.batch; ++row)
+        longest = std::max<int64_t>(longest, p.blocks.cache_seqlens[row]);
+    std::vector<uint8_t> workspace(cuda::sparse_attention_workspace_bytes(p, longest), 0xff);
+    cuda::sparse_attention(p, longest, workspace.data(), kLaunch);
+}
+
 }  // namespace
 
 const cpu::Implementation& cuda_emulated_implementation() {
@@ -51,6 +69,8 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.kv_append = kv_append;
         table.merge_splits = merge_splits;
         table.score_tokens = score_tokens;
+        table.sparse_attention = sparse_attention;
+        table.select_tokens = select_tokens;
         table.selection_cache_step = selection_cache_step;
         return table;
     }();

@@ -2,6 +2,7 @@
 // never truncating.
 #pragma once
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/query_blocks.h"
 
 namespace kvselect {
@@ -34,5 +35,12 @@ inline int64_t select_tokens_scratch_floats(const SelectTokensParams& p) {
 }
 using SelectTokensFn = void (*)(const SelectTokensParams&, int64_t begin, int64_t end,
                                 float* scratch);
+
+namespace cuda {
+// Bytes of device memory that a call works in, aligned to 8; what it holds before does not matter.
+int64_t select_tokens_workspace_bytes(const SelectTokensParams&);
+// All items.
+void select_tokens(const SelectTokensParams&, void* workspace, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

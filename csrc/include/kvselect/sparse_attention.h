@@ -2,6 +2,7 @@
 // block of them.
 #pragma once
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
 #include "kvselect/rope.h"
@@ -69,5 +70,14 @@ inline int64_t sparse_attention_scratch_floats(const SparseAttentionParams& p) {
 using SparseAttentionFn = void (*)(const SparseAttentionParams&, AttentionStage, int64_t item,
                                    int64_t part_begin, int64_t part_end, float* workspace,
                                    float* scratch);
+
+namespace cuda {
+// `longest_list`: entries that a list can have (its width; the cache's capacity without lists).
+// Bytes of device memory that a call works in; what it holds before does not matter.
+int64_t sparse_attention_workspace_bytes(const SparseAttentionParams&, int64_t longest_list);
+// All items.
+void sparse_attention(const SparseAttentionParams&, int64_t longest_list, void* workspace,
+                      const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

@@ -1,0 +1,584 @@
+// sparse_attention: softmax over the listed tokens only, exact keys and values, sums in float32.
+//
+// Problem    out = sum_i softmax_i(scale * q . k_i) v_i over a list of tokens per KV head, causal
+// Floor      decode: 2 * head_dim * element size bytes per listed token and KV head: 11 MB for 2688
+// tokens and 8 heads of 128
+//            in bf16, 2.6 us at 4.3 TB/s; a launch costs as much.
+// Plan       16 rows (query x head of the group) are the rows of a product, 16 listed tokens its
+// columns, so that the results
+//            of q k^T are the operands of p v as they lie, and keys and values go from memory into
+//            registers: no shared memory, no barrier, every warp for itself. A lane loads whole
+//            16-byte chunks: keys of its column's token, values of the four tokens that its k's are
+//            (which channel is which column of p v is ours to choose). A thread block has four
+//            warps that take tiles of 16 tokens in turn; lists are split over several blocks, whose
+//            results the last one to finish (by a ticket) merges in their order. The number of
+//            splits depends on the list's capacity only, lengths are read on the device, so the
+//            grid is fixed and no bit depends on the batch. Positions by rank: keys are rotated on
+//            their way, from a table.
+#include "kvselect/sparse_attention.h"
+
+#include "cuda/device/fragments.cuh"
+#include "cuda/device/warp_reduce.cuh"
+
+namespace kvselect::cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+constexpr int kRows = 16, kTileTokens = 16;
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+struct Workspace {
+    int64_t num_splits, num_tiles;  // tiles: of 16 rows, per (row, KV head)
+    float* out;                     // [batch, num_kv_heads, num_tiles, num_splits, 16, head_dim]
+    float* peak;        // [batch, num_kv_heads, num_tiles, num_splits, 16] in units of ln 2
+    float* total;       // the same: sum of 2^(logit - peak)
+    uint32_t* tickets;  // [batch, num_kv_heads, num_tiles] zeroed
+};
+
+// What one thread block works on: 16 rows of a block of queries and their list.
+struct Unit {
+    int64_t number, row, kv_head, split;
+    int64_t group;
+    int64_t first_query,
+        num_rows;  // rows: (query, head), query by query, from first_row of the block's on
+    int64_t first_row, first_position;
+    int64_t start, seqlen;
+    const int32_t* list;  // or nullptr: every position from start on
+    int64_t count;        // listed tokens of the block
+
+    // By one thread; false: there is no such tile.
+    __device__ bool find(const SparseAttentionParams& p, const Workspace& w) {
+        split = blockIdx.x % w.num_splits;
+        number = blockIdx.x / w.num_splits;
+        int64_t tile = number % w.num_tiles;
+        kv_head = number / w.num_tiles % p.num_kv_heads;
+        row = number / w.num_tiles / p.num_kv_heads;
+        group = p.num_q_heads / p.num_kv_heads;
+        for (int64_t block = 0; block < p.blocks.num_blocks; ++block) {
+            first_query = p.blocks.offsets ? p.blocks.offsets[block] : 0;
+            const int64_t end = p.blocks.offsets ? p.blocks.offsets[block + 1] : p.blocks.seqlen_q;
+            num_rows = (end - first_query) * group;
+            const int64_t tiles = ceil_div(num_rows, kRows);
+            if (tile >= tiles) {
+                tile -= tiles;
+                continue;
+            }
+            const BlockRange range = block_range(p.blocks, row, block);
+            first_row = tile * kRows;
+            seqlen = p.blocks.cache_seqlens[row];
+            first_position = seqlen - p.blocks.seqlen_q + first_query;  // may lie in padding
+            start = range.start;
+            list = nullptr;
+            count = range.end - range.start;
+            if (p.indices) {
+                list = p.indices + row * p.indices_strides[0] + block * p.indices_strides[1] +
+                       kv_head * p.indices_strides[2];
+                count = p.topk_length[row * p.topk_length_strides[0] +
+                                      block * p.topk_length_strides[1] +
+                                      kv_head * p.topk_length_strides[2]];
+            }
+            return true;
+        }
+        return false;
+    }
+    __device__ int64_t position_of_row(int64_t r) const { return first_position + r / group; }
+    // Listed tokens at or before `position`.
+    __device__ int64_t listed_up_to(int64_t position) const {
+        if (!list) {
+            const int64_t n = position + 1 - start;
+            return n < 0 ? 0 : (n < count ? n : count);
+        }
+        int64_t low = 0, high = count;
+        while (low < high) {
+            const int64_t middle = (low + high) / 2;
+            if (list[middle] <= position)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        return low;
+    }
+    // Of query and output, in rows of head_dim.
+    __device__ int64_t query_of(int64_t r) const { return first_query + r / group; }
+    __device__ int64_t head_of(int64_t r) const { return kv_head * group + r % group; }
+};
+
+template <int kHeadDim>
+struct Shared {
+    Unit unit;
+    bool exists, is_last;
+    int seen[kRows];  // listed tokens that a row sees
+    float peak[kWarps][kRows], total[kWarps][kRows];
+    float all_peak[kRows], all_total[kRows];
+    union {
+        uint4 q[kHeadDim / 8][kWarpSize];  // operands of every step of k, lane by lane
+        float out[kRows][kHeadDim];
+    };
+};
+
+// Two elements of one register from two registers: elements `which` of both.
+__device__ __forceinline__ uint32_t same_halves(uint32_t a, uint32_t b, int which) {
+    return __byte_perm(a, b, which == 0 ? 0x5410u : 0x7632u);
+}
+__device__ __forceinline__ uint32_t word_of(const uint4& chunk, int i) {
+    const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    return words[i];
+}
+
+// d += a b with a and b in float32, as three products of tf32: what is dropped is below 2^-21 of a
+// term.
+__device__ __forceinline__ void multiply_wide(float (&d)[4], const float (&a)[4],
+                                              const float (&b)[2]) {
+    uint32_t a_first[4], a_left[4], b_first[2], b_left[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a_first[i] = ptx::to_tf32(a[i]);
+        a_left[i] = is_finite(a[i]) ? ptx::to_tf32(a[i] - __uint_as_float(a_first[i])) : 0u;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        b_first[i] = ptx::to_tf32(b[i]);
+        b_left[i] = is_finite(b[i]) ? ptx::to_tf32(b[i] - __uint_as_float(b_first[i])) : 0u;
+    }
+    ptx::mma_tf32(d, a_left, b_first);
+    ptx::mma_tf32(d, a_first, b_left);
+    ptx::mma_tf32(d, a_first, b_first);
+}
+
+// A chunk of a key, rotated to `place` where there is a rope table.
+template <typename T>
+__device__ __forceinline__ uint4 load_key(const SparseAttentionParams& p, const T* row, int d,
+                                          int64_t place) {
+    if (p.rope.cos == nullptr) return *reinterpret_cast<const uint4*>(row + d);
+    T elements[kElementsPerChunk<T>];
+#pragma unroll
+    for (int i = 0; i < kElementsPerChunk<T>; ++i)
+        from_float(rotated(row, rope_pair(p.rope, d + i), p.rope.cos + place * p.rope.num_pairs,
+                           p.rope.sin + place * p.rope.num_pairs, d + i),
+                   &elements[i]);
+    uint4 chunk;
+    memcpy(&chunk, elements, sizeof chunk);
+    return chunk;
+}
+
+// The rows' queries as operands: step s of a chunk takes the chunk's elements 4 s' .. as keys have
+// them.
+template <typename T, int kHeadDim>
+__device__ void load_queries(const SparseAttentionParams& p, Shared<kHeadDim>& shared) {
+    constexpr int kPerChunk = kElementsPerChunk<T>, kPerRegister = kPerChunk / 4;
+    const Unit& unit = shared.unit;
+    const int head_dim = static_cast<int>(p.head_dim);
+    // An operand is rows group and group + 8, registers 2 * step and 2 * step + 1 of the chunk quad
+    // + 4 j.
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * (kHeadDim / kPerChunk / 4) * kWarpSize;
+         i += kThreads) {
+        const int lane = i % kWarpSize, step = i / kWarpSize;
+        const int d = (lane % 4 + step / 2 * 4) * kPerChunk + step % 2 * 2 * kPerRegister;
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t r = unit.first_row + lane / 4 + half * 8;
+            if (r >= unit.num_rows || d >= head_dim) continue;
+            const T* from = static_cast<const T*>(p.q) + unit.row * p.q_strides[0] +
+                            unit.query_of(r) * p.q_strides[1] + unit.head_of(r) * p.q_strides[2];
+            int64_t place = 0;  // the rank of its own token, listed or not
+            if (p.rope.cos) place = unit.listed_up_to(unit.position_of_row(r) - 1);
+            T elements[2 * kPerRegister];
+#pragma unroll
+            for (int c = 0; c < 2 * kPerRegister; ++c) {
+                elements[c] = from[d + c];
+                if (p.rope.cos)
+                    from_float(rotated(from, rope_pair(p.rope, d + c),
+                                       p.rope.cos + place * p.rope.num_pairs,
+                                       p.rope.sin + place * p.rope.num_pairs, d + c),
+                               &elements[c]);
+            }
+            uint32_t registers[2];
+            memcpy(registers, elements, sizeof registers);
+            words[half] = registers[0];
+            words[2 + half] = registers[1];
+        }
+        shared.q[step][lane] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+// What a warp has added up: rows group and group + 8.
+template <typename T, int kHeadDim>
+struct Attention {
+    static constexpr int kPerChunk = kElementsPerChunk<T>;
+    static constexpr int kValueChunks = kHeadDim / kPerChunk / 8;  // of a lane
+    float out[kValueChunks][kPerChunk][4] = {};  // channel i of chunk (column + 8 j)
+    float peak[2] = {-INFINITY, -INFINITY};
+    float total[2] = {};  // of this lane's columns
+};
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
+                                            const Shared<kHeadDim>& shared, int64_t begin,
+                                            int64_t end, Attention<T, kHeadDim>& sum) {
+    constexpr int kPerChunk = kElementsPerChunk<T>;
+    constexpr int kKeyChunks = kHeadDim / kPerChunk / 4;
+    const LanePlace at;
+    const Unit& unit = shared.unit;
+    const int head_dim = static_cast<int>(p.head_dim);
+
+    // Lanes 0-15 look up the tile's keys, lanes 16-31 its values.
+    const int64_t index = begin + at.lane % kTileTokens;
+    int64_t own = -1;
+    if (index < end) {
+        const int64_t position = unit.list ? int64_t{unit.list[index]} : unit.start + index;
+        if (position >= 0 && position < unit.seqlen)  // what is no token is not listed
+            own = row_offset(at.lane < kTileTokens ? p.keys : p.values, unit.row, position,
+                             unit.kv_head);
+    }
+    const unsigned listed = __ballot_sync(kAllLanes, own >= 0);
+    const T* keys = static_cast<const T*>(p.keys.data);
+    const T* values = static_cast<const T*>(p.values.data);
+
+    // Logits: columns are tokens group and group + 8 as operands; results hold tokens 2 * quad, +
+    // 1, + 8, + 9.
+    float logits[2][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int64_t offset = __shfl_sync(kAllLanes, own, at.group + 8 * half);
+        uint4 key[kKeyChunks];
+#pragma unroll
+        for (int j = 0; j < kKeyChunks; ++j) {
+            const int d = (at.quad + 4 * j) * kPerChunk;
+            key[j] = make_uint4(0, 0, 0, 0);
+            if (offset >= 0 && d < head_dim)
+                key[j] = load_key(p, keys + offset, d, begin + at.group + 8 * half);
+        }
+#pragma unroll
+        for (int j = 0; j < kKeyChunks; ++j)
+#pragma unroll
+            for (int step = 0; step < 2; ++step) {
+                const uint4 q = shared.q[2 * j + step][at.lane];
+                const uint32_t b[2] = {word_of(key[j], 2 * step), word_of(key[j], 2 * step + 1)};
+                if constexpr (std::is_same_v<T, float>) {
+                    const float wide_a[4] = {__uint_as_float(q.x), __uint_as_float(q.y),
+                                             __uint_as_float(q.z), __uint_as_float(q.w)};
+                    const float wide_b[2] = {__uint_as_float(b[0]), __uint_as_float(b[1])};
+                    multiply_wide(logits[half], wide_a, wide_b);
+                } else {
+                    const uint32_t a[4] = {q.x, q.y, q.z, q.w};
+                    multiply(logits[half], a, b, T{});
+                }
+            }
+    }
+
+    // Weights: 2^(logit - peak); tokens that a row does not see weigh nothing.
+    const int seen[2] = {shared.seen[at.group], shared.seen[at.group + 8]};
+    const auto sees = [&](int which, int token) {
+        return begin + token < seen[which] && (listed >> token & 1u) != 0;
+    };
+    bool all_seen = listed == kAllLanes;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        all_seen = all_seen && begin + kTileTokens <= seen[which];
+        float top = sum.peak[which];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& x = logits[i / 2][2 * which + i % 2];
+            const int token = i / 2 * 8 + 2 * at.quad + i % 2;
+            x = sees(which, token) ? x * (p.softmax_scale * kLog2E) : -INFINITY;
+            top = fmaxf(top, x);
+        }
+        top = reduce_max<4>(top);
+        const float base = top == -INFINITY ? 0.f : top;
+        const float old = ptx::exp2_approximate(sum.peak[which] - base);
+        sum.peak[which] = top;
+        sum.total[which] *= old;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float& x = logits[i / 2][2 * which + i % 2];
+            x = ptx::exp2_approximate(x - base);
+            sum.total[which] += x;
+        }
+#pragma unroll
+        for (int j = 0; j < sum.kValueChunks; ++j)
+#pragma unroll
+            for (int i = 0; i < kPerChunk; ++i) {
+                sum.out[j][i][2 * which] *= old;
+                sum.out[j][i][2 * which + 1] *= old;
+            }
+    }
+
+    // Values of the tokens 2 * quad, + 1, + 8, + 9; columns are chunks group + 8 j.
+    int64_t offset[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        offset[i] = __shfl_sync(kAllLanes, own, kTileTokens + i / 2 * 8 + 2 * at.quad + i % 2);
+#pragma unroll
+    for (int j = 0; j < sum.kValueChunks; ++j) {
+        const int d = (at.group + 8 * j) * kPerChunk;
+        uint4 value[4];
+        bool finite = true;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            value[i] = make_uint4(0, 0, 0, 0);
+            if (offset[i] >= 0 && d < head_dim)
+                value[i] = *reinterpret_cast<const uint4*>(values + offset[i] + d);
+            finite = finite && !any_nonfinite<T>(value[i]);
+        }
+        // 0 * NaN is NaN: a value that is not finite may only meet the rows that see it.
+        if (!__all_sync(kAllLanes, finite || all_seen)) {
+#pragma unroll 1
+            for (int token = 0; token < kTileTokens; ++token) {
+                const int64_t from = __shfl_sync(kAllLanes, own, kTileTokens + token);
+                float weight[2];
+#pragma unroll
+                for (int which = 0; which < 2; ++which) {
+                    const float x = token < 8 ? logits[0][2 * which + 0] : logits[1][2 * which + 0];
+                    const float y = token < 8 ? logits[0][2 * which + 1] : logits[1][2 * which + 1];
+                    weight[which] = __shfl_sync(kAllLanes, token % 2 == 0 ? x : y,
+                                                4 * at.group + token % 8 / 2);
+                }
+#pragma unroll
+                for (int i = 0; i < kPerChunk; ++i)
+#pragma unroll
+                    for (int c = 0; c < 2; ++c) {
+                        const int channel = (2 * at.quad + c + 8 * j) * kPerChunk + i;
+                        if (from < 0 || channel >= head_dim) continue;
+                        const float x = to_float(values[from + channel]);
+#pragma unroll
+                        for (int which = 0; which < 2; ++which)
+                            if (sees(which, token))
+                                sum.out[j][i][2 * which + c] =
+                                    fmaf(weight[which], x, sum.out[j][i][2 * which + c]);
+                    }
+            }
+            continue;
+        }
+        if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float a[4] = {logits[half][0], logits[half][2], logits[half][1],
+                                    logits[half][3]};
+#pragma unroll
+                for (int i = 0; i < kPerChunk; ++i) {
+                    const float b[2] = {__uint_as_float(word_of(value[2 * half], i)),
+                                        __uint_as_float(word_of(value[2 * half + 1], i))};
+                    multiply_wide(sum.out[j][i], a, b);
+                }
+            }
+        } else {
+            const uint32_t a[4] = {
+                packed(logits[0][0], logits[0][1], T{}), packed(logits[0][2], logits[0][3], T{}),
+                packed(logits[1][0], logits[1][1], T{}), packed(logits[1][2], logits[1][3], T{})};
+#pragma unroll
+            for (int i = 0; i < kPerChunk; ++i) {
+                const uint32_t b[2] = {
+                    same_halves(word_of(value[0], i / 2), word_of(value[1], i / 2), i % 2),
+                    same_halves(word_of(value[2], i / 2), word_of(value[3], i / 2), i % 2)};
+                multiply(sum.out[j][i], a, b, T{});
+            }
+        }
+    }
+}
+
+// Rows' results, not normalised, in shared.out; peaks and totals in shared.all_peak and all_total.
+// The warps in their order.
+template <typename T, int kHeadDim>
+__device__ void merge_warps(Attention<T, kHeadDim>& sum, Shared<kHeadDim>& shared) {
+    const LanePlace at;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+    constexpr int kPerChunk = kElementsPerChunk<T>;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const float total = reduce_add<4>(sum.total[which]);
+        if (at.quad == 0) {
+            shared.peak[warp][at.group + 8 * which] = sum.peak[which];
+            shared.total[warp][at.group + 8 * which] = total;
+        }
+    }
+    __syncthreads();
+    if (thread < kRows) {
+        float peak = -INFINITY, total = 0.f;
+        for (int i = 0; i < kWarps; ++i) peak = fmaxf(peak, shared.peak[i][thread]);
+        for (int i = 0; i < kWarps; ++i)
+            if (shared.peak[i][thread] != -INFINITY)
+                total +=
+                    shared.total[i][thread] * ptx::exp2_approximate(shared.peak[i][thread] - peak);
+        shared.all_peak[thread] = peak;
+        shared.all_total[thread] = total;
+    }
+    __syncthreads();  // and nobody reads shared.q, which lies where `out` does
+    for (int turn = 0; turn < kWarps; ++turn) {
+        if (warp == turn) {
+#pragma unroll
+            for (int which = 0; which < 2; ++which) {
+                const int r = at.group + 8 * which;
+                const float factor =
+                    sum.peak[which] == -INFINITY
+                        ? 0.f
+                        : ptx::exp2_approximate(sum.peak[which] - shared.all_peak[r]);
+#pragma unroll
+                for (int j = 0; j < sum.kValueChunks; ++j)
+#pragma unroll
+                    for (int i = 0; i < kPerChunk; ++i)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c) {
+                            const int channel = (2 * at.quad + c + 8 * j) * kPerChunk + i;
+                            // A row that saw nothing here adds nothing, whatever 0 * x would be.
+                            const float x = sum.peak[which] == -INFINITY
+                                                ? 0.f
+                                                : sum.out[j][i][2 * which + c] * factor;
+                            if (channel < kHeadDim)
+                                shared.out[r][channel] = turn == 0 ? x : shared.out[r][channel] + x;
+                        }
+            }
+        }
+        __syncthreads();
+    }
+}
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    attend_kernel(const SparseAttentionParams p, const Workspace w) {
+    __shared__ Shared<kHeadDim> shared;
+    ptx::wait_for_previous_kernel();
+    ptx::allow_next_kernel();
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+    if (thread == 0) shared.exists = shared.unit.find(p, w);
+    __syncthreads();
+    if (!shared.exists) return;
+    const Unit& unit = shared.unit;
+    const int head_dim = static_cast<int>(p.head_dim);
+    const int64_t left = unit.num_rows - unit.first_row;
+    const int rows = left < kRows ? static_cast<int>(left) : kRows;
+    if (thread < kRows)
+        shared.seen[thread] =
+            thread < rows
+                ? static_cast<int>(unit.listed_up_to(unit.position_of_row(unit.first_row + thread)))
+                : 0;
+    load_queries<T, kHeadDim>(p, shared);
+    __syncthreads();
+
+    // Rows are in the order of their positions: the last one sees the most. Splits are whole rounds
+    // of tiles.
+    const int64_t count = shared.seen[rows - 1];
+    constexpr int64_t kRound = kWarps * kTileTokens;
+    const int64_t per_split = ceil_div(ceil_div(count, w.num_splits), kRound) * kRound;
+    const int64_t begin = unit.split * per_split;
+    const int64_t stop = begin + per_split, end = stop < count ? stop : count;
+    Attention<T, kHeadDim> sum;
+    for (int64_t tile = begin + warp * kTileTokens; tile < end; tile += kRound)
+        attend_tile<T, kHeadDim>(p, shared, tile, end, sum);
+    merge_warps(sum, shared);
+
+    if (w.num_splits > 1) {
+        const int64_t first = unit.number * w.num_splits, mine = (first + unit.split) * kRows;
+        for (int i = thread; i < rows * head_dim; i += kThreads)
+            w.out[mine * head_dim + i] = shared.out[i / head_dim][i % head_dim];
+        if (thread < rows) {
+            w.peak[mine + thread] = shared.all_peak[thread];
+            w.total[mine + thread] = shared.all_total[thread];
+        }
+        __threadfence();
+        __syncthreads();
+        if (thread == 0)
+            shared.is_last =
+                atomicAdd(&w.tickets[unit.number], 1u) + 1 == static_cast<uint32_t>(w.num_splits);
+        __syncthreads();
+        if (!shared.is_last) return;
+        __threadfence();
+        if (thread < rows) {
+            float peak = -INFINITY, total = 0.f;
+            for (int64_t s = 0; s < w.num_splits; ++s)
+                peak = fmaxf(peak, __ldcg(&w.peak[(first + s) * kRows + thread]));
+            for (int64_t s = 0; s < w.num_splits; ++s) {
+                const float its = __ldcg(&w.peak[(first + s) * kRows + thread]);
+                if (its != -INFINITY)
+                    total += __ldcg(&w.total[(first + s) * kRows + thread]) *
+                             ptx::exp2_approximate(its - peak);
+            }
+            shared.all_peak[thread] = peak;
+            shared.all_total[thread] = total;
+        }
+        __syncthreads();
+        for (int i = thread; i < rows * head_dim; i += kThreads) {
+            const int r = i / head_dim;
+            float x = 0.f;
+            for (int64_t s = 0; s < w.num_splits; ++s) {
+                const float its = __ldcg(&w.peak[(first + s) * kRows + r]);
+                if (its == -INFINITY) continue;
+                x = fmaf(__ldcg(&w.out[(first + s) * kRows * head_dim + i]),
+                         ptx::exp2_approximate(its - shared.all_peak[r]), x);
+            }
+            shared.out[r][i % head_dim] = x;
+        }
+        __syncthreads();
+    }
+
+    for (int i = thread; i < rows * head_dim; i += kThreads) {
+        const int64_t r = unit.first_row + i / head_dim;
+        const int64_t to =
+            (unit.row * p.blocks.seqlen_q + unit.query_of(r)) * p.num_q_heads + unit.head_of(r);
+        const bool empty = shared.all_peak[i / head_dim] == -INFINITY;
+        const float x = shared.out[i / head_dim][i % head_dim];
+        from_float(empty ? 0.f : x / shared.all_total[i / head_dim],
+                   static_cast<T*>(p.out) + to * head_dim + i % head_dim);
+        if (i % head_dim == 0)
+            p.lse[to] =
+                empty ? -INFINITY
+                      : shared.all_peak[i / head_dim] * kLn2 + logf(shared.all_total[i / head_dim]);
+    }
+}
+
+// --- launcher
+
+struct Sizes {
+    int64_t splits, tiles, units;
+};
+Sizes sizes_of(const SparseAttentionParams& p, int64_t longest_list) {
+    Sizes sizes{};
+    const int64_t rows = p.blocks.seqlen_q * (p.num_q_heads / p.num_kv_heads);
+    // Blocks of queries may end in a tile of fewer rows each.
+    sizes.tiles = rows == 0 ? 0 : ceil_div(rows, kRows) + p.blocks.num_blocks - 1;
+    sizes.units = p.blocks.batch * p.num_kv_heads * sizes.tiles;
+    // A decode query's list is cut so that 8 heads fill a GPU; many rows fill it by themselves.
+    const int64_t most = longest_list > 8192 ? 32 : 16;
+    const int64_t wanted = ceil_div(longest_list, 2 * kWarps * kTileTokens);
+    sizes.splits = rows > 4 * kRows || wanted < 2 ? 1 : (wanted < most ? wanted : most);
+    return sizes;
+}
+
+}  // namespace
+
+int64_t sparse_attention_workspace_bytes(const SparseAttentionParams& p, int64_t longest_list) {
+    const Sizes sizes = sizes_of(p, longest_list);
+    if (sizes.splits == 1) return 0;
+    return 4 * sizes.units * (1 + sizes.splits * kRows * (p.head_dim + 2));
+}
+
+void sparse_attention(const SparseAttentionParams& p, int64_t longest_list, void* workspace,
+                      const CudaLaunch& where) {
+    const Sizes sizes = sizes_of(p, longest_list);
+    if (sizes.units == 0) return;
+    Workspace w{};
+    w.num_splits = sizes.splits;
+    w.num_tiles = sizes.tiles;
+    CudaLaunch own = where;
+    if (sizes.splits > 1) {
+        w.tickets = static_cast<uint32_t*>(workspace);
+        w.out = reinterpret_cast<float*>(w.tickets + sizes.units);
+        w.peak = w.out + sizes.units * sizes.splits * kRows * p.head_dim;
+        w.total = w.peak + sizes.units * sizes.splits * kRows;
+        KVS_CUDA_CHECK(
+            cudaMemsetAsync(w.tickets, 0, static_cast<size_t>(4 * sizes.units), where.stream));
+        own.overlap = false;  // a memory operation is no kernel to overlap with
+    }
+    const int64_t grid = sizes.units * sizes.splits;
+    with_element_type(p.dtype, [&](auto element) {
+        using T = decltype(element);
+        if (p.head_dim <= 64)
+            launch(own, attend_kernel<T, 64>, grid, 1, kThreads, 0, p, w);
+        else if (p.head_dim <= 128)
+            launch(own, attend_kernel<T, 128>, grid, 1, kThreads, 0, p, w);
+        else
+            launch(own, attend_kernel<T, 256>, grid, 1, kThreads, 0, p, w);
+    });
+}
+
+}  // namespace kvselect::cuda

@@ -1,0 +1,1 @@
+#include "cuda/select_tokens.cu"

@@ -1,0 +1,1 @@
+#include "cuda/sparse_attention.cu"
