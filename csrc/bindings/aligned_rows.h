@@ -15,4 +15,10 @@ inline void require_aligned_rows(const TensorArg& arg, int64_t element_bytes) {
               "16 bytes on CUDA");
 }
 
+// Sums over a row's channels lie in registers.
+inline void require_cuda_head_dim(int64_t head_dim) {
+    KVS_CHECK(head_dim <= 256, "head_dim: got ", head_dim,
+              ", allowed: 32, 64, 80, 96, 128, 160, 192, 256 on CUDA");
+}
+
 }  // namespace kvselect::bindings

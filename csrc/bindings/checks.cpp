@@ -375,9 +375,9 @@ float read_softcap(double softcap) {
     return static_cast<float>(softcap);
 }
 
-const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads) {
+const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads, Place place) {
     if (!sink_logits) return nullptr;
-    return TensorArg("sink_logits", *sink_logits)
+    return TensorArg("sink_logits", *sink_logits, place)
         .require_dtype(ScalarType::Float)
         .require_shape({{"num_q_heads", num_q_heads}})
         .require_contiguous()

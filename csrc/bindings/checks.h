@@ -133,7 +133,8 @@ RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t
                    bool interleaved, int64_t head_dim, Place place = {});
 // What a model adds to the softmax, into the params of an op that takes it.
 float read_softcap(double softcap);
-const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads);
+const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads,
+                              Place place = {});
 void require_rope_positions(const RopeView& rope, int64_t needed);
 
 // Selected token lists as the kernels read them; each list checked where the host can read it:

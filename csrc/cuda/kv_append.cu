@@ -23,7 +23,7 @@ namespace kvselect::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 512;
 constexpr int kBlockTokens = static_cast<int>(kSketchBlockTokens);
 static_assert(kThreads == kBlockTokens, "thread t looks after token t of the block");
 

@@ -25,6 +25,7 @@
 #include "kvselect/score_tokens.h"
 
 #include "cuda/device/fragments.cuh"
+#include "cuda/device/soft_cap.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
 namespace kvselect::cuda {
@@ -38,7 +39,6 @@ constexpr int kGroups = kBlockTokens / kTokensPerGroup;
 constexpr int kMaxHeadDim = 256;
 constexpr int kQueryStride =
     kMaxHeadDim + 4;  // floats; queries of a product start in different banks
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // Columns in products of four. With max_vote every vector's heads are added up first, so that its
 // products must not hold heads of another vector.
@@ -191,10 +191,11 @@ __device__ __forceinline__ void token_offsets(const ScoreTokensParams& p, const 
 
 template <typename Emit>
 __device__ __forceinline__ void emit_sums(int group, const Span& span, const float (&sums)[2][4],
-                                          float factor, const Emit& emit) {
-    const float x[kTokensPerLane] = {
-        factor * (sums[0][0] + sums[0][1]), factor * (sums[0][2] + sums[0][3]),
-        factor * (sums[1][0] + sums[1][1]), factor * (sums[1][2] + sums[1][3])};
+                                          float factor, float softcap, const Emit& emit) {
+    float x[kTokensPerLane];
+#pragma unroll
+    for (int i = 0; i < kTokensPerLane; ++i)
+        x[i] = soft_capped(factor * (sums[i / 2][i % 2 * 2] + sums[i / 2][i % 2 * 2 + 1]), softcap);
     emit(group, span, x);
 }
 
@@ -247,7 +248,7 @@ __device__ __forceinline__ void logits_from_keys(const ScoreTokensParams& p, con
 #pragma unroll
             for (int i = 0; i < 4; ++i) (m == 0 ? sums[0][i] : sums[1][i]) = sum[i];
         }
-        emit_sums(group, span, sums, queries.scale[at.quad], emit);
+        emit_sums(group, span, sums, queries.scale[at.quad], p.softcap, emit);
     }
 }
 
@@ -301,7 +302,7 @@ __device__ __forceinline__ void logits_from_wide_keys(const ScoreTokensParams& p
 #pragma unroll
             for (int i = 0; i < 4; ++i) (m == 0 ? sums[0][i] : sums[1][i]) = sum[i];
         }
-        emit_sums(group, span, sums, queries.scale[at.quad], emit);
+        emit_sums(group, span, sums, queries.scale[at.quad], p.softcap, emit);
     }
 }
 
@@ -394,7 +395,7 @@ __device__ __forceinline__ void logits_from_sketch(const ScoreTokensParams& p,
                 multiply(sums[m], rows[0], columns[j][0], Half{});
                 multiply(sums[m], rows[1], columns[j][1], Half{});
             }
-        emit_sums(group, span, sums, queries.scale[at.quad], emit);
+        emit_sums(group, span, sums, queries.scale[at.quad], p.softcap, emit);
     }
 }
 
@@ -470,7 +471,7 @@ struct Softmax {
 
 // log2 of the sum of 2^logit of a column over its tiles, in the lanes' order; NaN: the query is not
 // finite.
-__device__ float merged_lse(const Workspace& w, int64_t padded_column, int64_t num_tiles) {
+__device__ float merged_tiles(const Workspace& w, int64_t padded_column, int64_t num_tiles) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     const float* peaks = w.peak + padded_column * w.num_tiles;
     const float* totals = w.total + padded_column * w.num_tiles;
@@ -484,6 +485,17 @@ __device__ float merged_lse(const Workspace& w, int64_t padded_column, int64_t n
     for (int64_t t = lane; t < num_tiles; t += kWarpSize)
         total += totals[t] * ptx::exp2_approximate(peaks[t] - peak);
     return peak + log2f(reduce_add(total));
+}
+
+// The same of a query of a product, with its head's sink; NaN for padding too.
+__device__ float merged_lse(const ScoreTokensParams& p, const Workspace& w, const Item& item,
+                            int64_t product, int query, int64_t num_tiles) {
+    const int64_t column = w.columns.column(product, query);
+    if (column < 0) return NAN;
+    const float lse = merged_tiles(w, item.padded_column(w, product, query), num_tiles);
+    if (p.sink_logits == nullptr || p.normalise_candidates_only) return lse;
+    const int64_t group = p.num_q_heads / p.num_kv_heads;
+    return with_sink(lse, p.sink_logits[item.kv_head * group + column % group]);
 }
 
 // What belongs to no tile, by the thread block of tile 0: lse, tokens without a score, the count of
@@ -507,9 +519,8 @@ __device__ void finish_item(const ScoreTokensParams& p, const Workspace& w, cons
         finite = __all_sync(kAllLanes, finite);
         float lse = -INFINITY;
         if (!hit && finite)
-            lse = merged_lse(
-                w, item.padded_column(w, product, static_cast<int>(in_set % kQueriesPerProduct)),
-                num_tiles);
+            lse = merged_lse(p, w, item, product, static_cast<int>(in_set % kQueriesPerProduct),
+                             num_tiles);
         if (lane == 0) {
             p.lse[from / p.head_dim] = lse * kLn2;
             nonfinite += !finite;
@@ -605,9 +616,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
             load_queries(p, item, w.columns, product, shared.queries);
             if (voting) {
                 if (warp < kQueriesPerProduct) {
-                    const bool real = w.columns.column(product, warp) >= 0;
-                    const float lse =
-                        real ? merged_lse(w, item.padded_column(w, product, warp), num_tiles) : NAN;
+                    const float lse = merged_lse(p, w, item, product, warp, num_tiles);
                     if (at.lane == 0) shared.lse[warp] = lse;
                 }
                 __syncthreads();
@@ -720,8 +729,8 @@ __global__ void __launch_bounds__(kThreads)
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
     const int64_t padded = w.columns.padded();
     for (int64_t c = warp; c < padded; c += kWarps) {
-        const bool real = w.columns.column(c / kQueriesPerProduct, c % kQueriesPerProduct) >= 0;
-        const float lse = real ? merged_lse(w, item.number * padded + c, num_tiles) : NAN;
+        const float lse = merged_lse(p, w, item, c / kQueriesPerProduct,
+                                     static_cast<int>(c % kQueriesPerProduct), num_tiles);
         if (thread % kWarpSize == 0) lse_of[c] = lse;
     }
     __syncthreads();

@@ -18,6 +18,7 @@
 #include "kvselect/sparse_attention.h"
 
 #include "cuda/device/fragments.cuh"
+#include "cuda/device/soft_cap.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
 namespace kvselect::cuda {
@@ -25,7 +26,6 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kRows = 16, kTileTokens = 16;
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 struct Workspace {
     int64_t num_splits, num_tiles;  // tiles: of 16 rows, per (row, KV head)
@@ -281,7 +281,8 @@ __device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
         for (int i = 0; i < 4; ++i) {
             float& x = logits[i / 2][2 * which + i % 2];
             const int token = i / 2 * 8 + 2 * at.quad + i % 2;
-            x = sees(which, token) ? x * (p.softmax_scale * kLog2E) : -INFINITY;
+            x = sees(which, token) ? soft_capped(x * (p.softmax_scale * kLog2E), p.softcap)
+                                   : -INFINITY;
             top = fmaxf(top, x);
         }
         top = reduce_max<4>(top);
@@ -511,18 +512,29 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
     }
 
+    // Of a row: what its sums are multiplied by, with its head's sink in the denominator.
+    if (thread < rows) {
+        const int64_t r = unit.first_row + thread;
+        const float peak = shared.all_peak[thread], total = shared.all_total[thread];
+        const bool empty = peak == -INFINITY;
+        float lse = empty ? -INFINITY : peak + log2f(total), weight = empty ? 0.f : 1.f / total;
+        if (p.sink_logits && !empty) {
+            const float all = with_sink(lse, p.sink_logits[unit.head_of(r)]);
+            weight *= ptx::exp2_approximate(lse - all);
+            lse = all;
+        }
+        shared.all_total[thread] = weight;
+        p.lse[(unit.row * p.blocks.seqlen_q + unit.query_of(r)) * p.num_q_heads + unit.head_of(r)] =
+            lse * kLn2;
+    }
+    __syncthreads();
     for (int i = thread; i < rows * head_dim; i += kThreads) {
         const int64_t r = unit.first_row + i / head_dim;
         const int64_t to =
             (unit.row * p.blocks.seqlen_q + unit.query_of(r)) * p.num_q_heads + unit.head_of(r);
-        const bool empty = shared.all_peak[i / head_dim] == -INFINITY;
-        const float x = shared.out[i / head_dim][i % head_dim];
-        from_float(empty ? 0.f : x / shared.all_total[i / head_dim],
+        const float weight = shared.all_total[i / head_dim];
+        from_float(weight == 0.f ? 0.f : shared.out[i / head_dim][i % head_dim] * weight,
                    static_cast<T*>(p.out) + to * head_dim + i % head_dim);
-        if (i % head_dim == 0)
-            p.lse[to] =
-                empty ? -INFINITY
-                      : shared.all_peak[i / head_dim] * kLn2 + logf(shared.all_total[i / head_dim]);
     }
 }
 

@@ -8,6 +8,10 @@ namespace {
 
 constexpr CudaLaunch kLaunch{nullptr, false};
 
+// What CUDA has no kernel for (longer rows; ops that are missing here) runs on the CPU.
+constexpr int64_t kMostChannels = 256;
+const cpu::Implementation& kScalar = cpu::scalar_implementation();
+
 // A launch does all items of an op. The tests call item by item, so it is made at the call that
 // asks for the last one.
 void kv_append(const KvAppendParams& p, int64_t begin, int64_t end) {
@@ -19,7 +23,9 @@ void merge_splits(const MergeSplitsParams& p, int64_t, int64_t end) {
 }
 
 void score_tokens(const ScoreTokensParams& p, ScoreStage stage, int64_t item, int64_t part_begin,
-                  int64_t, float*, float*) {
+                  int64_t part_end, float* memory, float* scratch) {
+    if (p.head_dim > kMostChannels)
+        return kScalar.score_tokens(p, stage, item, part_begin, part_end, memory, scratch);
     if (stage != ScoreStage::kVote || part_begin != 0 || item != 0) return;
     // Exactly what is asked for, and full of NaN.
     std::vector<uint8_t> workspace(cuda::score_tokens_workspace_bytes(p), 0xff);
@@ -49,8 +55,10 @@ void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, in
     cuda::selection_cache_step(p, kLaunch);
 }
 
-void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int64_t item, int64_t,
-                      int64_t, float*, float*) {
+void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int64_t item,
+                      int64_t part_begin, int64_t part_end, float* memory, float* scratch) {
+    if (p.head_dim > kMostChannels)
+        return kScalar.sparse_attention(p, stage, item, part_begin, part_end, memory, scratch);
     if (stage == AttentionStage::kParts || item != 0) return;
     // Without lists, what a cache of the longest row has room for.
     int64_t longest = p.indices ? p.indices_strides[0] : 1;

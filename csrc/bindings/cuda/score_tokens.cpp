@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
-    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k) {
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
+    double softcap, OptionalTensor sink_logits) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
@@ -23,6 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     const OnDevice device("q", q);
     const Place place = device.place();
 
+    // A decode step brings its queries as the model made them.
+    (void)kernel_dtype(TensorArg("q", q, place));
+    if (q.scalar_type() != ScalarType::Float) q = torch::stable::to(q, ScalarType::Float);
     const TensorArg q_arg("q", q, place), cache_arg("k_cache", k_cache, place);
     q_arg.require_dtype(ScalarType::Float)
         .require_shape({{"batch"}, {"num_blocks"}, {"num_vectors"}, {"num_q_heads"}, {"head_dim"}})
@@ -30,6 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     const int64_t batch = q_arg.size(0), num_vectors = q_arg.size(2), num_q_heads = q_arg.size(3);
     const CacheArg keys = read_cache(cache_arg, block_table, batch);
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
+    require_cuda_head_dim(keys.head_dim);
     require_aligned_rows(cache_arg, keys.dtype == DType::kFloat32 ? 4 : 2);
     require_count("num_vectors", num_vectors, 1);
     KVS_CHECK(num_vectors * (num_q_heads / keys.num_kv_heads) <= kMaxScoreColumns,
@@ -82,6 +87,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     p.keys = keys.view;
     p.keep = keep;
     p.scale = static_cast<float>(scale);
+    p.softcap = read_softcap(softcap);
+    p.sink_logits = read_sink_logits(sink_logits, num_q_heads, place);
     p.normalise_candidates_only = normalise_candidates_only;
     p.max_vote = max_vote;
     p.scores = static_cast<float*>(scores.mutable_data_ptr());

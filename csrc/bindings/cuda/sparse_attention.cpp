@@ -10,13 +10,11 @@ namespace kvselect::bindings::cuda {
 
 // List entries that are no token of the row are skipped; everything else that lists and lengths
 // hold is the caller's to guarantee: it lies on the device.
-std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache,
-                                            OptionalTensor block_table, Tensor cache_seqlens,
-                                            OptionalTensor starts, OptionalTensor indices,
-                                            OptionalTensor topk_length,
-                                            OptionalTensor q_block_offsets, double softmax_scale,
-                                            OptionalTensor cos, OptionalTensor sin,
-                                            int64_t rope_start, bool rope_interleaved) {
+std::tuple<Tensor, Tensor> sparse_attention(
+    Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor block_table, Tensor cache_seqlens,
+    OptionalTensor starts, OptionalTensor indices, OptionalTensor topk_length,
+    OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits) {
     const OnDevice device("q", q);
     const Place place = device.place();
     const TensorArg q_arg("q", q, place), k_cache_arg("k_cache", k_cache, place),
@@ -32,6 +30,7 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
                         {"num_q_heads", num_q_heads},
                         {"head_dim", keys.head_dim}});
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
+    require_cuda_head_dim(keys.head_dim);
     for (const TensorArg* arg : {&k_cache_arg, &v_cache_arg})
         require_aligned_rows(*arg, keys.dtype == DType::kFloat32 ? 4 : 2);
 
@@ -63,6 +62,8 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k_cache, Tensor v_c
     p.keys = keys.view;
     p.values = values.view;
     p.softmax_scale = static_cast<float>(softmax_scale);
+    p.softcap = read_softcap(softcap);
+    p.sink_logits = read_sink_logits(sink_logits, num_q_heads, place);
     p.out = out.mutable_data_ptr();
     p.lse = static_cast<float*>(lse.mutable_data_ptr());
     const Tensor workspace = new_output(

@@ -105,6 +105,7 @@ struct Scheduler {
     unsigned num_threads = 0, current = 0;
     const std::function<void()>* body = nullptr;
     std::vector<unsigned char> shared;
+    std::vector<unsigned> warp_order, lane_order;  // of the running block
     Order order = Order::kForwards;
     uint64_t seed = 1;
     std::exception_ptr error;  // thrown by a thread of the running block
@@ -194,16 +195,17 @@ bool all_are(State state) {
 }
 
 void run_block() {
-    const unsigned num_warps = (scheduler.num_threads + kWarpThreads - 1) / kWarpThreads;
+    scheduler.warp_order = turns((scheduler.num_threads + kWarpThreads - 1) / kWarpThreads);
+    scheduler.lane_order = turns(kWarpThreads);
     for (;;) {
         bool went_on = false;
-        for (unsigned warp : turns(num_warps)) {
+        for (unsigned warp : scheduler.warp_order) {
             for (;;) {
                 const unsigned begin = warp * kWarpThreads,
                                lanes = std::min(kWarpThreads, scheduler.num_threads - begin);
                 bool ran = false;
-                for (unsigned lane : turns(lanes))
-                    if (scheduler.fibres[begin + lane]->state == State::kReady) {
+                for (unsigned lane : scheduler.lane_order)
+                    if (lane < lanes && scheduler.fibres[begin + lane]->state == State::kReady) {
                         resume(begin + lane);
                         if (scheduler.error)
                             std::rethrow_exception(std::exchange(scheduler.error, nullptr));
