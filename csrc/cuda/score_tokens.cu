@@ -321,20 +321,6 @@ __device__ __forceinline__ void logits_from_sketch(const ScoreTokensParams& p,
     // A group is two sub-blocks of 16 tokens; four neighbours of one of them are this lane's.
     const uint8_t* codes =
         record + 4 * head_dim + at.group / 4 * sub_block_bytes + at.group % 4 * 16;
-    // int4: a group is fetched while the one before it is multiplied. int8 codes would need twice
-    // the registers.
-    constexpr bool kAhead = kFormat == SketchFormat::kInt4;
-    Code next[kChunks];
-    const auto load_group = [&](int group) {
-#pragma unroll
-        for (int j = 0; j < kChunks; ++j) {
-            next[j] = Code{};
-            if ((at.quad + 4 * j) * 8 < head_dim)
-                next[j].load(codes + group * 2 * sub_block_bytes, kLineBytes, at.quad + 4 * j);
-        }
-    };
-    if (kAhead) load_group(0);
-
     // Columns: q * step in two fp16 pieces. What codes are too large by (1024, see fragments.cuh)
     // times the pieces as they were rounded, and the lows, make a constant per query: this lane's
     // share of it.
@@ -379,12 +365,15 @@ __device__ __forceinline__ void logits_from_sketch(const ScoreTokensParams& p,
 
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
-        if (!kAhead) load_group(group);
+        if (!span.touches(group)) continue;
+        // Fetching the next group meanwhile would take the registers of the second block on the SM.
         Code now[kChunks];
 #pragma unroll
-        for (int j = 0; j < kChunks; ++j) now[j] = next[j];
-        if (kAhead && group + 1 < kGroups) load_group(group + 1);
-        if (!span.touches(group)) continue;
+        for (int j = 0; j < kChunks; ++j) {
+            now[j] = Code{};
+            if ((at.quad + 4 * j) * 8 < head_dim)
+                now[j].load(codes + group * 2 * sub_block_bytes, kLineBytes, at.quad + 4 * j);
+        }
         float sums[2][4] = {{constant, 0.f, constant, 0.f}, {constant, 0.f, constant, 0.f}};
 #pragma unroll
         for (int j = 0; j < kChunks; ++j)
@@ -714,7 +703,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
 
 // Vote from kept logits.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     vote_kernel(const ScoreTokensParams p, const Workspace w) {
     __shared__ float lse_of[kMaxKeptColumns];
     __shared__ Item item;
