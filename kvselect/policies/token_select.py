@@ -619,7 +619,7 @@ class TokenSelect(Policy):
                 self._block_range(queries, cache),
                 keep=self.keep,
                 keep_max=self.keep_max,
-                wanted=self.mass_target * torch.as_tensor(total, device=votes.device),
+                wanted=self.mass_target * _on_device(total, votes),
                 hit=hit,
             )
             lists = floored.lists
@@ -695,6 +695,13 @@ class TokenSelect(Policy):
         real = _real_tokens(queries, cache)
         place = torch.arange(1 - queries.seqlen_q, 1, device=real.device)
         return (real[:, None] + place).clamp(1, full) - 1
+
+
+def _on_device(number: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor beside ``like``, without a copy to the device."""
+    if isinstance(number, Tensor):
+        return number
+    return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
 def _real_tokens(queries: Queries, cache: KVCache) -> Tensor:

@@ -50,6 +50,11 @@ class AttachedLayer(CacheLayerMixin):
         self.validity: Tensor | None = None
         self._announced: RopeState | None = None
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether it holds tokens; asks no device."""
+        return bool(self.get_seq_length() > 0)
+
     def announce(self, rope_state: RopeState, sketch: str | None, starts: Tensor | None) -> None:
         """Say what the coming `update` brings: called by the attention hook of an attached model.
 

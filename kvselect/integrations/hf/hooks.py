@@ -122,7 +122,7 @@ def _announce(
         if compiling:  # nothing that is announced may change once a graph is captured
             return
         starts = keys.starts if isinstance(keys, KeyRange) else None
-        if starts is not None and starts.device.type != "cpu" and layer.get_seq_length() > 0:
+        if starts is not None and starts.device.type != "cpu" and layer.is_filled:
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             if hidden_states.shape[1] == 1:
                 starts = None  # a decode step reads nothing back; padding is known since prefill

@@ -120,11 +120,10 @@ def key_range_mask(
         )
     end = q_offset + q_length - kv_offset
     if attention_mask is None:
-        if isinstance(end, int):
-            return torch.tensor([0, end], dtype=torch.int32, device=device).expand(
-                batch_size, 1, 1, 2
-            )
-        ends = end.to(torch.int32).reshape(1).expand(batch_size)
+        if isinstance(end, int):  # filled on the device: copies nothing to it
+            ends = torch.full((batch_size,), end, dtype=torch.int32, device=device)
+        else:
+            ends = end.to(torch.int32).reshape(1).expand(batch_size)
         return _pack(torch.zeros_like(ends), ends, None)
 
     width = attention_mask.shape[-1]

@@ -123,6 +123,11 @@ class KVSelectStaticLayer(AttachedLayer, StaticLayer):
         """Tokens stored (padding included), a device tensor; 0 before the first."""
         return self.cumulative_length if self.is_initialized else 0
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether anything was appended since the last reset: how much, only the device knows."""
+        return self.rope_state is not None
+
     def reset(self) -> None:
         """Forget all tokens, in place: the cache object may be used again."""
         if self.cache is not None:
