@@ -75,7 +75,7 @@ def _place() -> str:
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
-    """While active, ``device="cuda"`` makes fake tensors; real ones count as fake ones on the CPU."""
+    """While active, ``device="cuda"`` makes fake tensors; real ones count as fake CPU ones."""
     with _device_guard(), FakeTensorMode(allow_non_fake_inputs=True), FakeCuda() as noted:
         yield noted
 

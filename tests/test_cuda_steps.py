@@ -119,7 +119,7 @@ def test_an_attached_model_steps_on_cuda_with_padding() -> None:
         ids = torch.zeros(2, 500, dtype=torch.int64, device="cuda")
         mask = torch.ones_like(ids)
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
-        for step in range(3):
+        for _ in range(3):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             noted.forget()
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)

@@ -1,19 +1,16 @@
 // kv_append: copy the new rows into the cache and quantise every 128-token block that they
 // complete.
 //
-// Problem    per block and channel: lo = fp16(min), step = fp16((max - min) / levels),
-//            code = clamp(round_half_even((k - lo) / step), 0, levels): the same bits as on the CPU
-// Floor      4 * head_dim * element size bytes per token and KV head (keys and values, read and
-// written) and the
-//            record, 68 bytes for int4 at head_dim 128. Memory-bound. 128K tokens, 8 heads,
-//            bf16: 1.1 GB in a prompt; in decode a block is finished every 128 steps, and a step is
-//            a launch.
-// Plan       a thread block takes one sketch block of one row and KV head. It copies the block's
-// new tokens in
-//            16-byte chunks. If they complete the block: one thread per channel finds its range
-//            over the 128 tokens in their order (which decides the sign of a zero minimum), then
-//            one thread per output word codes 8 (int4) or 4 (int8) channels of a token; keys come
-//            from L1 the second time. Lengths are read on the device; the grid follows num_new.
+// Problem  per block and channel: lo = fp16(min), step = fp16((max - min) / levels),
+//          code = clamp(round_half_even((k - lo) / step), 0, levels): the CPU's bits
+// Floor    4 * head_dim * element size bytes per token and KV head (keys and values, read and
+//          written) and the record, 68 bytes for int4 at head_dim 128. 128K tokens, 8 heads, bf16:
+//          1.1 GB in a prompt. In decode a block is finished every 128 steps: a step is a launch.
+// Plan     A thread block takes one sketch block of one row and KV head and copies the block's new
+//          tokens in 16-byte chunks. If they complete the block, one thread per channel finds its
+//          range over the 128 tokens in their order (which decides the sign of a zero minimum),
+//          then one thread per output word codes 8 (int4) or 4 (int8) channels of a token; keys
+//          come from L1 the second time. Lengths are read on the device; the grid follows num_new.
 #include "kvselect/kv_append.h"
 
 #include "cuda/device/element.cuh"

@@ -1,13 +1,12 @@
 // merge_splits: one attention result out of the parts of a split context.
 //
-// Problem    lse = logsumexp_s partial_lse[s];  out = sum_s exp(partial_lse[s] - lse) *
-// partial_out[s] Floor      4 * num_rows * (num_splits + 1) * (head_dim + 1) bytes, half a FLOP per
-// byte: memory-bound.
-//            batch 1, 32 heads, 16 splits of 128 channels: 0.3 MB, hence latency: one launch.
-// Plan       one warp per row; lane i owns channels i, i + 32, ... (coalesced), up to eight of
-// them, so that sums
-//            stay in registers. The few lse's of a row are read three times: they hit L1, which is
-//            cheaper than shared memory and a barrier.
+// Problem  lse = logsumexp_s partial_lse[s]
+//          out = sum_s exp(partial_lse[s] - lse) * partial_out[s]
+// Floor    4 * num_rows * (num_splits + 1) * (head_dim + 1) bytes, half a FLOP per byte.
+//          batch 1, 32 heads, 16 splits of 128 channels: 0.3 MB, hence latency: one launch.
+// Plan     One warp per row; lane i owns channels i, i + 32, ... (coalesced), up to eight of them,
+//          so that sums stay in registers. The few lse's of a row are read three times: they hit
+//          L1, which is cheaper than shared memory and a barrier.
 #include "kvselect/merge_splits.h"
 
 #include "cuda/device/launch.cuh"

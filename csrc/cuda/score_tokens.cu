@@ -1,27 +1,24 @@
-// score_tokens: logits of every visible token, one softmax per scoring vector and query head, votes
-// added per KV head.
+// score_tokens: logits of every visible token, one softmax per scoring vector and query head,
+// votes added per KV head.
 //
-// Problem    s[c, i] = scale * q[c] . k[i];  lse[c] = logsumexp_i s[c, i];  scores[i] = sum_c
-// exp(s[c, i] - lse[c]) Floor      the sketch (68 bytes per token and KV head for int4 at head_dim
-// 128) or the keys, read once: 71 MB at 128K tokens
-//            and 8 heads, 16.6 us at 4.3 TB/s. Instructions: about 950 a warp and 128-token block,
-//            11 us (modelled).
-// Plan       two kernels over the same grid: a thread block per item (row, block of queries, KV
-// head) and tile of 1024 tokens,
-//            a warp per 128-token sketch block.
-//            weigh  products on the tensor cores with keys as rows and queries as columns
-//            (fragments.cuh), codes unpacked to
-//                   fp16 by a mask, queries times the block's steps in two fp16 pieces; sinks,
-//                   recent tokens and blocks without codes from their keys. Per tile and column the
-//                   maximum m and the sum of 2^(s - m); with few columns (decode) the logits too,
-//                   in float32.
-//            vote   lse from the tiles' pairs, in their order, in every thread block (cheaper than
-//            a third kernel); then the
-//                   sum over columns of 2^(s - lse), from the logits kept or, with many columns
-//                   (prefill), from logits made again: they would be twice what the keys are.
-//            Tiles count from the row's first real token, so no bit depends on the grid. Lengths
-//            are read on the device: the grid follows max_seqlen_k, and tiles past a row's end
-//            leave at once.
+// Problem  s[c, i] = scale * q[c] . k[i];  lse[c] = logsumexp_i s[c, i]
+//          scores[i] = sum_c exp(s[c, i] - lse[c])
+// Floor    the sketch (68 bytes per token and KV head for int4 at head_dim 128) or the keys, read
+//          once: 71 MB at 128K tokens and 8 heads, 16.6 us at 4.3 TB/s. Instructions: about 950 a
+//          warp and 128-token block, 11 us (modelled).
+// Plan     Two kernels over the same grid: a thread block per item (row, block of queries, KV
+//          head) and tile of 1024 tokens, a warp per 128-token sketch block.
+//          weigh  Products on the tensor cores with keys as rows and queries as columns
+//                 (fragments.cuh), codes unpacked to fp16 by a mask, queries times the block's
+//                 steps in two fp16 pieces; sinks, recent tokens and blocks without codes from
+//                 their keys. Per tile and column the maximum m and the sum of 2^(s - m); with few
+//                 columns (decode) the logits too, in float32.
+//          vote   lse from the tiles' pairs, in their order, in every thread block (cheaper than a
+//                 third kernel); then the sum over columns of 2^(s - lse), from the logits kept
+//                 or, with many columns (prefill), from logits made again: they would be twice
+//                 what the keys are.
+//          Tiles count from the row's first real token, so no bit depends on the grid. Lengths are
+//          read on the device: the grid follows max_seqlen_k; tiles past a row's end leave at once.
 #include "kvselect/score_tokens.h"
 
 #include "cuda/device/fragments.cuh"

@@ -1,25 +1,24 @@
 // select_tokens: exact top-k by counting, written out in position order. No sort, and no buffer
 // that could overflow: 16,385 ties at the border cost time, never tokens.
 //
-// Problem    the `keep` best of `count` scores by (score descending, position ascending),
-// ascending, between sinks and recent
-//            tokens
-// Floor      4 bytes per candidate read from L2: 4 MB for 8 lists of 128K, under 1 us; so what
-// counts is launches. Plan       a list is cut into chunks of 4096 positions, one thread block
-// each; the last block to finish a list's stage (by a
-//            ticket, nobody waits for another) does what needs the whole list.
-//            1 histogram   of the top 12 bits of the order-preserving key, in shared memory, then
-//            added up per list. The last
-//                          block finds the bin in which the border lies, and how many tokens of it
-//                          are kept.
-//            2 border      the bin's tokens are packed in order into room for the whole chunk, and
-//            each chunk counts what lies
-//                          above. The last block refines the border over the packed ones, 8 bits at
-//                          a time, down to equal keys; then it knows every chunk's count, hence its
-//                          place in the list and its share of the ties.
-//            3 write       each chunk writes its kept positions at its place; block 0 the padding
-//            and the sum. With pool_width > 1 the key is (pooled score, own score): 64 bits, the
-//            same steps. Chunks count from position 0, so no bit depends on the grid.
+// Problem  the `keep` best of `count` scores by (score descending, position ascending), written
+//          ascending between sinks and recent tokens
+// Floor    4 bytes per candidate read from L2: 4 MB for 8 lists of 128K, under 1 us; so what counts
+//          is launches.
+// Plan     A list is cut into chunks of 4096 positions, one thread block each; the last block to
+//          finish a list's stage (by a ticket, nobody waits for another) does what needs the whole
+//          list.
+//          1 histogram  of the top 12 bits of the order-preserving key, in shared memory, then
+//                       added up per list. The last block finds the bin in which the border lies,
+//                       and how many tokens of it are kept.
+//          2 border     The bin's tokens are packed in order into room for the whole chunk, and
+//                       each chunk counts what lies above. The last block refines the border over
+//                       the packed ones, 8 bits at a time, down to equal keys; then it knows every
+//                       chunk's count, hence its place in the list and its share of the ties.
+//          3 write      Each chunk writes its kept positions at its place; block 0 the padding and
+//                       the sum.
+//          With pool_width > 1 the key is (pooled score, own score): 64 bits, the same steps.
+//          Chunks count from position 0, so no bit depends on the grid.
 #include "kvselect/select_tokens.h"
 
 #include "cuda/device/element.cuh"

@@ -1,11 +1,10 @@
-// selection_cache_step: which lists of a decode step may be reused, and what to remember of the
-// step.
+// selection_cache_step: which lists of a decode step may be reused, and what to remember of it.
 //
-// Floor      8 * num_q_heads * head_dim bytes of query and anchor per row, whatever the length: 32
-// KB from L2. A launch. Plan       a thread block per row. A warp takes a list; its lanes take the
-// eight sums of one product each four times over
-//            (the definition in the header fixes their order, not who adds them), and the row's
-//            numbers are added at the end.
+// Floor    8 * num_q_heads * head_dim bytes of query and anchor per row, whatever the length:
+//          32 KB from L2. A launch.
+// Plan     A thread block per row. A warp takes a list; its lanes take the eight sums of one
+//          product each four times over (the definition in the header fixes their order, not who
+//          adds them), and the row's numbers are added at the end.
 #include "kvselect/selection_cache_step.h"
 
 #include "cuda/device/element.cuh"

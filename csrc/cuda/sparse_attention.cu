@@ -1,20 +1,18 @@
 // sparse_attention: softmax over the listed tokens only, exact keys and values, sums in float32.
 //
-// Problem    out = sum_i softmax_i(scale * q . k_i) v_i over a list of tokens per KV head, causal
-// Floor      decode: 2 * head_dim * element size bytes per listed token and KV head: 11 MB for 2688
-// tokens and 8 heads of 128
-//            in bf16, 2.6 us at 4.3 TB/s; a launch costs as much.
-// Plan       16 rows (query x head of the group) are the rows of a product, 16 listed tokens its
-// columns, so that the results
-//            of q k^T are the operands of p v as they lie, and keys and values go from memory into
-//            registers: no shared memory, no barrier, every warp for itself. A lane loads whole
-//            16-byte chunks: keys of its column's token, values of the four tokens that its k's are
-//            (which channel is which column of p v is ours to choose). A thread block has four
-//            warps that take tiles of 16 tokens in turn; lists are split over several blocks, whose
-//            results the last one to finish (by a ticket) merges in their order. The number of
-//            splits depends on the list's capacity only, lengths are read on the device, so the
-//            grid is fixed and no bit depends on the batch. Positions by rank: keys are rotated on
-//            their way, from a table.
+// Problem  out = sum_i softmax_i(scale * q . k_i) v_i over a list of tokens per KV head, causal
+// Floor    decode: 2 * head_dim * element size bytes per listed token and KV head: 11 MB for 2688
+//          tokens and 8 heads of 128 in bf16, 2.6 us at 4.3 TB/s; a launch costs as much.
+// Plan     16 rows (query x head of the group) are the rows of a product, 16 listed tokens its
+//          columns, so that the results of q k^T are the operands of p v as they lie, and keys and
+//          values go from memory into registers: no shared memory, no barrier, every warp for
+//          itself. A lane loads whole 16-byte chunks: keys of its column's token, values of the
+//          four tokens that its k's are (which channel is which column of p v is ours to choose).
+//          A thread block has four warps that take tiles of 16 tokens in turn; lists are split
+//          over several blocks, whose results the last one to finish (by a ticket) merges in their
+//          order. The number of splits depends on the list's capacity only, lengths are read on
+//          the device, so the grid is fixed and no bit depends on the batch. Positions by rank:
+//          keys are rotated on their way, from a table.
 #include "kvselect/sparse_attention.h"
 
 #include "cuda/device/fragments.cuh"
