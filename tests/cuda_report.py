@@ -24,11 +24,13 @@ SUFFIX = ".ptxas"
 
 # Kernels that may spill, by the start of their readable name, and why that is no loss that counts.
 COLD = {
-    "attend_kernel<float, 64>": "float32 caches: three products for one",
-    "attend_kernel<float, 128>": "float32 caches: three products for one",
-    "attend_kernel<float, 256>": "float32 caches: three products for one",
-    "attend_kernel<BFloat, 256>": "16 x 256 sums a warp; to be split over channels",
-    "attend_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_few_kernel<float, 64>": "float32 caches: three products for one",
+    "attend_few_kernel<float, 128>": "float32 caches: three products for one",
+    "attend_few_kernel<float, 256>": "float32 caches: three products for one",
+    "attend_few_kernel<BFloat, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_few_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_many_kernel<BFloat, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_many_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
 }
 
 

@@ -1,30 +1,15 @@
-#include "kvselect/score_tokens.h"
+#include "bindings/score_tokens_call.h"
 
 #include <algorithm>
 #include <limits>
 
 #include "bindings/ops.h"
-#include "bindings/outputs.h"
 #include "bindings/parallel.h"
 #include "cpu/dispatch.h"
 #include "cpu/element_types.h"
 
 namespace kvselect::bindings {
 namespace {
-
-// Positions that "compact" rotates to: sinks keep their rank, the window follows the picked tokens.
-int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
-    int64_t needed = 0;
-    for (int64_t row = 0; row < blocks.batch; ++row) {
-        for (int64_t block = 0; block < blocks.num_blocks; ++block) {
-            const BlockRange range = block_range(blocks, row, block);
-            needed = std::max(needed, (range.sink_end - range.start) +
-                                          std::min(keep, range.window_start - range.sink_end) +
-                                          (range.end - range.window_start));
-        }
-    }
-    return needed;
-}
 
 // A decode step brings its queries as the model made them; aten's conversion of so few numbers
 // costs more than all of these.
@@ -56,87 +41,16 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
     double softcap, OptionalTensor sink_logits) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
-    require_count("num_sink_tokens", num_sink_tokens, 0);
-    require_count("num_recent_tokens", num_recent_tokens, 0);
-    require_count("keep", keep, 0);
-    require_count("max_seqlen_k", max_seqlen_k, 0);
-
-    const TensorArg q_arg("q", q), cache_arg("k_cache", k_cache);
-    (void)kernel_dtype(q_arg);
-    q_arg.require_shape({{"batch"}, {"num_blocks"}, {"num_vectors"}, {"num_q_heads"}, {"head_dim"}})
-        .require_contiguous();
-    const int64_t batch = q_arg.size(0), num_vectors = q_arg.size(2), num_q_heads = q_arg.size(3);
-    const CacheArg keys = read_cache(cache_arg, block_table, batch);
-    require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
-    require_count("num_vectors", num_vectors, 1);
-    KVS_CHECK(num_vectors * (num_q_heads / keys.num_kv_heads) <= kMaxScoreColumns,
-              "num_vectors: got ", num_vectors, ", allowed: at most ",
-              kMaxScoreColumns / (num_q_heads / keys.num_kv_heads), " with ", num_q_heads,
-              " query heads over ", keys.num_kv_heads, " KV heads");
-
-    ScoreTokensParams p{};
-    p.blocks = read_query_blocks(cache_seqlens, starts, q_block_offsets, batch, seqlen_q);
-    p.blocks.rule = bindings::window_rule(rule);
-    p.blocks.num_sink_tokens = num_sink_tokens;
-    p.blocks.num_recent_tokens = num_recent_tokens;
-    q_arg.require_shape({{"batch", batch},
-                         {"num_blocks", p.blocks.num_blocks},
-                         {"num_vectors", num_vectors},
-                         {"num_q_heads", num_q_heads},
-                         {"head_dim", keys.head_dim}});
-    if (q_local) {
-        const TensorArg local_arg("q_local", *q_local);
-        local_arg.require_dtype(ScalarType::Float)
-            .require_shape({{"batch", batch},
-                            {"num_blocks", p.blocks.num_blocks},
-                            {"num_vectors", num_vectors},
-                            {"num_q_heads", num_q_heads},
-                            {"head_dim", keys.head_dim}})
-            .require_contiguous();
-        p.q_local = local_arg.data<float>();
-    }
-    require_max_seqlen("max_seqlen_k", max_seqlen_k, p.blocks);
-    int64_t longest = 0;
-    for (int64_t row = 0; row < batch; ++row) {
-        longest = std::max<int64_t>(longest, p.blocks.cache_seqlens[row]);
-    }
-    p.sketch = read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest);
-    p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim);
-    if (p.rope.cos) require_rope_positions(p.rope, compact_positions(p.blocks, keep));
-    if (hit) {
-        const TensorArg hit_arg("hit", *hit);
-        hit_arg.require_dtype(ScalarType::Int)
-            .require_shape({{"batch", batch}, {"num_kv_heads", keys.num_kv_heads}})
-            .require_contiguous();
-        p.hit = hit_arg.data<int32_t>();
-    }
-    // Where every list is reused, no key is read: nothing then grows with the length of a row.
-    const bool reads_keys = !p.hit || std::find(p.hit, p.hit + batch * keys.num_kv_heads, 0) !=
-                                          p.hit + batch * keys.num_kv_heads;
-    if (reads_keys) require_stored_pages(keys, p.blocks);
-
-    const int64_t num_blocks = p.blocks.num_blocks;
-    Tensor scores = new_long_output({batch, num_blocks, keys.num_kv_heads, max_seqlen_k},
-                                    ScalarType::Float, sizeof(float));
-    Tensor lse = new_output({batch, num_blocks, num_vectors, num_q_heads}, ScalarType::Float);
-    Tensor num_nonfinite = new_output({batch, num_blocks, keys.num_kv_heads}, ScalarType::Long);
-    p.dtype = keys.dtype;
-    p.num_q_heads = num_q_heads;
-    p.num_kv_heads = keys.num_kv_heads;
-    p.head_dim = keys.head_dim;
-    p.num_vectors = num_vectors;
-    p.q = as_float(q_arg);
-    p.keys = keys.view;
-    p.keep = keep;
-    p.scale = static_cast<float>(scale);
-    p.softcap = read_softcap(softcap);
-    p.sink_logits = read_sink_logits(sink_logits, num_q_heads);
-    p.normalise_candidates_only = normalise_candidates_only;
-    p.max_vote = max_vote;
-    p.scores = static_cast<float*>(scores.mutable_data_ptr());
-    p.max_seqlen_k = max_seqlen_k;
-    p.lse = static_cast<float*>(lse.mutable_data_ptr());
-    p.num_nonfinite = static_cast<int64_t*>(num_nonfinite.mutable_data_ptr());
+    ScoreTokensParams p =
+        read_score_tokens(q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format,
+                          q_block_offsets, seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep,
+                          scale, normalise_candidates_only, max_vote, cos, sin, rope_start,
+                          rope_interleaved, hit, max_seqlen_k, softcap, sink_logits, Place{});
+    p.q = as_float(TensorArg("q", q));
+    const int64_t num_blocks = p.blocks.num_blocks, num_items = p.blocks.batch * p.num_kv_heads;
+    Tensor new_scores = new_long_output({p.blocks.batch, num_blocks, p.num_kv_heads, max_seqlen_k},
+                                        ScalarType::Float, sizeof(float));
+    auto [scores, lse, num_nonfinite] = score_tokens_outputs(&p, std::move(new_scores), Place{});
     std::fill_n(p.num_nonfinite, num_nonfinite.numel(), int64_t{0});
     if (p.hit) std::fill_n(p.lse, lse.numel(), -std::numeric_limits<float>::infinity());
 
@@ -152,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
         kernel(p, stage, item, part_begin, part_end, workspace, scratch);
     };
     run_parted(
-        PartedWork{batch * num_blocks * p.num_kv_heads, parts, parts,
-                   score_tokens_workspace_floats(p), score_tokens_scratch_floats(p), num_blocks},
+        PartedWork{num_items * num_blocks, parts, parts, score_tokens_workspace_floats(p),
+                   score_tokens_scratch_floats(p), num_blocks},
         [&](int64_t index, float* workspace, float* scratch) {
             run(ScoreStage::kWeigh, index, 0, parts, workspace, scratch);
             run(ScoreStage::kVote, index, 0, parts, workspace, scratch);

@@ -8,11 +8,13 @@
 //          values go from memory into registers: no shared memory, no barrier, every warp for
 //          itself. A lane loads whole 16-byte chunks: keys of its column's token, values of the
 //          four tokens that its k's are (which channel is which column of p v is ours to choose).
-//          A thread block has four warps that take tiles of 16 tokens in turn; lists are split
-//          over several blocks, whose results the last one to finish (by a ticket) merges in their
-//          order. The number of splits depends on the list's capacity only, lengths are read on
-//          the device, so the grid is fixed and no bit depends on the batch. Positions by rank:
-//          keys are rotated on their way, from a table.
+//          Few rows (decode): four warps of a thread block take tiles of 16 tokens in turn; lists
+//          are split over several blocks, whose results the last one to finish (by a ticket)
+//          merges in their order. Many rows (prefill): each of the four has 16 rows of its own and
+//          walks the whole list, so that three of them find keys and values in L1.
+//          The number of splits depends on the list's capacity only, lengths are read on the
+//          device, so the grid is fixed and no bit depends on the batch. Positions by rank: keys
+//          are rotated on their way, from a table.
 #include "kvselect/sparse_attention.h"
 
 #include "cuda/device/fragments.cuh"
@@ -25,15 +27,23 @@ namespace {
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
 constexpr int kRows = 16, kTileTokens = 16;
 
+// What the warps of a thread block have in common.
+enum class Common {
+    kRows,   // 16 rows; each warp takes other tokens
+    kTokens  // the list; each warp has 16 rows of its own
+};
+template <Common kCommon>
+constexpr int kRowsOfBlock = kCommon == Common::kRows ? kRows : kWarps * kRows;
+
 struct Workspace {
-    int64_t num_splits, num_tiles;  // tiles: of 16 rows, per (row, KV head)
+    int64_t num_splits, num_tiles;  // tiles: of a thread block's rows, per (row, KV head)
     float* out;                     // [batch, num_kv_heads, num_tiles, num_splits, 16, head_dim]
     float* peak;        // [batch, num_kv_heads, num_tiles, num_splits, 16] in units of ln 2
     float* total;       // the same: sum of 2^(logit - peak)
     uint32_t* tickets;  // [batch, num_kv_heads, num_tiles] zeroed
 };
 
-// What one thread block works on: 16 rows of a block of queries and their list.
+// What one thread block works on: some rows of a block of queries and their list.
 struct Unit {
     int64_t number, row, kv_head, split;
     int64_t group;
@@ -45,7 +55,7 @@ struct Unit {
     int64_t count;        // listed tokens of the block
 
     // By one thread; false: there is no such tile.
-    __device__ bool find(const SparseAttentionParams& p, const Workspace& w) {
+    __device__ bool find(const SparseAttentionParams& p, const Workspace& w, int tile_rows) {
         split = blockIdx.x % w.num_splits;
         number = blockIdx.x / w.num_splits;
         int64_t tile = number % w.num_tiles;
@@ -56,13 +66,13 @@ struct Unit {
             first_query = p.blocks.offsets ? p.blocks.offsets[block] : 0;
             const int64_t end = p.blocks.offsets ? p.blocks.offsets[block + 1] : p.blocks.seqlen_q;
             num_rows = (end - first_query) * group;
-            const int64_t tiles = ceil_div(num_rows, kRows);
+            const int64_t tiles = ceil_div(num_rows, tile_rows);
             if (tile >= tiles) {
                 tile -= tiles;
                 continue;
             }
             const BlockRange range = block_range(p.blocks, row, block);
-            first_row = tile * kRows;
+            first_row = tile * tile_rows;
             seqlen = p.blocks.cache_seqlens[row];
             first_position = seqlen - p.blocks.seqlen_q + first_query;  // may lie in padding
             start = range.start;
@@ -99,19 +109,39 @@ struct Unit {
     // Of query and output, in rows of head_dim.
     __device__ int64_t query_of(int64_t r) const { return first_query + r / group; }
     __device__ int64_t head_of(int64_t r) const { return kv_head * group + r % group; }
+    __device__ int64_t place_of(const SparseAttentionParams& p, int64_t r) const {
+        return (row * p.blocks.seqlen_q + query_of(r)) * p.num_q_heads + head_of(r);
+    }
 };
 
-template <int kHeadDim>
-struct Shared {
+// The queries of 16 rows as operands of every step of k, lane by lane.
+template <typename T, int kHeadDim>
+struct Queries {
+    uint4 operand[2 * (kHeadDim / kElementsPerChunk<T> / 4)][kWarpSize];
+};
+
+template <typename T, int kHeadDim, Common kCommon>
+struct Shared;
+
+template <typename T, int kHeadDim>
+struct Shared<T, kHeadDim, Common::kRows> {
     Unit unit;
     bool exists, is_last;
     int seen[kRows];  // listed tokens that a row sees
     float peak[kWarps][kRows], total[kWarps][kRows];
     float all_peak[kRows], all_total[kRows];
     union {
-        uint4 q[kHeadDim / 8][kWarpSize];  // operands of every step of k, lane by lane
+        Queries<T, kHeadDim> queries[1];
         float out[kRows][kHeadDim];
     };
+};
+
+template <typename T, int kHeadDim>
+struct Shared<T, kHeadDim, Common::kTokens> {
+    Unit unit;
+    bool exists;
+    int seen[kWarps * kRows];
+    Queries<T, kHeadDim> queries[kWarps];
 };
 
 // Two elements of one register from two registers: elements `which` of both.
@@ -162,20 +192,22 @@ __device__ __forceinline__ uint4 load_key(const SparseAttentionParams& p, const 
 // The rows' queries as operands: step s of a chunk takes the chunk's elements 4 s' .. as keys have
 // them.
 template <typename T, int kHeadDim>
-__device__ void load_queries(const SparseAttentionParams& p, Shared<kHeadDim>& shared) {
+__device__ void load_queries(const SparseAttentionParams& p, const Unit& unit, int num_groups,
+                             Queries<T, kHeadDim>* queries) {
     constexpr int kPerChunk = kElementsPerChunk<T>, kPerRegister = kPerChunk / 4;
-    const Unit& unit = shared.unit;
+    constexpr int kSteps = 2 * (kHeadDim / kPerChunk / 4);
     const int head_dim = static_cast<int>(p.head_dim);
     // An operand is rows group and group + 8, registers 2 * step and 2 * step + 1 of the chunk quad
     // + 4 j.
-    for (int i = static_cast<int>(threadIdx.x); i < 2 * (kHeadDim / kPerChunk / 4) * kWarpSize;
+    for (int i = static_cast<int>(threadIdx.x); i < num_groups * kSteps * kWarpSize;
          i += kThreads) {
-        const int lane = i % kWarpSize, step = i / kWarpSize;
+        const int lane = i % kWarpSize, step = i / kWarpSize % kSteps;
+        const int rows = i / (kSteps * kWarpSize);  // which 16 of the thread block's
         const int d = (lane % 4 + step / 2 * 4) * kPerChunk + step % 2 * 2 * kPerRegister;
         uint32_t words[4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int64_t r = unit.first_row + lane / 4 + half * 8;
+            const int64_t r = unit.first_row + rows * kRows + lane / 4 + half * 8;
             if (r >= unit.num_rows || d >= head_dim) continue;
             const T* from = static_cast<const T*>(p.q) + unit.row * p.q_strides[0] +
                             unit.query_of(r) * p.q_strides[1] + unit.head_of(r) * p.q_strides[2];
@@ -196,7 +228,7 @@ __device__ void load_queries(const SparseAttentionParams& p, Shared<kHeadDim>& s
             words[half] = registers[0];
             words[2 + half] = registers[1];
         }
-        shared.q[step][lane] = make_uint4(words[0], words[1], words[2], words[3]);
+        queries[rows].operand[step][lane] = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -211,13 +243,13 @@ struct Attention {
 };
 
 template <typename T, int kHeadDim>
-__device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
-                                            const Shared<kHeadDim>& shared, int64_t begin,
-                                            int64_t end, Attention<T, kHeadDim>& sum) {
+__device__ __forceinline__ void attend_tile(const SparseAttentionParams& p, const Unit& unit,
+                                            const Queries<T, kHeadDim>& queries, const int* seen_by,
+                                            int64_t begin, int64_t end,
+                                            Attention<T, kHeadDim>& sum) {
     constexpr int kPerChunk = kElementsPerChunk<T>;
     constexpr int kKeyChunks = kHeadDim / kPerChunk / 4;
     const LanePlace at;
-    const Unit& unit = shared.unit;
     const int head_dim = static_cast<int>(p.head_dim);
 
     // Lanes 0-15 look up the tile's keys, lanes 16-31 its values.
@@ -251,7 +283,7 @@ __device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
         for (int j = 0; j < kKeyChunks; ++j)
 #pragma unroll
             for (int step = 0; step < 2; ++step) {
-                const uint4 q = shared.q[2 * j + step][at.lane];
+                const uint4 q = queries.operand[2 * j + step][at.lane];
                 const uint32_t b[2] = {word_of(key[j], 2 * step), word_of(key[j], 2 * step + 1)};
                 if constexpr (std::is_same_v<T, float>) {
                     const float wide_a[4] = {__uint_as_float(q.x), __uint_as_float(q.y),
@@ -266,7 +298,7 @@ __device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
     }
 
     // Weights: 2^(logit - peak); tokens that a row does not see weigh nothing.
-    const int seen[2] = {shared.seen[at.group], shared.seen[at.group + 8]};
+    const int seen[2] = {seen_by[at.group], seen_by[at.group + 8]};
     const auto sees = [&](int which, int token) {
         return begin + token < seen[which] && (listed >> token & 1u) != 0;
     };
@@ -379,7 +411,8 @@ __device__ __forceinline__ void attend_tile(const SparseAttentionParams& p,
 // Rows' results, not normalised, in shared.out; peaks and totals in shared.all_peak and all_total.
 // The warps in their order.
 template <typename T, int kHeadDim>
-__device__ void merge_warps(Attention<T, kHeadDim>& sum, Shared<kHeadDim>& shared) {
+__device__ void merge_warps(Attention<T, kHeadDim>& sum,
+                            Shared<T, kHeadDim, Common::kRows>& shared) {
     const LanePlace at;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
     constexpr int kPerChunk = kElementsPerChunk<T>;
@@ -402,7 +435,7 @@ __device__ void merge_warps(Attention<T, kHeadDim>& sum, Shared<kHeadDim>& share
         shared.all_peak[thread] = peak;
         shared.all_total[thread] = total;
     }
-    __syncthreads();  // and nobody reads shared.q, which lies where `out` does
+    __syncthreads();  // and nobody reads the queries, which lie where `out` does
     for (int turn = 0; turn < kWarps; ++turn) {
         if (warp == turn) {
 #pragma unroll
@@ -432,27 +465,54 @@ __device__ void merge_warps(Attention<T, kHeadDim>& sum, Shared<kHeadDim>& share
     }
 }
 
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
-    attend_kernel(const SparseAttentionParams p, const Workspace w) {
-    __shared__ Shared<kHeadDim> shared;
-    ptx::wait_for_previous_kernel();
-    ptx::allow_next_kernel();
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
-    if (thread == 0) shared.exists = shared.unit.find(p, w);
+// The thread block's rows: which tile, what each sees, their queries; how many there are.
+template <typename T, int kHeadDim, Common kCommon>
+__device__ int prepare(const SparseAttentionParams& p, const Workspace& w,
+                       Shared<T, kHeadDim, kCommon>& shared) {
+    constexpr int kBlockRows = kRowsOfBlock<kCommon>;
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread == 0) shared.exists = shared.unit.find(p, w, kBlockRows);
     __syncthreads();
-    if (!shared.exists) return;
+    if (!shared.exists) return 0;
     const Unit& unit = shared.unit;
-    const int head_dim = static_cast<int>(p.head_dim);
     const int64_t left = unit.num_rows - unit.first_row;
-    const int rows = left < kRows ? static_cast<int>(left) : kRows;
-    if (thread < kRows)
+    const int rows = left < kBlockRows ? static_cast<int>(left) : kBlockRows;
+    if (thread < kBlockRows)
         shared.seen[thread] =
             thread < rows
                 ? static_cast<int>(unit.listed_up_to(unit.position_of_row(unit.first_row + thread)))
                 : 0;
-    load_queries<T, kHeadDim>(p, shared);
+    load_queries<T, kHeadDim>(p, unit, kBlockRows / kRows, shared.queries);
     __syncthreads();
+    return rows;
+}
+
+// What row `r`'s sums are multiplied by, with its head's sink in the denominator; writes its lse.
+__device__ __forceinline__ float finish_row(const SparseAttentionParams& p, const Unit& unit,
+                                            int64_t r, float peak, float total) {
+    const bool empty = peak == -INFINITY;
+    float lse = empty ? -INFINITY : peak + log2f(total), weight = empty ? 0.f : 1.f / total;
+    if (p.sink_logits && !empty) {
+        const float all = with_sink(lse, p.sink_logits[unit.head_of(r)]);
+        weight *= ptx::exp2_approximate(lse - all);
+        lse = all;
+    }
+    p.lse[unit.place_of(p, r)] = lse * kLn2;
+    return weight;
+}
+
+// Few rows: the warps share them.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    attend_few_kernel(const SparseAttentionParams p, const Workspace w) {
+    __shared__ Shared<T, kHeadDim, Common::kRows> shared;
+    ptx::wait_for_previous_kernel();
+    ptx::allow_next_kernel();
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+    const int rows = prepare(p, w, shared);
+    if (rows == 0) return;
+    const Unit& unit = shared.unit;
+    const int head_dim = static_cast<int>(p.head_dim);
 
     // Rows are in the order of their positions: the last one sees the most. Splits are whole rounds
     // of tiles.
@@ -463,7 +523,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t stop = begin + per_split, end = stop < count ? stop : count;
     Attention<T, kHeadDim> sum;
     for (int64_t tile = begin + warp * kTileTokens; tile < end; tile += kRound)
-        attend_tile<T, kHeadDim>(p, shared, tile, end, sum);
+        attend_tile<T, kHeadDim>(p, unit, shared.queries[0], shared.seen, tile, end, sum);
     merge_warps(sum, shared);
 
     if (w.num_splits > 1) {
@@ -510,48 +570,93 @@ __global__ void __launch_bounds__(kThreads)
         __syncthreads();
     }
 
-    // Of a row: what its sums are multiplied by, with its head's sink in the denominator.
-    if (thread < rows) {
-        const int64_t r = unit.first_row + thread;
-        const float peak = shared.all_peak[thread], total = shared.all_total[thread];
-        const bool empty = peak == -INFINITY;
-        float lse = empty ? -INFINITY : peak + log2f(total), weight = empty ? 0.f : 1.f / total;
-        if (p.sink_logits && !empty) {
-            const float all = with_sink(lse, p.sink_logits[unit.head_of(r)]);
-            weight *= ptx::exp2_approximate(lse - all);
-            lse = all;
-        }
-        shared.all_total[thread] = weight;
-        p.lse[(unit.row * p.blocks.seqlen_q + unit.query_of(r)) * p.num_q_heads + unit.head_of(r)] =
-            lse * kLn2;
-    }
+    if (thread < rows)
+        shared.all_total[thread] = finish_row(p, unit, unit.first_row + thread,
+                                              shared.all_peak[thread], shared.all_total[thread]);
     __syncthreads();
     for (int i = thread; i < rows * head_dim; i += kThreads) {
-        const int64_t r = unit.first_row + i / head_dim;
-        const int64_t to =
-            (unit.row * p.blocks.seqlen_q + unit.query_of(r)) * p.num_q_heads + unit.head_of(r);
+        const int64_t to = unit.place_of(p, unit.first_row + i / head_dim);
         const float weight = shared.all_total[i / head_dim];
         from_float(weight == 0.f ? 0.f : shared.out[i / head_dim][i % head_dim] * weight,
                    static_cast<T*>(p.out) + to * head_dim + i % head_dim);
     }
 }
 
+// Many rows: the warps share the list.
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    attend_many_kernel(const SparseAttentionParams p, const Workspace w) {
+    __shared__ Shared<T, kHeadDim, Common::kTokens> shared;
+    ptx::wait_for_previous_kernel();
+    ptx::allow_next_kernel();
+    const LanePlace at;
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    const int rows = prepare(p, w, shared) - warp * kRows;  // from this warp's first on
+    if (rows <= 0) return;                                  // whole warps, and no barrier follows
+    const Unit& unit = shared.unit;
+    const int* seen = shared.seen + warp * kRows;
+
+    const int64_t count = seen[rows < kRows ? rows - 1 : kRows - 1];
+    Attention<T, kHeadDim> sum;
+    for (int64_t tile = 0; tile < count; tile += kTileTokens)
+        attend_tile<T, kHeadDim>(p, unit, shared.queries[warp], seen, tile, count, sum);
+
+    constexpr int kPerChunk = kElementsPerChunk<T>;
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+        const float total = reduce_add<4>(sum.total[which]);
+        const int own = at.group + 8 * which;
+        if (own >= rows) continue;
+        const int64_t r = unit.first_row + warp * kRows + own;
+        const float weight = finish_row(p, unit, r, sum.peak[which], total);
+        T* to = static_cast<T*>(p.out) + unit.place_of(p, r) * p.head_dim;
+#pragma unroll
+        for (int j = 0; j < sum.kValueChunks; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const int channel = (2 * at.quad + c + 8 * j) * kPerChunk;
+                if (channel >= p.head_dim) continue;
+                T elements[kPerChunk];
+#pragma unroll
+                for (int i = 0; i < kPerChunk; ++i)
+                    from_float(weight == 0.f ? 0.f : sum.out[j][i][2 * which + c] * weight,
+                               &elements[i]);
+                memcpy(to + channel, elements, sizeof elements);
+            }
+    }
+}
+
 // --- launcher
 
 struct Sizes {
+    Common common;
     int64_t splits, tiles, units;
 };
 Sizes sizes_of(const SparseAttentionParams& p, int64_t longest_list) {
     Sizes sizes{};
     const int64_t rows = p.blocks.seqlen_q * (p.num_q_heads / p.num_kv_heads);
+    // Operands of float32 take twice the room, and three times the products: rows stay few.
+    const bool many =
+        rows >= p.blocks.num_blocks * kRowsOfBlock<Common::kTokens> && p.dtype != DType::kFloat32;
+    sizes.common = many ? Common::kTokens : Common::kRows;
     // Blocks of queries may end in a tile of fewer rows each.
-    sizes.tiles = rows == 0 ? 0 : ceil_div(rows, kRows) + p.blocks.num_blocks - 1;
+    const int64_t tile_rows = many ? kRowsOfBlock<Common::kTokens> : kRowsOfBlock<Common::kRows>;
+    sizes.tiles = rows == 0 ? 0 : ceil_div(rows, tile_rows) + p.blocks.num_blocks - 1;
     sizes.units = p.blocks.batch * p.num_kv_heads * sizes.tiles;
     // A decode query's list is cut so that 8 heads fill a GPU; many rows fill it by themselves.
     const int64_t most = longest_list > 8192 ? 32 : 16;
     const int64_t wanted = ceil_div(longest_list, 2 * kWarps * kTileTokens);
     sizes.splits = rows > 4 * kRows || wanted < 2 ? 1 : (wanted < most ? wanted : most);
     return sizes;
+}
+
+template <typename T, int kHeadDim>
+void attend(const SparseAttentionParams& p, const Workspace& w, Common common, int64_t grid,
+            const CudaLaunch& where) {
+    if constexpr (!std::is_same_v<T, float>)
+        if (common == Common::kTokens)
+            return launch(where, attend_many_kernel<T, kHeadDim>, grid, 1, kThreads, 0, p, w);
+    launch(where, attend_few_kernel<T, kHeadDim>, grid, 1, kThreads, 0, p, w);
 }
 
 }  // namespace
@@ -583,11 +688,11 @@ void sparse_attention(const SparseAttentionParams& p, int64_t longest_list, void
     with_element_type(p.dtype, [&](auto element) {
         using T = decltype(element);
         if (p.head_dim <= 64)
-            launch(own, attend_kernel<T, 64>, grid, 1, kThreads, 0, p, w);
+            attend<T, 64>(p, w, sizes.common, grid, own);
         else if (p.head_dim <= 128)
-            launch(own, attend_kernel<T, 128>, grid, 1, kThreads, 0, p, w);
+            attend<T, 128>(p, w, sizes.common, grid, own);
         else
-            launch(own, attend_kernel<T, 256>, grid, 1, kThreads, 0, p, w);
+            attend<T, 256>(p, w, sizes.common, grid, own);
     });
 }
 
