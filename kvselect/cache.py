@@ -334,8 +334,12 @@ class KVCache:
         Raises
         ------
         ValueError, TypeError
-            If anything does not fit; nothing is stored then.
+            If anything does not fit, or the CUDA stream is being captured (a replay would not
+            count the tokens); nothing is stored then.
         """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            allowed = "eager calls (kvselect.fixed_cache.FixedKVCache can be captured)"
+            require(False, "KVCache", "a stream under capture", allowed)
         heads, dim = self._num_kv_heads, self._head_dim
         require_tensor(k, "k", (self.batch, None, heads, dim), (self._dtype,), self._device)
         num_new = k.shape[1]

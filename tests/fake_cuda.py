@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,9 @@ def _device_guard() -> Iterator[None]:
     assert slots[cuda] is None and slots[meta] is not None
     slots[cuda] = slots[meta]
     try:
-        yield
+        # A torch without CUDA cannot tell.
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
+            yield
     finally:
         slots[cuda] = None
 

@@ -51,8 +51,9 @@ struct Unit {
         num_rows;  // rows: (query, head), query by query, from first_row of the block's on
     int64_t first_row, first_position;
     int64_t start, seqlen;
-    const int32_t* list;  // or nullptr: every position from start on
-    int64_t count;        // listed tokens of the block
+    int64_t first_listed;  // list entries below are no tokens
+    const int32_t* list;   // or nullptr: every position from start on
+    int64_t count;         // listed tokens of the block
 
     // By one thread; false: there is no such tile.
     __device__ bool find(const SparseAttentionParams& p, const Workspace& w, int tile_rows) {
@@ -76,6 +77,7 @@ struct Unit {
             seqlen = p.blocks.cache_seqlens[row];
             first_position = seqlen - p.blocks.seqlen_q + first_query;  // may lie in padding
             start = range.start;
+            first_listed = p.lists_skip_padding ? start : 0;
             list = nullptr;
             count = range.end - range.start;
             if (p.indices) {
@@ -257,7 +259,7 @@ __device__ __forceinline__ void attend_tile(const SparseAttentionParams& p, cons
     int64_t own = -1;
     if (index < end) {
         const int64_t position = unit.list ? int64_t{unit.list[index]} : unit.start + index;
-        if (position >= 0 && position < unit.seqlen)  // what is no token is not listed
+        if (position >= unit.first_listed && position < unit.seqlen)  // else it is no token
             own = row_offset(at.lane < kTileTokens ? p.keys : p.values, unit.row, position,
                              unit.kv_head);
     }

@@ -68,6 +68,15 @@ void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int6
     cuda::sparse_attention(p, longest, workspace.data(), kLaunch);
 }
 
+void recovered_mass(const RecoveredMassParams& p, int64_t begin, int64_t end, float* scratch) {
+    if (p.head_dim > kMostChannels) return kScalar.recovered_mass(p, begin, end, scratch);
+    if (begin != 0) return;
+    const int64_t longest_list = p.indices_strides[2], capacity = p.max_seqlen_k;
+    std::vector<uint8_t> workspace(cuda::recovered_mass_workspace_bytes(p, longest_list, capacity),
+                                   0xff);
+    cuda::recovered_mass(p, longest_list, capacity, workspace.data(), kLaunch);
+}
+
 }  // namespace
 
 const cpu::Implementation& cuda_emulated_implementation() {
@@ -80,6 +89,7 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.sparse_attention = sparse_attention;
         table.select_tokens = select_tokens;
         table.selection_cache_step = selection_cache_step;
+        table.recovered_mass = recovered_mass;
         return table;
     }();
     return implementation;

@@ -62,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     m.impl("selection_cache_step", TORCH_BOX(&cuda::selection_cache_step));
     m.impl("sparse_attention", TORCH_BOX(&cuda::sparse_attention));
     m.impl("merge_splits", TORCH_BOX(&cuda::merge_splits));
+    m.impl("recovered_mass", TORCH_BOX(&cuda::recovered_mass));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvselect, CompositeExplicitAutograd, m) {

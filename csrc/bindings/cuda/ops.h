@@ -53,6 +53,11 @@ std::tuple<Tensor, Tensor> sparse_attention(
     OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits);
 
+Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tensor cache_seqlens,
+                      OptionalTensor starts, Tensor indices, Tensor topk_length,
+                      OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k,
+                      double softcap);
+
 Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor starts,
                             Tensor num_nonfinite, StringArg similarity, double similarity_threshold,
                             int64_t max_age, int64_t dense_limit, Tensor anchor_query, Tensor age,

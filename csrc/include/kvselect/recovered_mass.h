@@ -1,6 +1,7 @@
 // recovered_mass: share of each query head's dense attention mass that a selection holds.
 #pragma once
 
+#include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
 
@@ -29,5 +30,15 @@ inline int64_t recovered_mass_scratch_floats(const RecoveredMassParams& p) {
 }
 using RecoveredMassFn = void (*)(const RecoveredMassParams&, int64_t begin, int64_t end,
                                  float* scratch);
+
+namespace cuda {
+// `longest_list`: entries that a list can have; `capacity`: tokens that a row has room for. Bytes
+// of device memory that a call works in; what it holds before does not matter.
+int64_t recovered_mass_workspace_bytes(const RecoveredMassParams&, int64_t longest_list,
+                                       int64_t capacity);
+// All items.
+void recovered_mass(const RecoveredMassParams&, int64_t longest_list, int64_t capacity,
+                    void* workspace, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

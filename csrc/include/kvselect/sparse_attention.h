@@ -21,6 +21,8 @@ struct SparseAttentionParams {
     const int32_t* topk_length;  // [batch, num_blocks, num_kv_heads]
     int64_t indices_strides[3],
         topk_length_strides[3];  // elements; head stride 0 = one list for all heads
+    bool lists_skip_padding;  // CUDA: listed tokens before a row's first real one are left out, as
+                              // recovered_mass wants it
     float softmax_scale;
     float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
     const float* sink_logits;  // [num_q_heads] one more logit per head, in the denominator (and

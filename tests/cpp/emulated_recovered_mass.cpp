@@ -1,0 +1,1 @@
+#include "cuda/recovered_mass.cu"
