@@ -13,7 +13,7 @@ CMAKE_CONFIGURE = cmake -S . -G "$$(command -v ninja >/dev/null && echo Ninja ||
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f -not -name '*.md')
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp bench/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 KIND := $(if $(VENV),venv,host)
 NEEDS := transformers safetensors numpy rich matplotlib pytest hypothesis
 READY := $(addsuffix /.ready,$(VENV))
