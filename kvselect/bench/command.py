@@ -12,7 +12,18 @@ from typing import Any
 
 from kvselect.bench import decode, ops, picture, prefill, results
 from kvselect.bench.contenders import DisagreementError
-from kvselect.bench.request import OnProgress, add_sizes, parse_counts, progress_bar, shape_of
+from kvselect.bench.entrants import gpu_policies
+from kvselect.bench.graphs import layers_beyond_l2
+from kvselect.bench.memory import require_cuda
+from kvselect.bench.request import (
+    OnProgress,
+    add_device,
+    add_sizes,
+    parse_counts,
+    progress_bar,
+    shape_of,
+)
+from kvselect.bench.results import Skipped
 from kvselect.checks import require
 from kvselect.eval.request import parse_policies
 
@@ -20,7 +31,8 @@ __all__ = ["KINDS", "add_options", "prepare"]
 
 KINDS = ("decode", "prefill", "ops")
 QUICK_TOKENS, TOKENS = "8k,32k", "8k,32k,128k"
-QUICK_ROUNDS, ROUNDS = 3, 7
+QUICK_ROUNDS, ROUNDS, GPU_ROUNDS = 3, 7, 50
+HIT_SHARES = (0.5, 1.0)
 
 Job = Callable[[], int]
 # What a bench still has to do once its rows are there; gives the files written.
@@ -32,6 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("kind", nargs="?", default="decode", choices=(*KINDS, "all"))
     add_sizes(parser, tokens=None, rounds=None)
+    add_device(parser)
     parser.add_argument(
         "--policies",
         nargs="+",
@@ -67,22 +80,35 @@ def prepare(options: argparse.Namespace) -> Job:
         allowed = "decode or all with --policies"
         require("decode" in kinds, "bench", options.kind, allowed)
         policies = parse_policies(options.policies)
+    shape = shape_of(options)
+    like_gpu = shape.on_cuda or options.as_on_gpu
     text, rounds = (QUICK_TOKENS, QUICK_ROUNDS) if options.quick else (TOKENS, ROUNDS)
+    if shape.on_cuda:
+        require_cuda(shape.device)
+        rounds = GPU_ROUNDS
     if options.tokens is not None:
         text = options.tokens
     if options.rounds is not None:
         rounds = options.rounds
     sizes: dict[str, Any] = {
         "tokens": parse_counts(text, "tokens"),
-        "shape": shape_of(options),
+        "shape": shape,
         "topk": options.topk,
         "threads": parse_counts(options.threads, "threads"),
         "rounds": rounds,
     }
+    layers = 1 if options.layers is None else options.layers
+    if like_gpu and options.layers is None:
+        layers = layers_beyond_l2(shape, min(sizes["tokens"]))
     benches: list[Bench] = []
     if "decode" in kinds:
-        curves = decode.QUICK_BUDGETS if options.quick else decode.BUDGETS
-        request = decode.DecodeRequest(policies=policies, curves=curves, **sizes)
+        curves: tuple[int, ...] = decode.QUICK_BUDGETS if options.quick else decode.BUDGETS
+        stack: dict[str, Any] = {"layers": layers}
+        if like_gpu:
+            curves = ()
+            stack |= {"gpu_peers": True, "hit_shares": HIT_SHARES}
+            policies = policies or gpu_policies(options.topk)
+        request = decode.DecodeRequest(policies=policies, curves=curves, **stack, **sizes)
         decode.check(request)
         benches.append(partial(_decode, request, out))
     if "prefill" in kinds:
@@ -90,7 +116,7 @@ def prepare(options: argparse.Namespace) -> Job:
         prefill.check(chunk)
         benches.append(partial(_prefill, chunk, out))
     if "ops" in kinds:
-        each = ops.OpsRequest(**sizes)
+        each = ops.OpsRequest(gpu_ops=like_gpu, layers=layers if like_gpu else 1, **sizes)
         ops.check(each)
         benches.append(partial(_ops, each, out))
     return lambda: _run(benches)
@@ -111,11 +137,16 @@ def _run(benches: list[Bench]) -> int:
 
 
 def _decode(request: decode.DecodeRequest, out: Path, on_progress: OnProgress) -> Finish:
-    rows = decode.run(request, on_progress)
+    skipped: list[Skipped] = []
+    rows = decode.run(request, on_progress, skipped.append if request.gpu_peers else None)
 
     def finish() -> list[Path]:
         decode.show(request, rows)
-        path = results.save(out / "decode.json", decode.QUESTION, decode.config(request), rows)
+        results.print_skipped(skipped)
+        path = out / "decode.json"
+        results.save(path, decode.QUESTION, decode.config(request), rows, skipped)
+        if request.gpu_peers:
+            return [path]
         image = out / "time_against_mass.png"
         picture.draw(rows, image, picture.subtitle(request))
         return [path, image]
@@ -135,11 +166,13 @@ def _prefill(request: prefill.PrefillRequest, out: Path, on_progress: OnProgress
 
 
 def _ops(request: ops.OpsRequest, out: Path, on_progress: OnProgress) -> Finish:
-    rows = ops.run(request, on_progress)
+    skipped: list[Skipped] = []
+    rows = ops.run(request, on_progress, skipped.append if request.gpu_ops else None)
 
     def finish() -> list[Path]:
         ops.show(request, rows)
+        results.print_skipped(skipped)
         path = out / "ops.json"
-        return [results.save(path, ops.QUESTION, dataclasses.asdict(request), rows)]
+        return [results.save(path, ops.QUESTION, dataclasses.asdict(request), rows, skipped)]
 
     return finish

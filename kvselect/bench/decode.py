@@ -1,15 +1,19 @@
-"""One decode step: every contender on the same layer, the same query, the same cold caches.
+"""One decode step: every contender on the same layers, the same queries, the same cold caches.
 
-The order is fixed: build, compare every output with float32, measure what each list keeps, and only
-then time.
+The order is fixed: build, compare every output with float32 (on a GPU: float64), measure what each
+list keeps, and only then time. On a CPU one layer is timed; on a GPU a CUDA graph of several, each
+with keys and values of its own, and times are those of one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import nan
+from statistics import mean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvselect.bench.contenders import (
@@ -17,20 +21,36 @@ from kvselect.bench.contenders import (
     ENABLE_GQA,
     FOLDED,
     MATMUL,
-    TORCH_DENSE,
     TORCH_TOKEN_SELECT,
     attention_over,
     require_agreement,
 )
-from kvselect.bench.entrants import Entrant, default_policies, entrants, kept
+from kvselect.bench.entrants import (
+    Entrant,
+    Guard,
+    build_or_raise,
+    default_policies,
+    entrants,
+    kept,
+    reused_entrants,
+)
+from kvselect.bench.expected import expected_us
+from kvselect.bench.graphs import (
+    ColdL2,
+    DeviceSamples,
+    as_reason,
+    copy_gb_per_s,
+    interleaved_replays,
+)
 from kvselect.bench.layer import Shape, StructuredLayer
 from kvselect.bench.measure import ColdCaches, Contender, interleaved_ms, read_gb_per_s, threads
-from kvselect.bench.memory import require_memory
+from kvselect.bench.memory import free_device_bytes, require_cuda, require_memory
 from kvselect.bench.quest import MIN_PAGES, PAGE_TOKENS
-from kvselect.bench.request import OnProgress, check_sizes, no_progress
-from kvselect.bench.results import Timing, print_table, timing
+from kvselect.bench.request import OnProgress, OnSkip, check_sizes, no_progress
+from kvselect.bench.results import Skipped, Timing, print_table, timing
+from kvselect.bench.reuse import RepeatedStep
 from kvselect.cache import KVCache
-from kvselect.checks import require
+from kvselect.checks import require, require_int
 from kvselect.policies.base import Policy
 from kvselect.policies.token_select import TokenSelect
 from kvselect.testing import rel_err
@@ -38,6 +58,7 @@ from kvselect.testing import rel_err
 __all__ = ["QUESTION", "DecodeRequest", "DecodeRow", "check", "config", "run", "show"]
 
 QUESTION = "How long does one decode step take, and how much attention mass does it keep?"
+SIMILARITY = 0.9  # of the selection caches of steps with hits: these query the same or the opposite
 PERFECT_DENSE = "a perfect dense kernel (modelled)"
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # of the curves, in tokens
@@ -59,7 +80,15 @@ class DecodeRequest:
     curves : tuple of int
         Budgets of the curves of time against kept mass [tokens]; empty: none.
     slow_tokens : int
-        Beyond so many tokens SDPA with ``enable_gqa`` is left out: it takes seconds per call.
+        Beyond so many tokens of all rows SDPA that makes copies of all keys or stores all logits
+        (``enable_gqa`` on a CPU, the math backend on a GPU) is left out: it takes seconds per call.
+    layers : int
+        Timed together.
+    hit_shares : tuple of float in (0, 1]
+        Steps with a selection cache of which so many reuse their list, on ``layers >= 2``; for
+        every policy that has a sketch.
+    gpu_peers : bool
+        Dense peers are those of a GPU, on whatever device.
     """
 
     tokens: tuple[int, ...]
@@ -70,6 +99,9 @@ class DecodeRequest:
     rounds: int = 7
     curves: tuple[int, ...] = BUDGETS
     slow_tokens: int = 131072
+    layers: int = 1
+    hit_shares: tuple[float, ...] = ()
+    gpu_peers: bool = False
     seed: int = 0
 
     @property
@@ -84,6 +116,8 @@ class DecodeRequest:
             for policy in self.contestants.values()
             if isinstance(policy, TokenSelect)
         }
+        if self.gpu_peers and len(needed) > 1:  # exact scores read the keys of any cache
+            needed.pop(None, None)
         return tuple(needed) or (None,)
 
 
@@ -98,15 +132,17 @@ class DecodeRow:
     over : dict of name to float
         Time of each torch peer over this row's: how often faster it is.
     over_best_torch : float
-        The same of the fastest dense arrangement of torch.
+        The same of the fastest dense peer: of torch, on a GPU also of other packages.
     over_perfect_dense : float
         The same of the bytes of all keys and values at the streaming bandwidth.
     attended_tokens, kept_mass : float
         Per KV head; share of the attention mass of the same query, measured exactly.
     output_error : float or None
-        Against float32 attention over the same list, relative.
+        Against exact attention over the same list, relative; the worst layer's.
     output_error_vs_dense : float or None
-        Against float32 attention over everything.
+        Against exact attention over everything.
+    expected_us, over_expected : float or None
+        Of the step model (`kvselect.bench.expected`) at this run's bandwidth, and time over it.
     """
 
     tokens: int
@@ -124,6 +160,11 @@ class DecodeRow:
     output_error_vs_dense: float | None
     sketch_over_kv: float | None
     timing: Timing
+    layers: int = 1
+    batch: int = 1
+    hit_share: float = 0.0
+    expected_us: float | None = None
+    over_expected: float | None = None
 
 
 def config(request: DecodeRequest) -> dict[str, Any]:
@@ -147,11 +188,21 @@ def check(request: DecodeRequest) -> None:
         rounds=request.rounds,
         shortest=MIN_PAGES * PAGE_TOKENS,
     )
+    require_int(request.layers, "layers", 1)
+    if request.hit_shares:
+        allowed = "an int >= 2 with hit_shares (layers take turns)"
+        require(request.layers >= 2, "layers", request.layers, allowed)
+    for share in request.hit_shares:
+        require(0.0 < share <= 1.0, "hit_shares", share, "shares in (0, 1]")
+    if request.shape.on_cuda:
+        require_cuda(request.shape.device)
+        require(request.threads == (1,), "threads", request.threads, "(1,) on a GPU")
     for name, policy in request.contestants.items():
         allowed = "positions='original' (a bench without RoPE)"
         require(policy.positions == "original", f"policy {name}", policy.positions, allowed)
     for tokens in request.tokens:
-        require_memory("tokens", tokens, needed_bytes(request, tokens))
+        free = free_device_bytes(request.shape.device) if request.shape.on_cuda else None
+        require_memory("tokens", tokens, needed_bytes(request, tokens), free)
 
 
 def needed_bytes(request: DecodeRequest, tokens: int) -> int:
@@ -159,45 +210,198 @@ def needed_bytes(request: DecodeRequest, tokens: int) -> int:
     shape = request.shape
     caches = sum(shape.cache_bytes(tokens, sketch) for sketch in request.sketches)
     bounds = 8 * shape.row_bytes * (tokens // PAGE_TOKENS)  # twice, once beside zeros for values
-    logits = 12 * shape.num_q_heads * tokens
+    logits = 12 * shape.batch * shape.num_q_heads * tokens
     float32_head = 8 * shape.head_dim * tokens
     at_once = logits + float32_head
-    if tokens <= request.slow_tokens:  # enable_gqa repeats keys and values
-        at_once = max(at_once, 2 * shape.row_bytes * shape.group_size * tokens)
-    return caches + bounds + at_once + (1 << 30)
+    if shape.batch * tokens <= request.slow_tokens:  # enable_gqa repeats keys and values
+        repeated = 2 * shape.batch * shape.row_bytes * shape.group_size * tokens
+        at_once = max(at_once, repeated)
+    if shape.on_cuda:  # every graph keeps its own
+        at_once *= 4
+    return request.layers * (caches + bounds) + at_once + (1 << 30)
 
 
-def run(request: DecodeRequest, on_progress: OnProgress = no_progress) -> list[DecodeRow]:
+def run(
+    request: DecodeRequest,
+    on_progress: OnProgress = no_progress,
+    on_skip: OnSkip | None = None,
+) -> list[DecodeRow]:
     """Measure every length on every number of threads.
 
     Parameters
     ----------
     on_progress : callable
         Told what is going on, and how much of all work (1.0) was just finished.
+    on_skip : callable or None
+        Told who does not take part, and why: whoever cannot be built, or disagrees with exact
+        attention. None: such an error ends the bench.
 
     Raises
     ------
     DisagreementError
-        If an output is further from float32 than its dtype explains; nothing is timed then.
+        Without ``on_skip``: if an output is further from float32 than its dtype explains; nothing
+        is timed then.
     """
     check(request)
     rows: list[DecodeRow] = []
     for tokens in request.tokens:
-        rows += _run_length(request, tokens, on_progress, tokens / sum(request.tokens))
+        weight = tokens / sum(request.tokens)
+        rows += _run_length(request, tokens, on_progress, on_skip, weight)
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer of the stack that is timed: who takes part on it, compared and weighed."""
+
+    everybody: dict[str, Entrant]
+    errors: dict[str, tuple[float, float]]
+    keeps: dict[str, tuple[float, float]]
+
+
 def _run_length(
-    request: DecodeRequest, tokens: int, on_progress: OnProgress, weight: float
+    request: DecodeRequest,
+    tokens: int,
+    on_progress: OnProgress,
+    on_skip: OnSkip | None,
+    weight: float,
 ) -> list[DecodeRow]:
+    shape, skipped = request.shape, set[str]()
+
+    def skip(name: str, reason: str) -> None:
+        assert on_skip is not None
+        if name not in skipped:  # once, not per layer
+            on_skip(Skipped(tokens=tokens, contender=name, reason=reason))
+        skipped.add(name)
+
+    stack: list[_Layer] = []
+    for index in range(request.layers):
+        on_progress(f"{tokens} tokens: layer {index + 1} of {request.layers}", 0.0)
+        stack.append(_new_layer(request, tokens, index, None if on_skip is None else skip))
+        on_progress(f"{tokens} tokens: outputs", 0.4 * weight / request.layers)
+    names = [name for name in stack[0].everybody if all(name in layer.everybody for layer in stack)]
+    by_name = {name: [layer.everybody[name] for layer in stack] for name in names}
+    contenders = {name: _in_turn(entrants) for name, entrants in by_name.items()}
+    errors = {
+        name: (
+            max(layer.errors[name][0] for layer in stack),
+            max(layer.errors[name][1] for layer in stack),
+        )
+        for name in names
+    }
+    keeps = {
+        name: (
+            mean(layer.keeps[name][0] for layer in stack),
+            mean(layer.keeps[name][1] for layer in stack),
+        )
+        for name in names
+    }
+    everybody = {name: entrants[0] for name, entrants in by_name.items()}
+    num_bytes = {
+        name: int(mean(entrant.bytes_must_read for entrant in entrants))
+        for name, entrants in by_name.items()
+    }
+
+    rows: list[DecodeRow] = []
+    part = 0.6 * weight / (len(request.threads) * request.rounds * len(contenders))
+    for number in request.threads:
+        with threads(number):
+            bandwidth, samples = _measure(
+                request, contenders, number, lambda name: on_progress(f"{tokens}: {name}", part)
+            )
+        timed = {
+            name: timing(
+                [ms / request.layers for ms in found.event_ms],
+                num_bytes[name],
+                bandwidth,
+                number,
+                wall_ms=[ms / request.layers for ms in found.wall_ms] if shape.on_cuda else None,
+                not_captured=found.not_captured if shape.on_cuda else None,
+            )
+            for name, found in samples.items()
+        }
+        rows += _rows(request, tokens, everybody, timed, errors, keeps, bandwidth)
+        dense_bytes = 2 * shape.batch * shape.row_bytes * tokens
+        rows.append(_perfect_dense(tokens, dense_bytes, bandwidth, number, rows))
+    return rows
+
+
+def _in_turn(entrants: Sequence[Entrant]) -> Contender:
+    """All layers of a contender, one after the other."""
+    prepares = [entrant.prepare for entrant in entrants if entrant.prepare is not None]
+
+    def prepare() -> None:
+        for one in prepares:
+            one()
+
+    return Contender(
+        call=lambda: [entrant.call() for entrant in entrants],
+        prepare=prepare if prepares else None,
+    )
+
+
+def _measure(
+    request: DecodeRequest,
+    contenders: Mapping[str, Contender],
+    number: int,
+    on_call: Callable[[str], object],
+) -> tuple[float, dict[str, DeviceSamples]]:
+    """Bandwidth of the machine, and milliseconds of all layers of every contender."""
     shape = request.shape
-    on_progress(f"{tokens} tokens: keys", 0.0)
-    layer = StructuredLayer(shape, request.seed)
+    if shape.on_cuda:
+        device = torch.device(shape.device)
+        bandwidth = copy_gb_per_s(device)
+        samples = interleaved_replays(
+            contenders,
+            request.rounds,
+            cold=ColdL2(device),
+            bound=BOUND[shape.torch_dtype],
+            on_call=on_call,
+        )
+        return bandwidth, samples
+    bandwidth = read_gb_per_s(number)
+    found = interleaved_ms(
+        contenders, request.rounds, num_threads=number, cold=ColdCaches(), on_call=on_call
+    )
+    return bandwidth, {name: DeviceSamples(ms, [], "") for name, ms in found.items()}
+
+
+def _new_layer(
+    request: DecodeRequest, tokens: int, index: int, skip: Callable[[str, str], None] | None
+) -> _Layer:
+    """Draw a layer, let everybody build on it, compare outputs and measure what lists keep."""
+    shape = request.shape
+
+    def guarded(name: str, build: Callable[[], Entrant]) -> Entrant | None:
+        assert skip is not None
+        try:
+            return build()
+        except Exception as error:  # whoever cannot take part is reported; the others go on
+            skip(name, as_reason(error))
+            return None
+
+    guard: Guard = build_or_raise if skip is None else guarded
+    layer = StructuredLayer(shape, request.seed + index)
     caches = {sketch: shape.new_cache(tokens, sketch) for sketch in request.sketches}
-    layer.fill(list(caches.values()), tokens)
     base = next(iter(caches.values()))
-    q = layer.query(layer.draw_query(), base)[0]
-    on_progress(f"{tokens} tokens: contenders", 0.3 * weight)
+    drawn, steps = layer.draw_query() if request.hit_shares else None, {}
+    layer.fill(list(caches.values()), tokens if drawn is None else tokens - 1)
+    if drawn is not None:
+        anchor = layer.query(drawn, base)[0]
+        for name, policy in request.contestants.items():
+            if not isinstance(policy, TokenSelect) or policy.required_sketch is None:
+                continue
+            try:
+                reusing = replace(policy, similarity_threshold=SIMILARITY)
+                steps[name] = RepeatedStep(reusing, anchor, caches[policy.required_sketch])
+            except Exception as error:
+                if skip is None:
+                    raise
+                skip(f"{name}, hits", as_reason(error))
+        layer.fill(list(caches.values()), 1)
+        for step in steps.values():
+            step.arm()
+    q = layer.query(layer.draw_query() if drawn is None else drawn, base)[0]
     everybody = entrants(
         q,
         caches,
@@ -205,68 +409,79 @@ def _run_length(
         request.contestants,
         topk=request.topk,
         curves=request.curves,
-        with_enable_gqa=tokens <= request.slow_tokens,
+        with_enable_gqa=shape.batch * tokens <= request.slow_tokens,
+        gpu_peers=request.gpu_peers,
+        guard=guard,
     )
-    on_progress(f"{tokens} tokens: outputs", 0.1 * weight)
-    errors = compare(q, base, everybody)
+    everybody |= reused_entrants(steps, q, base, shape, request.hit_shares, index, guard)
+    errors = compare(q, base, everybody, skip)
+    everybody = {name: everybody[name] for name in errors}
     keeps = {name: kept(q, base, entrant.selection) for name, entrant in everybody.items()}
-
-    rows: list[DecodeRow] = []
-    contenders = {name: Contender(call=entrant.call) for name, entrant in everybody.items()}
-    part = 0.6 * weight / (len(request.threads) * request.rounds * len(contenders))
-    for number in request.threads:
-        with threads(number):
-            bandwidth = read_gb_per_s(number)
-            samples = interleaved_ms(
-                contenders,
-                request.rounds,
-                num_threads=number,
-                cold=ColdCaches(),
-                on_call=lambda name: on_progress(f"{tokens} tokens: {name}", part),
-            )
-        timed = {
-            name: timing(samples[name], entrant.bytes_must_read, bandwidth, number)
-            for name, entrant in everybody.items()
-        }
-        rows += _rows(tokens, everybody, timed, errors, keeps)
-        rows.append(_perfect_dense(tokens, 2 * shape.row_bytes * tokens, bandwidth, number, rows))
-    return rows
+    return _Layer(everybody, errors, keeps)
 
 
 def compare(
-    q: Tensor, cache: KVCache, everybody: Mapping[str, Entrant]
+    q: Tensor,
+    cache: KVCache,
+    everybody: Mapping[str, Entrant],
+    skip: Callable[[str, str], None] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Errors of every output against float32: over the same list, and over everything.
+    """Errors of every output against exact attention: over the same list, and over everything.
+
+    With ``skip`` a contender whose output its list does not explain is reported and left out.
 
     Raises
     ------
     DisagreementError
-        Naming the first contender whose output its list does not explain.
+        Without ``skip``: naming the first such contender.
     """
     k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
     dense = attention_over(q, k, v, None)
     bound, errors = BOUND[cache.dtype], {}
     for name, entrant in everybody.items():
-        out, expected = entrant.call().reshape(dense.shape), dense
-        if entrant.selection is not None:
-            expected = attention_over(q, k, v, entrant.selection)
-        error = rel_err(out, expected)
-        require_agreement(name, cache.max_seqlen, error, bound)
-        errors[name] = (error, rel_err(out, dense))
+        try:
+            if entrant.prepare is not None:
+                entrant.prepare()
+            out, expected = entrant.call().reshape(dense.shape), dense
+            if entrant.selection is not None:
+                expected = attention_over(q, k, v, entrant.selection)
+            error = rel_err(out, expected)
+            require_agreement(name, cache.max_seqlen, error, bound)
+            errors[name] = (error, rel_err(out, dense))
+        except Exception as failure:
+            if skip is None:
+                raise
+            skip(name, as_reason(failure))
     return errors
 
 
 def _rows(
+    request: DecodeRequest,
     tokens: int,
     everybody: Mapping[str, Entrant],
     timed: Mapping[str, Timing],
     errors: Mapping[str, tuple[float, float]],
     keeps: Mapping[str, tuple[float, float]],
+    bandwidth: float,
 ) -> list[DecodeRow]:
-    names = [name for name in (*TORCH_DENSE, TORCH_TOKEN_SELECT) if name in timed]
+    shape = request.shape
+    dense = [name for name, entrant in everybody.items() if entrant.dense_peer]
+    names = [*dense, *(name for name in (TORCH_TOKEN_SELECT,) if name in timed)]
     peers = {name: timed[name].median_ms for name in names}
-    best = min(peers[name] for name in TORCH_DENSE if name in peers)
-    dense_ms = next(found.floor_ms for name, found in timed.items() if name in TORCH_DENSE)
+    best = min((peers[name] for name in dense), default=nan)
+    dense_ms = 2 * shape.batch * shape.row_bytes * tokens / bandwidth / 1e6
+
+    def expected(name: str) -> float | None:
+        entrant = everybody[name]
+        if entrant.design is None or not request.gpu_peers:
+            return None
+        share = 0.0 if entrant.design == "hit" else entrant.hit_share
+        return expected_us(entrant.design, shape, tokens, keeps[name][1], bandwidth, share)
+
+    def over_expected(name: str) -> float | None:
+        us = expected(name)
+        return None if us is None else 1e3 * timed[name].median_ms / us
+
     return [
         DecodeRow(
             tokens=tokens,
@@ -284,6 +499,11 @@ def _rows(
             output_error_vs_dense=errors[name][1],
             sketch_over_kv=entrant.sketch_over_kv,
             timing=timed[name],
+            layers=request.layers,
+            batch=shape.batch,
+            hit_share=entrant.hit_share,
+            expected_us=expected(name),
+            over_expected=over_expected(name),
         )
         for name, entrant in everybody.items()
     ]
@@ -312,6 +532,8 @@ def _perfect_dense(
         output_error_vs_dense=None,
         sketch_over_kv=None,
         timing=found,
+        layers=measured.layers,
+        batch=measured.batch,
     )
 
 
@@ -335,6 +557,9 @@ COLUMNS = (
 
 def show(request: DecodeRequest, rows: Sequence[DecodeRow]) -> None:
     """One table per length and number of threads: the main rows."""
+    if request.gpu_peers:
+        _show_layers(request, rows)
+        return
     for tokens in request.tokens:
         for number in request.threads:
             chosen = [
@@ -369,4 +594,53 @@ def _cells(row: DecodeRow) -> list[str]:
         f"{row.attended_tokens:.0f}",
         f"{row.kept_mass:.3f}",
         "–" if row.output_error is None else f"{row.output_error:.3f}",
+    ]
+
+
+LAYER_COLUMNS = (
+    "",
+    "us per\nlayer",
+    "p20-p80",
+    "expected",
+    "over\nexpected",
+    "by the\nclock",
+    "MB",
+    "GB/s",
+    "x\nfloor",
+    "x best\ndense",
+    "tokens\nattended",
+    "kept\nmass",
+    "output\nerror",
+    "graph",
+)
+
+
+def _show_layers(request: DecodeRequest, rows: Sequence[DecodeRow]) -> None:
+    for tokens in request.tokens:
+        chosen = [row for row in rows if row.main and row.tokens == tokens]
+        title = (
+            f"decode step, {tokens} tokens, {request.shape}, {request.layers} layers; bandwidth "
+            f"{chosen[0].timing.streaming_gb_per_s:.0f} GB/s; structured random keys (simulated)"
+        )
+        print_table(title, LAYER_COLUMNS, [_layer_cells(row) for row in chosen])
+
+
+def _layer_cells(row: DecodeRow) -> list[str]:
+    found = row.timing
+    graph = {None: "–", "": "yes"}.get(found.not_captured, "no")
+    return [
+        row.contender,
+        f"{1e3 * found.median_ms:.1f}",
+        f"{1e3 * found.p20_ms:.1f}-{1e3 * found.p80_ms:.1f}",
+        "–" if row.expected_us is None else f"{row.expected_us:.1f}",
+        "–" if row.over_expected is None else f"{row.over_expected:.2f}",
+        "–" if found.wall_ms is None else f"{1e3 * found.wall_ms:.1f}",
+        f"{found.bytes_must_read / 1e6:.1f}",
+        f"{found.gb_per_s:.0f}",
+        f"{found.times_floor:.2f}",
+        f"{row.over_best_torch:.2f}",
+        f"{row.attended_tokens:.0f}",
+        f"{row.kept_mass:.3f}",
+        "–" if row.output_error is None else f"{row.output_error:.3f}",
+        graph,
     ]
