@@ -53,6 +53,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(StreamingLLM: streaming_llm:positions=original)",
     )
     parser.add_argument(
+        "--chunk-tokens", type=int, default=2048, help="prefill: queries of the chunk (2048)"
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="two lengths, three rounds, short curves"
     )
     parser.add_argument(
@@ -112,7 +115,9 @@ def prepare(options: argparse.Namespace) -> Job:
         decode.check(request)
         benches.append(partial(_decode, request, out))
     if "prefill" in kinds:
-        chunk = prefill.PrefillRequest(**sizes)
+        chunk = prefill.PrefillRequest(
+            gpu_peers=like_gpu, chunk_tokens=options.chunk_tokens, **sizes
+        )
         prefill.check(chunk)
         benches.append(partial(_prefill, chunk, out))
     if "ops" in kinds:
@@ -155,12 +160,14 @@ def _decode(request: decode.DecodeRequest, out: Path, on_progress: OnProgress) -
 
 
 def _prefill(request: prefill.PrefillRequest, out: Path, on_progress: OnProgress) -> Finish:
-    rows = prefill.run(request, on_progress)
+    skipped: list[Skipped] = []
+    rows = prefill.run(request, on_progress, skipped.append if request.gpu_peers else None)
 
     def finish() -> list[Path]:
         prefill.show(request, rows)
-        path = out / "prefill.json"
-        return [results.save(path, prefill.QUESTION, dataclasses.asdict(request), rows)]
+        results.print_skipped(skipped)
+        path, config = out / "prefill.json", dataclasses.asdict(request)
+        return [results.save(path, prefill.QUESTION, config, rows, skipped)]
 
     return finish
 

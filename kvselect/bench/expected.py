@@ -10,11 +10,19 @@ from __future__ import annotations
 from kvselect.bench.layer import Shape
 from kvselect.checks import require_choice
 
-__all__ = ["DESIGNS", "H200_COPY_GB_PER_S", "design_bytes", "expected_us"]
+__all__ = [
+    "DESIGNS",
+    "H200_COPY_GB_PER_S",
+    "design_bytes",
+    "expected_chunk_us",
+    "expected_us",
+]
 
 H200_COPY_GB_PER_S = 4300.0
 # Microseconds that bytes do not explain.
 DESIGNS = {"dense": 10.0, "exact": 16.0, "int4": 16.0, "int8": 16.0, "hit": 6.5}
+ATTENTION_TFLOP_PER_S = 650.0  # of a dense kernel on an H200, long sequences
+CHUNK_FIXED_US = 20.0 + 8.0  # votes and lists; compaction
 LOGIT_BYTES = 2  # stored once and read once per query head and scanned token, but for a hit
 
 
@@ -49,3 +57,26 @@ def expected_us(
     if hit_share == 0.0:
         return us
     return (1 - hit_share) * us + hit_share * expected_us("hit", shape, tokens, listed, gb_per_s)
+
+
+def expected_chunk_us(
+    shape: Shape,
+    tokens: int,
+    chunk_tokens: int,
+    listed: float | None,
+    gb_per_s: float = H200_COPY_GB_PER_S,
+) -> float:
+    """Microseconds of a prefill chunk of one layer at the end of ``tokens``.
+
+    Dense (``listed`` None): its products at 650 TFLOP/s. With selection: one scan of the int4
+    sketch, lists and compaction, and the products with what each query lists.
+    """
+    if listed is None:
+        pairs = chunk_tokens * (tokens - (chunk_tokens - 1) / 2)
+    else:
+        pairs = chunk_tokens * listed
+    flops = 4.0 * pairs * shape.num_q_heads * shape.head_dim
+    us = flops / ATTENTION_TFLOP_PER_S / 1e6
+    if listed is None:
+        return us
+    return us + shape.sketch_bytes("int4") * tokens / gb_per_s / 1e3 + CHUNK_FIXED_US

@@ -1,22 +1,34 @@
 """One prefill chunk on a long context: append, sketch, scores, lists and attention together.
 
 Dense contenders take minutes at 128K, so they are timed on some of the KV heads (and the query
-heads that read them) and scaled: heads are independent, and every row says how many were timed.
+heads that read them) and scaled: heads are independent, and every row says how many were timed. On
+a GPU all of them are, against a GPU's peers (`kvselect.bench.dense_peers`), in CUDA graphs where a
+contender can be captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvselect.attention import sparse_attention
-from kvselect.bench.contenders import BOUND, require_agreement
+from kvselect.bench.contenders import BOUND, exact_dtype, require_agreement
+from kvselect.bench.dense_peers import gpu_chunk_peers
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.expected import expected_chunk_us
+from kvselect.bench.graphs import (
+    ColdL2,
+    DeviceSamples,
+    as_reason,
+    copy_gb_per_s,
+    interleaved_replays,
+)
 from kvselect.bench.layer import ROPE_BASE, Shape, StructuredLayer, rotated
 from kvselect.bench.measure import (
     ColdCaches,
@@ -26,12 +38,13 @@ from kvselect.bench.measure import (
     read_gb_per_s,
     threads,
 )
-from kvselect.bench.memory import require_memory
-from kvselect.bench.request import OnProgress, check_sizes, no_progress
-from kvselect.bench.results import Timing, print_table, timing
+from kvselect.bench.memory import free_device_bytes, require_cuda, require_memory
+from kvselect.bench.request import OnProgress, OnSkip, check_sizes, no_progress
+from kvselect.bench.results import Skipped, Timing, print_table, timing
 from kvselect.bench.watch import AttendedLists, OpWatch, stage_ms
 from kvselect.cache import KVCache
-from kvselect.checks import require_int
+from kvselect.checks import require, require_int
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.token_select import TokenSelect
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
@@ -61,7 +74,10 @@ class PrefillRequest:
     chunk_tokens : int
         Queries of the chunk.
     dense_kv_heads : int
-        KV heads that dense contenders are timed on; all of them if there are no more.
+        KV heads that dense contenders are timed on; all of them if there are no more, or with
+        ``gpu_peers``.
+    gpu_peers : bool
+        Peers are those of a GPU, on whatever device; a GPU has no others.
     """
 
     tokens: tuple[int, ...]
@@ -71,7 +87,14 @@ class PrefillRequest:
     threads: tuple[int, ...] = (1,)
     rounds: int = 3
     dense_kv_heads: int = 1
+    gpu_peers: bool = False
     seed: int = 0
+
+    @property
+    def timed_kv_heads(self) -> int:
+        """Of dense contenders."""
+        heads = self.shape.num_kv_heads
+        return heads if self.gpu_peers else min(self.dense_kv_heads, heads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +108,16 @@ class PrefillRow:
     over : dict of name to float
         Time of each torch peer over this row's.
     over_best_sdpa, over_best_torch : float
-        The same of the fastest form of SDPA, and of the fastest of all. "group folded, no mask"
-        attends to a few tokens too many, in favour of the peer.
+        The same of the fastest form of SDPA, and of the fastest dense peer of all (on a GPU also of
+        other packages). "group folded, no mask" attends to a few tokens too many, in favour of the
+        peer.
     attended_tokens, kept_mass : float
         Per query and KV head; the mass on sampled queries, causal, in float32.
     stages_ms : dict
-        Of contenders of kvselect; empty for others.
+        Of contenders of kvselect, on a CPU; empty for others.
+    expected_us, over_expected : float or None
+        Of the step model (`kvselect.bench.expected`) at this run's bandwidth, and time over it;
+        among a GPU's peers only.
     """
 
     tokens: int
@@ -107,6 +134,8 @@ class PrefillRow:
     gmac_per_s: float | None
     stages_ms: dict[str, float]
     timing: Timing
+    expected_us: float | None = None
+    over_expected: float | None = None
 
 
 def check(request: PrefillRequest) -> None:
@@ -126,35 +155,56 @@ def check(request: PrefillRequest) -> None:
         rounds=request.rounds,
         shortest=request.chunk_tokens + 1,
     )
+    shape, free = request.shape, None
+    require(shape.batch == 1, "batch", shape.batch, "1 (a prefill chunk)")
+    if shape.on_cuda:
+        require_cuda(shape.device)
+        require(request.threads == (1,), "threads", request.threads, "(1,) on a GPU")
+        require(request.gpu_peers, "gpu_peers", request.gpu_peers, "True on a GPU")
+        free = free_device_bytes(shape.device)
     for tokens in request.tokens:
-        require_memory("tokens", tokens, needed_bytes(request, tokens))
+        require_memory("tokens", tokens, needed_bytes(request, tokens), free)
 
 
 def needed_bytes(request: PrefillRequest, tokens: int) -> int:
     """Memory at one length."""
     shape = request.shape
-    heads = min(request.dense_kv_heads, shape.num_kv_heads)
+    heads = request.timed_kv_heads
     caches = shape.cache_bytes(tokens, "int4")
+    samples = 8 * NUM_SAMPLES * shape.group_size * tokens + 8 * shape.head_dim * tokens
+    scores = 4 * tokens * (request.chunk_tokens // 64 + 16) * shape.num_q_heads
+    if request.gpu_peers:
+        return caches + 4 * samples + scores + (1 << 30)
     caches += shape.cache_bytes(tokens, None) * heads // shape.num_kv_heads
     mask = 3 * request.chunk_tokens * tokens  # bool, and what torch makes of it
     mask += 8 * ROWS_AT_ONCE * heads * shape.group_size * tokens  # logits of one product
-    samples = 8 * NUM_SAMPLES * shape.group_size * tokens + 8 * shape.head_dim * tokens
-    scores = 4 * tokens * (request.chunk_tokens // 64 + 16) * shape.num_q_heads
     return caches + mask + samples + scores + (1 << 30)
 
 
-def run(request: PrefillRequest, on_progress: OnProgress = no_progress) -> list[PrefillRow]:
+def run(
+    request: PrefillRequest,
+    on_progress: OnProgress = no_progress,
+    on_skip: OnSkip | None = None,
+) -> list[PrefillRow]:
     """Measure every length on every number of threads.
+
+    Parameters
+    ----------
+    on_skip : callable or None
+        Told who does not take part, and why: whoever cannot be built, or disagrees with exact
+        attention. None: such an error ends the bench.
 
     Raises
     ------
     DisagreementError
-        If an output is further from float32 than its dtype explains; nothing is timed then.
+        Without ``on_skip``: if an output is further from float32 than its dtype explains; nothing
+        is timed then.
     """
     check(request)
     rows: list[PrefillRow] = []
     for tokens in request.tokens:
-        rows += _Bench(request, tokens, on_progress, tokens / sum(request.tokens)).rows()
+        weight = tokens / sum(request.tokens)
+        rows += _Bench(request, tokens, on_progress, on_skip, weight).rows()
     return rows
 
 
@@ -167,20 +217,37 @@ class _Chunk:
     prepare: Callable[[], object] | None = None
     causal: bool = True
     selects: bool = False
+    sdpa: bool = False
+    dense_peer: bool = False
 
 
 class _Bench:
     """One length: inputs, contenders, checks."""
 
     def __init__(
-        self, request: PrefillRequest, tokens: int, on_progress: OnProgress, weight: float
+        self,
+        request: PrefillRequest,
+        tokens: int,
+        on_progress: OnProgress,
+        on_skip: OnSkip | None,
+        weight: float,
     ) -> None:
         self.request, self.tokens = request, tokens
-        self.on_progress, self.weight = on_progress, weight
+        self.on_progress, self.on_skip, self.weight = on_progress, on_skip, weight
         shape, chunk = request.shape, request.chunk_tokens
         on_progress(f"{tokens} tokens: keys", 0.0)
         layer = StructuredLayer(shape, request.seed)
         self.cache = shape.new_cache(tokens, "int4")
+        if request.gpu_peers:  # a graph knows no host: its cache has all lengths on the device
+            self.cache = FixedKVCache(
+                1,
+                shape.num_kv_heads,
+                shape.head_dim,
+                dtype=shape.torch_dtype,
+                device=shape.device,
+                capacity=tokens,
+                sketch="int4",
+            )
         layer.fill([self.cache], tokens - chunk)
         parts = list(layer.tokens(chunk))
         self.new_k, self.new_v = (torch.cat(part, dim=1) for part in zip(*parts))
@@ -188,11 +255,17 @@ class _Bench:
         self.q, self.q_unrotated = _queries(layer, self.cache, chunk)
         pairs = shape.head_dim // 2
         inv_freq = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        self.rope = Rope.from_frequencies(inv_freq, tokens)
+        self.rope = Rope.from_frequencies(inv_freq, tokens, device=self.cache.device)
         self.sampled = torch.linspace(0, chunk - 1, min(NUM_SAMPLES, chunk)).round().long()
 
-        heads = min(request.dense_kv_heads, shape.num_kv_heads)
+        heads = request.timed_kv_heads
         self.dense_heads, q_heads = heads, heads * shape.group_size
+        self.policy = TokenSelect(topk=request.topk, dense_below_tokens=0)
+        self.state = self.policy.new_state(self.cache)
+        self.dense_q, self.dense_cache = self.q, self.cache
+        if request.gpu_peers:
+            self.k, self.v = self.cache.k.transpose(1, 2), self.cache.v.transpose(1, 2)
+            return
         self.k = self.cache.k[:, :, :heads].transpose(1, 2).contiguous()
         self.v = self.cache.v[:, :, :heads].transpose(1, 2).contiguous()
         self.dense_q = self.q[:, :, :q_heads].contiguous()
@@ -200,11 +273,61 @@ class _Bench:
             1, heads, shape.head_dim, dtype=shape.torch_dtype, capacity=tokens, sketch=None
         )
         self.dense_cache.append(self.k.transpose(1, 2), self.v.transpose(1, 2))
-        self.policy = TokenSelect(topk=request.topk, dense_below_tokens=0)
-        self.state = self.policy.new_state(self.cache)
+
+    def skip(self, name: str, error: Exception) -> None:
+        """Report who does not take part; without anybody to report to, that is an error."""
+        if self.on_skip is None:
+            raise error
+        self.on_skip(Skipped(tokens=self.tokens, contender=name, reason=as_reason(error)))
 
     def chunks(self) -> dict[str, _Chunk]:
         """The contenders by name."""
+        return self._gpu_chunks() if self.request.gpu_peers else self._cpu_chunks()
+
+    def _set_length(self, tokens: int) -> None:
+        """Of a cache with all lengths on the device: the same after every call of a contender."""
+        self.cache.cache_seqlens.fill_(tokens)
+
+    def _ours(self) -> Tensor:
+        self.cache.append(self.new_k, self.new_v)
+        out, _ = prefill(
+            self.q,
+            self.cache,
+            self.policy,
+            self.state,
+            q_unrotated=self.q_unrotated,
+            rope=self.rope,
+        )
+        return out[0]
+
+    def _our_dense(self) -> Tensor:
+        return sparse_attention(self.dense_q, self.dense_cache)[0][0]
+
+    def _gpu_chunks(self) -> dict[str, _Chunk]:
+        heads, chunk = self.dense_heads, self.request.chunk_tokens
+        found: dict[str, _Chunk] = {}
+        for name, peer in gpu_chunk_peers().items():
+            try:
+                call = peer.build(self.q, self.k, self.v)
+            except Exception as error:
+                self.skip(name, error)
+                continue
+            found[name] = _Chunk(
+                call=call, kv_heads=heads, causal=peer.causal, sdpa=peer.sdpa, dense_peer=True
+            )
+        whole, shorter = self.tokens, self.tokens - chunk
+        found[OUR_DENSE] = _Chunk(
+            call=self._our_dense, kv_heads=heads, prepare=partial(self._set_length, whole)
+        )
+        found[SELECT_INT4] = _Chunk(
+            call=self._ours,
+            kv_heads=heads,
+            prepare=partial(self._set_length, shorter),
+            selects=True,
+        )
+        return found
+
+    def _cpu_chunks(self) -> dict[str, _Chunk]:
         chunk, heads = self.request.chunk_tokens, self.dense_heads
         rows = self.dense_q.transpose(1, 2)  # [1, q heads, chunk, head_dim]
         row = torch.arange(self.tokens - chunk, self.tokens)
@@ -236,28 +359,15 @@ class _Bench:
                 parts.append(out.view(-1, end - begin, out.shape[-1]).transpose(0, 1))
             return torch.cat(parts)
 
-        def ours() -> Tensor:
-            self.cache.append(self.new_k, self.new_v)
-            out, _ = prefill(
-                self.q,
-                self.cache,
-                self.policy,
-                self.state,
-                q_unrotated=self.q_unrotated,
-                rope=self.rope,
-            )
-            return out[0]
-
-        def dense() -> Tensor:
-            return sparse_attention(self.dense_q, self.dense_cache)[0][0]
-
         return {
-            MASKED: _Chunk(call=masked, kv_heads=heads),
-            UNMASKED: _Chunk(call=unmasked, kv_heads=heads, causal=False),
-            MATMUL: _Chunk(call=matmul, kv_heads=heads),
-            OUR_DENSE: _Chunk(call=dense, kv_heads=heads),
+            MASKED: _Chunk(call=masked, kv_heads=heads, sdpa=True, dense_peer=True),
+            UNMASKED: _Chunk(
+                call=unmasked, kv_heads=heads, causal=False, sdpa=True, dense_peer=True
+            ),
+            MATMUL: _Chunk(call=matmul, kv_heads=heads, dense_peer=True),
+            OUR_DENSE: _Chunk(call=self._our_dense, kv_heads=heads),
             SELECT_INT4: _Chunk(
-                call=ours,
+                call=self._ours,
                 kv_heads=self.request.shape.num_kv_heads,
                 prepare=partial(self.cache.crop, chunk),
                 selects=True,
@@ -268,34 +378,37 @@ class _Bench:
         """Compare, then time, then rows."""
         request, shape, chunks = self.request, self.request.shape, self.chunks()
         self.on_progress(f"{self.tokens} tokens: outputs", 0.2 * self.weight)
-        found = {name: self._compare(name, one) for name, one in chunks.items()}
+        found = {}
+        for name, one in chunks.items():
+            try:
+                found[name] = self._compare(name, one)
+            except Exception as failure:
+                self.skip(name, failure)
+        chunks = {name: chunks[name] for name in found}
         self.on_progress(f"{self.tokens} tokens: time", 0.2 * self.weight)
         rows = []
         part = 0.6 * self.weight / (len(request.threads) * request.rounds * len(chunks))
         for number in request.threads:
             with threads(number), kept_heap():
-                bandwidth = read_gb_per_s(number)
-                samples = interleaved_ms(
-                    {
-                        name: Contender(call=one.call, prepare=one.prepare)
-                        for name, one in chunks.items()
-                    },
-                    request.rounds,
-                    num_threads=number,
-                    cold=ColdCaches(),
-                    max_seconds=10.0,
-                    on_call=lambda name: self.on_progress(f"{self.tokens} tokens: {name}", part),
-                )
+                bandwidth, samples = self._measure(chunks, number, part)
                 scaled = {
-                    name: [ms * shape.num_kv_heads / one.kv_heads for ms in samples[name]]
+                    name: [ms * shape.num_kv_heads / one.kv_heads for ms in samples[name].event_ms]
                     for name, one in chunks.items()
                 }
                 timed = {
-                    name: timing(scaled[name], self._bytes(one, found[name][1]), bandwidth, number)
+                    name: timing(
+                        scaled[name],
+                        self._bytes(one, found[name][1]),
+                        bandwidth,
+                        number,
+                        wall_ms=samples[name].wall_ms if shape.on_cuda else None,
+                        not_captured=samples[name].not_captured if shape.on_cuda else None,
+                    )
                     for name, one in chunks.items()
                 }
                 stages = {name: self._stages(one, timed[name]) for name, one in chunks.items()}
-            peers = {name: timed[name].median_ms for name in TORCH}
+            peers = {name: timed[name].median_ms for name, one in chunks.items() if one.dense_peer}
+            sdpa = [ms for name, ms in peers.items() if chunks[name].sdpa]
             pairs = request.chunk_tokens * (self.tokens - (request.chunk_tokens - 1) / 2)
             macs = 2 * pairs * shape.num_q_heads * shape.head_dim
             for name, one in chunks.items():
@@ -309,17 +422,58 @@ class _Bench:
                         timed_kv_heads=one.kv_heads,
                         num_kv_heads=shape.num_kv_heads,
                         over={peer: peer_ms / ms for peer, peer_ms in peers.items()},
-                        over_best_sdpa=min(peers[peer] for peer in SDPA) / ms,
-                        over_best_torch=min(peers.values()) / ms,
+                        over_best_sdpa=min(sdpa, default=nan) / ms,
+                        over_best_torch=min(peers.values(), default=nan) / ms,
                         attended_tokens=attended,
                         kept_mass=mass,
                         output_error=error,
                         gmac_per_s=None if one.selects else macs / ms / 1e6,
                         stages_ms=stages[name],
                         timing=timed[name],
+                        expected_us=(us := self._expected_us(one, attended, bandwidth)),
+                        over_expected=None if us is None else 1e3 * ms / us,
                     )
                 )
         return rows
+
+    def _measure(
+        self, chunks: Mapping[str, _Chunk], number: int, part: float
+    ) -> tuple[float, dict[str, DeviceSamples]]:
+        """Bandwidth of the machine, and milliseconds of every contender."""
+        shape = self.request.shape
+        contenders = {
+            name: Contender(call=one.call, prepare=one.prepare) for name, one in chunks.items()
+        }
+
+        def on_call(name: str) -> None:
+            self.on_progress(f"{self.tokens} tokens: {name}", part)
+
+        if shape.on_cuda:
+            device = torch.device(shape.device)
+            bandwidth, bound = copy_gb_per_s(device), BOUND[shape.torch_dtype]
+            samples = interleaved_replays(
+                contenders, self.request.rounds, cold=ColdL2(device), bound=bound, on_call=on_call
+            )
+            return bandwidth, samples
+        bandwidth = read_gb_per_s(number)
+        found = interleaved_ms(
+            contenders,
+            self.request.rounds,
+            num_threads=number,
+            cold=ColdCaches(),
+            max_seconds=10.0,
+            on_call=on_call,
+        )
+        return bandwidth, {name: DeviceSamples(ms, [], "") for name, ms in found.items()}
+
+    def _expected_us(self, one: _Chunk, attended: float, bandwidth: float) -> float | None:
+        request = self.request
+        if not request.gpu_peers:
+            return None
+        listed = attended if one.selects else None
+        return expected_chunk_us(
+            request.shape, self.tokens, request.chunk_tokens, listed, bandwidth
+        )
 
     def _bytes(self, one: _Chunk, attended: float) -> int:
         """Keys and values once; ours: the sketch once, and every block's list."""
@@ -331,7 +485,7 @@ class _Bench:
         return int(shape.sketch_bytes("int4") * self.tokens + listed)
 
     def _stages(self, one: _Chunk, timed: Timing) -> dict[str, float]:
-        if not one.selects:
+        if not one.selects or self.request.shape.on_cuda:  # a GPU is not done when an op returns
             return {}
         assert one.prepare is not None
         one.prepare()
@@ -348,12 +502,13 @@ class _Bench:
         lists = _lists_of(watch.attended, self.sampled) if one.selects else None
         attended = float(self.tokens)
         errors, masses, counts = [], [], []
+        exact = exact_dtype(out.device)
         for head in range(one.kv_heads):
             heads = slice(head * group, (head + 1) * group)
-            k, v = (x[0, :, head].float() for x in (self.cache.k, self.cache.v))
+            k, v = (x[0, :, head].to(exact) for x in (self.cache.k, self.cache.v))
             for number, index in enumerate(self.sampled.tolist()):
                 visible = first + index + 1 if one.causal else self.tokens
-                logits = self.q[0, index, heads].float() @ k[:visible].T * k.shape[1] ** -0.5
+                logits = self.q[0, index, heads].to(exact) @ k[:visible].T * k.shape[1] ** -0.5
                 weights, values = torch.softmax(logits, -1), v[:visible]
                 entry = None if lists is None else lists[number]
                 if entry is not None:
@@ -362,7 +517,7 @@ class _Bench:
                     counts.append(float(len(listed)))
                 mass = weights.sum(-1, keepdim=True)
                 masses.append(float(mass.mean()))
-                errors.append((out[index, heads].float(), weights / mass @ values))
+                errors.append((out[index, heads].to(exact), weights / mass @ values))
         got, expected = (torch.stack(parts) for parts in zip(*errors))
         error, bound = rel_err(got, expected), BOUND[self.cache.dtype]
         require_agreement(name, self.tokens, error, bound)
@@ -380,7 +535,8 @@ def _queries(layer: StructuredLayer, cache: KVCache, count: int) -> tuple[Tensor
         q = layer.drifted(q, DRIFT)
         rows.append(q)
     stacked = torch.stack(rows) * layer.scale
-    positions = torch.arange(cache.max_seqlen - count, cache.max_seqlen)[:, None]
+    first = cache.max_seqlen - count
+    positions = torch.arange(first, cache.max_seqlen, device=stacked.device)[:, None]
     dtype = layer.shape.torch_dtype
     return rotated(stacked, positions)[None].to(dtype), stacked[None].to(dtype)
 
@@ -430,11 +586,18 @@ def show(request: PrefillRequest, rows: Sequence[PrefillRow]) -> None:
     for tokens in request.tokens:
         for number in request.threads:
             chosen = [row for row in rows if row.tokens == tokens and row.timing.threads == number]
+            if not chosen:
+                continue  # everybody was left out
             clock = "CPU time" if number == 1 else "wall time"
+            if chosen[0].timing.clock == "events":
+                clock = "GPU events"
             title = (
                 f"prefill chunk of {request.chunk_tokens} queries at {tokens} tokens, "
                 f"{request.shape}, {number} thread(s), {clock}; structured random keys (simulated)"
             )
+            if request.gpu_peers:
+                print_table(title, GPU_COLUMNS, [_gpu_cells(row) for row in chosen])
+                continue
             print_table(title, COLUMNS, [_cells(row) for row in chosen])
             for row in chosen:
                 if row.stages_ms:
@@ -444,6 +607,42 @@ def show(request: PrefillRequest, rows: Sequence[PrefillRow]) -> None:
                         for stage, ms in row.stages_ms.items()
                     )
                     print(f"{row.contender}: {', '.join(shares)}")
+
+
+GPU_COLUMNS = (
+    "",
+    "ms",
+    "p20-p80",
+    "expected",
+    "over\nexpected",
+    "by the\nclock",
+    "TFLOP/s",
+    "x best\nSDPA",
+    "x best\ndense",
+    "tokens\nattended",
+    "kept\nmass",
+    "output\nerror",
+    "graph",
+)
+
+
+def _gpu_cells(row: PrefillRow) -> list[str]:
+    found = row.timing
+    return [
+        row.contender,
+        f"{found.median_ms:.3f}",
+        f"{found.p20_ms:.3f}-{found.p80_ms:.3f}",
+        "–" if row.expected_us is None else f"{row.expected_us / 1e3:.3f}",
+        "–" if row.over_expected is None else f"{row.over_expected:.2f}",
+        "–" if found.wall_ms is None else f"{found.wall_ms:.3f}",
+        "–" if row.gmac_per_s is None else f"{2 * row.gmac_per_s / 1e3:.1f}",
+        f"{row.over_best_sdpa:.2f}",
+        f"{row.over_best_torch:.2f}",
+        f"{row.attended_tokens:.0f}",
+        f"{row.kept_mass:.3f}",
+        f"{row.output_error:.3f}",
+        {None: "–", "": "yes"}.get(found.not_captured, "no"),
+    ]
 
 
 def _cells(row: PrefillRow) -> list[str]:
