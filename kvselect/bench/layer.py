@@ -144,7 +144,7 @@ class StructuredLayer:
         return self.shape.batch * self.shape.num_kv_heads
 
     def _randn(self, *size: int) -> Tensor:
-        return torch.randn(*size, generator=self._generator, device=self._generator.device)
+        return torch.randn(*size, generator=self._generator, device=self.shape.device)
 
     def tokens(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The next ``count`` tokens, in chunks: keys and values [batch, n, num_kv_heads, head_dim].

@@ -336,12 +336,12 @@ def _append_error(cache: KVCache, k: Tensor, v: Tensor) -> float:
 
 def _random_list(shape: Shape, tokens: int, count: int) -> Selection:
     """The worst locality: every head its own random tokens."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(shape.device).manual_seed(1)
     rows = [
-        torch.randperm(tokens, generator=generator)[:count].sort().values
+        torch.randperm(tokens, generator=generator, device=shape.device)[:count].sort().values
         for _ in range(shape.num_kv_heads)
     ]
-    return selection_from(torch.stack(rows)[None].to(shape.device))
+    return selection_from(torch.stack(rows)[None])
 
 
 def _latest(shape: Shape, tokens: int, count: int) -> Selection:
