@@ -97,11 +97,7 @@ def test_prefill_contenders(noted: FakeCuda) -> None:
         if one.prepare is not None:
             one.prepare()
         one.call()  # tables that are kept
-        found = waits(noted, one.call)
-        if name == SELECT_INT4:  # the block borders of a chunk: why it is no graph
-            assert [place.split(":")[0] for place in found] == ["prefill.py"]
-        else:
-            assert not found, name
+        assert not waits(noted, one.call), name
 
 
 def test_a_whole_models_step(noted: FakeCuda) -> None:
