@@ -43,9 +43,9 @@ test-matrix: build/.built-$(KIND)
 models: build/.built-$(KIND)
 	$(PY) tests/model_table.py
 
-# The questions that bench/README.md lists, one script each.
+# The questions that bench/README.md lists, one script each; those of bench/gpu.sh stay with it.
 bench: build/.built-$(KIND)
-	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u); do \
+	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step'); do \
 	    echo "== $$script"; $(PY) $$script; done
 
 lint: style types

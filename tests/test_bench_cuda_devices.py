@@ -108,12 +108,13 @@ def test_a_whole_models_step(noted: FakeCuda) -> None:
     model = module.random_model(module.config_of(options, 600), SHAPE)
     assert {weight.device.type for weight in model.parameters()} == {"cuda"}
     module.AttentionInterface.register(module.HOOK, module.fused_attention)
-    stock = module.twin(model)
-    stock.set_attn_implementation(module.HOOK)
-    step = module.Step(stock, SHAPE, 512, ours=False)
-    step.rewind()
-    step()
-    assert not waits(noted, step)
+    for implementation in ("sdpa", module.HOOK):
+        stock = module.twin(model)
+        stock.set_attn_implementation(implementation)
+        step = module.Step(stock, SHAPE, 512, ours=False)
+        step.rewind()
+        step()
+        assert not waits(noted, step), implementation
     with kvselect.attach(module.twin(model), kvselect.TokenSelect(topk=64)) as handle:
         ours = module.Step(handle.model, SHAPE, 512, ours=True)
         ours.count()
