@@ -314,7 +314,9 @@ def test_packages_are_called_with_their_layouts(monkeypatch: pytest.MonkeyPatch)
         ),
         "flash_attn": SimpleNamespace(flash_attn_with_kvcache=with_kvcache),
         "flash_attn_interface": SimpleNamespace(flash_attn_with_kvcache=with_kvcache),
-        "flash_sparse_attn": SimpleNamespace(flash_dense_attn_with_kvcache_func=with_kvcache),
+        "flash_sparse_attn": SimpleNamespace(
+            flash_dense_attn_with_kvcache_func=lambda q, k, v: with_kvcache(q[:, None], k, v)
+        ),
     }
     monkeypatch.setattr(dense_peers.importlib, "import_module", modules.__getitem__)
     for rows in (1, 2):

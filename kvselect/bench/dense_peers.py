@@ -109,7 +109,7 @@ def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Call:
 def _flash_sparse_attn(q: Tensor, k: Tensor, v: Tensor) -> Call:
     package: Any = importlib.import_module("flash_sparse_attn")
     keys, values = k.transpose(1, 2), v.transpose(1, 2)
-    return partial(package.flash_dense_attn_with_kvcache_func, q, keys, values)
+    return partial(package.flash_dense_attn_with_kvcache_func, q[:, 0], keys, values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
