@@ -8,28 +8,34 @@ with keys and values of its own, and times are those of one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import nan
 from statistics import mean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvselect.bench.contenders import (
     BOUND,
-    ENABLE_GQA,
-    FOLDED,
-    MATMUL,
     TORCH_TOKEN_SELECT,
     attention_over,
     require_agreement,
 )
+from kvselect.bench.decode_request import (
+    BUDGETS,
+    QUESTION,
+    QUICK_BUDGETS,
+    DecodeRequest,
+    DecodeRow,
+    check,
+    config,
+    needed_bytes,
+)
+from kvselect.bench.decode_table import show
 from kvselect.bench.entrants import (
     Entrant,
     Guard,
     build_or_raise,
-    default_policies,
     entrants,
     kept,
     reused_entrants,
@@ -42,183 +48,30 @@ from kvselect.bench.graphs import (
     copy_gb_per_s,
     interleaved_replays,
 )
-from kvselect.bench.layer import Shape, StructuredLayer
+from kvselect.bench.layer import StructuredLayer
 from kvselect.bench.measure import ColdCaches, Contender, interleaved_ms, read_gb_per_s, threads
-from kvselect.bench.memory import free_device_bytes, require_cuda, require_memory
-from kvselect.bench.quest import MIN_PAGES, PAGE_TOKENS
-from kvselect.bench.request import OnProgress, OnSkip, check_sizes, no_progress
-from kvselect.bench.results import Skipped, Timing, print_table, timing
+from kvselect.bench.request import OnProgress, OnSkip, no_progress
+from kvselect.bench.results import Skipped, Timing, timing
 from kvselect.bench.reuse import RepeatedStep
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_int
-from kvselect.policies.base import Policy
 from kvselect.policies.token_select import TokenSelect
 from kvselect.testing import rel_err
 
-__all__ = ["QUESTION", "DecodeRequest", "DecodeRow", "check", "config", "run", "show"]
+__all__ = [
+    "BUDGETS",
+    "QUESTION",
+    "QUICK_BUDGETS",
+    "DecodeRequest",
+    "DecodeRow",
+    "check",
+    "config",
+    "needed_bytes",
+    "run",
+    "show",
+]
 
-QUESTION = "How long does one decode step take, and how much attention mass does it keep?"
 SIMILARITY = 0.9  # of the selection caches of steps with hits: these query the same or the opposite
 PERFECT_DENSE = "a perfect dense kernel (modelled)"
-
-BUDGETS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # of the curves, in tokens
-QUICK_BUDGETS = (512, 2048, 8192)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRequest:
-    """What to measure.
-
-    Parameters
-    ----------
-    tokens : tuple of int
-        Context lengths.
-    policies : mapping of name to Policy, or None
-        None: `entrants.default_policies`. The first that selects is what Quest is set equal to.
-    threads : tuple of int
-    rounds : int
-    curves : tuple of int
-        Budgets of the curves of time against kept mass [tokens]; empty: none.
-    slow_tokens : int
-        Beyond so many tokens of all rows SDPA that makes copies of all keys or stores all logits
-        (``enable_gqa`` on a CPU, the math backend on a GPU) is left out: it takes seconds per call.
-    layers : int
-        Timed together.
-    hit_shares : tuple of float in (0, 1]
-        Steps with a selection cache of which so many reuse their list, on ``layers >= 2``; for
-        every policy that has a sketch.
-    gpu_peers : bool
-        Dense peers are those of a GPU, on whatever device.
-    """
-
-    tokens: tuple[int, ...]
-    shape: Shape = field(default_factory=Shape)
-    topk: int = 2048
-    policies: Mapping[str, Policy] | None = None
-    threads: tuple[int, ...] = (1,)
-    rounds: int = 7
-    curves: tuple[int, ...] = BUDGETS
-    slow_tokens: int = 131072
-    layers: int = 1
-    hit_shares: tuple[float, ...] = ()
-    gpu_peers: bool = False
-    seed: int = 0
-
-    @property
-    def contestants(self) -> Mapping[str, Policy]:
-        return default_policies(self.topk) if self.policies is None else self.policies
-
-    @property
-    def sketches(self) -> tuple[str | None, ...]:
-        """Formats of the caches needed; a policy that asks for none takes what is there."""
-        needed = {
-            policy.required_sketch: None
-            for policy in self.contestants.values()
-            if isinstance(policy, TokenSelect)
-        }
-        if self.gpu_peers and len(needed) > 1:  # exact scores read the keys of any cache
-            needed.pop(None, None)
-        return tuple(needed) or (None,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRow:
-    """One contender at one length on one number of threads.
-
-    Attributes
-    ----------
-    method, budget_tokens, main, note, sketch_over_kv
-        As `Entrant` has them.
-    over : dict of name to float
-        Time of each torch peer over this row's: how often faster it is.
-    over_best_torch : float
-        The same of the fastest dense peer: of torch, on a GPU also of other packages.
-    over_perfect_dense : float
-        The same of the bytes of all keys and values at the streaming bandwidth.
-    attended_tokens, kept_mass : float
-        Per KV head; share of the attention mass of the same query, measured exactly.
-    output_error : float or None
-        Against exact attention over the same list, relative; the worst layer's.
-    output_error_vs_dense : float or None
-        Against exact attention over everything.
-    expected_us, over_expected : float or None
-        Of the step model (`kvselect.bench.expected`) at this run's bandwidth, and time over it.
-    """
-
-    tokens: int
-    contender: str
-    method: str
-    budget_tokens: int | None
-    main: bool
-    note: str
-    over: dict[str, float]
-    over_best_torch: float
-    over_perfect_dense: float
-    attended_tokens: float
-    kept_mass: float
-    output_error: float | None
-    output_error_vs_dense: float | None
-    sketch_over_kv: float | None
-    timing: Timing
-    layers: int = 1
-    batch: int = 1
-    hit_share: float = 0.0
-    expected_us: float | None = None
-    over_expected: float | None = None
-
-
-def config(request: DecodeRequest) -> dict[str, Any]:
-    """Settings for a result file; policies as `policy_from_dict` takes them."""
-    policies = {name: policy.to_dict() for name, policy in request.contestants.items()}
-    return asdict(replace(request, policies={})) | {"policies": policies}
-
-
-def check(request: DecodeRequest) -> None:
-    """Refuse what cannot run, before anything is allocated.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For a length, budget or policy that does not fit, and for lengths beyond the free memory.
-    """
-    check_sizes(
-        request.tokens,
-        request.threads,
-        topk=request.topk,
-        rounds=request.rounds,
-        shortest=MIN_PAGES * PAGE_TOKENS,
-    )
-    require_int(request.layers, "layers", 1)
-    if request.hit_shares:
-        allowed = "an int >= 2 with hit_shares (layers take turns)"
-        require(request.layers >= 2, "layers", request.layers, allowed)
-    for share in request.hit_shares:
-        require(0.0 < share <= 1.0, "hit_shares", share, "shares in (0, 1]")
-    if request.shape.on_cuda:
-        require_cuda(request.shape.device)
-        require(request.threads == (1,), "threads", request.threads, "(1,) on a GPU")
-    for name, policy in request.contestants.items():
-        allowed = "positions='original' (a bench without RoPE)"
-        require(policy.positions == "original", f"policy {name}", policy.positions, allowed)
-    for tokens in request.tokens:
-        free = free_device_bytes(request.shape.device) if request.shape.on_cuda else None
-        require_memory("tokens", tokens, needed_bytes(request, tokens), free)
-
-
-def needed_bytes(request: DecodeRequest, tokens: int) -> int:
-    """Memory at one length: caches, bounds of pages, and what torch makes of all tokens."""
-    shape = request.shape
-    caches = sum(shape.cache_bytes(tokens, sketch) for sketch in request.sketches)
-    bounds = 8 * shape.row_bytes * (tokens // PAGE_TOKENS)  # twice, once beside zeros for values
-    logits = 12 * shape.batch * shape.num_q_heads * tokens
-    float32_head = 8 * shape.head_dim * tokens
-    at_once = logits + float32_head
-    if shape.batch * tokens <= request.slow_tokens:  # enable_gqa repeats keys and values
-        repeated = 2 * shape.batch * shape.row_bytes * shape.group_size * tokens
-        at_once = max(at_once, repeated)
-    if shape.on_cuda:  # every graph keeps its own
-        at_once *= 4
-    return request.layers * (caches + bounds) + at_once + (1 << 30)
 
 
 def run(
@@ -535,112 +388,3 @@ def _perfect_dense(
         layers=measured.layers,
         batch=measured.batch,
     )
-
-
-COLUMNS = (
-    "",
-    "ms",
-    "p20-p80",
-    "MB",
-    "GB/s",
-    "x\nfloor",
-    "x\ngqa",
-    "x\nfolded",
-    "x\nmatmul",
-    "x torch\nops",
-    "x best\ntorch",
-    "tokens\nattended",
-    "kept\nmass",
-    "output\nerror",
-)
-
-
-def show(request: DecodeRequest, rows: Sequence[DecodeRow]) -> None:
-    """One table per length and number of threads: the main rows."""
-    if request.gpu_peers:
-        _show_layers(request, rows)
-        return
-    for tokens in request.tokens:
-        for number in request.threads:
-            chosen = [
-                row
-                for row in rows
-                if row.main and row.tokens == tokens and row.timing.threads == number
-            ]
-            bandwidth = chosen[0].timing.streaming_gb_per_s
-            clock = "CPU time" if number == 1 else "wall time"
-            title = (
-                f"decode step, {tokens} tokens, {request.shape}, {number} thread(s), {clock}; "
-                f"streaming reads {bandwidth:.1f} GB/s; structured random keys (simulated)"
-            )
-            print_table(title, COLUMNS, [_cells(row) for row in chosen])
-
-
-def _cells(row: DecodeRow) -> list[str]:
-    found = row.timing
-    ratios = [
-        f"{row.over[peer]:.1f}" if peer in row.over else "–"
-        for peer in (ENABLE_GQA, FOLDED, MATMUL, TORCH_TOKEN_SELECT)
-    ]
-    return [
-        row.contender,
-        f"{found.median_ms:.2f}",
-        f"{found.p20_ms:.2f}-{found.p80_ms:.2f}",
-        f"{found.bytes_must_read / 1e6:.1f}",
-        f"{found.gb_per_s:.1f}",
-        f"{found.times_floor:.1f}",
-        *ratios,
-        f"{row.over_best_torch:.1f}",
-        f"{row.attended_tokens:.0f}",
-        f"{row.kept_mass:.3f}",
-        "–" if row.output_error is None else f"{row.output_error:.3f}",
-    ]
-
-
-LAYER_COLUMNS = (
-    "",
-    "us per\nlayer",
-    "p20-p80",
-    "expected",
-    "over\nexpected",
-    "by the\nclock",
-    "MB",
-    "GB/s",
-    "x\nfloor",
-    "x best\ndense",
-    "tokens\nattended",
-    "kept\nmass",
-    "output\nerror",
-    "graph",
-)
-
-
-def _show_layers(request: DecodeRequest, rows: Sequence[DecodeRow]) -> None:
-    for tokens in request.tokens:
-        chosen = [row for row in rows if row.main and row.tokens == tokens]
-        title = (
-            f"decode step, {tokens} tokens, {request.shape}, {request.layers} layers; bandwidth "
-            f"{chosen[0].timing.streaming_gb_per_s:.0f} GB/s; structured random keys (simulated)"
-        )
-        print_table(title, LAYER_COLUMNS, [_layer_cells(row) for row in chosen])
-
-
-def _layer_cells(row: DecodeRow) -> list[str]:
-    found = row.timing
-    graph = {None: "–", "": "yes"}.get(found.not_captured, "no")
-    return [
-        row.contender,
-        f"{1e3 * found.median_ms:.1f}",
-        f"{1e3 * found.p20_ms:.1f}-{1e3 * found.p80_ms:.1f}",
-        "–" if row.expected_us is None else f"{row.expected_us:.1f}",
-        "–" if row.over_expected is None else f"{row.over_expected:.2f}",
-        "–" if found.wall_ms is None else f"{1e3 * found.wall_ms:.1f}",
-        f"{found.bytes_must_read / 1e6:.1f}",
-        f"{found.gb_per_s:.0f}",
-        f"{found.times_floor:.2f}",
-        f"{row.over_best_torch:.2f}",
-        f"{row.attended_tokens:.0f}",
-        f"{row.kept_mass:.3f}",
-        "–" if row.output_error is None else f"{row.output_error:.3f}",
-        graph,
-    ]

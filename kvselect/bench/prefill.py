@@ -9,7 +9,7 @@ contender can be captured.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import nan
 
@@ -29,7 +29,7 @@ from kvselect.bench.graphs import (
     copy_gb_per_s,
     interleaved_replays,
 )
-from kvselect.bench.layer import ROPE_BASE, Shape, StructuredLayer, rotated
+from kvselect.bench.layer import ROPE_BASE, StructuredLayer, rotated
 from kvselect.bench.measure import (
     ColdCaches,
     Contender,
@@ -38,147 +38,43 @@ from kvselect.bench.measure import (
     read_gb_per_s,
     threads,
 )
-from kvselect.bench.memory import free_device_bytes, require_cuda, require_memory
-from kvselect.bench.request import OnProgress, OnSkip, check_sizes, no_progress
-from kvselect.bench.results import Skipped, Timing, print_table, timing
+from kvselect.bench.prefill_request import (
+    MASKED,
+    MATMUL,
+    NUM_SAMPLES,
+    QUESTION,
+    ROWS_AT_ONCE,
+    TORCH,
+    UNMASKED,
+    PrefillRequest,
+    PrefillRow,
+    check,
+)
+from kvselect.bench.prefill_table import show
+from kvselect.bench.request import OnProgress, OnSkip, no_progress
+from kvselect.bench.results import Skipped, Timing, timing
 from kvselect.bench.watch import AttendedLists, OpWatch, stage_ms
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_int
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.token_select import TokenSelect
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
 from kvselect.testing import rel_err
 
-__all__ = ["QUESTION", "PrefillRequest", "PrefillRow", "check", "run", "show"]
+__all__ = [
+    "MASKED",
+    "MATMUL",
+    "QUESTION",
+    "TORCH",
+    "UNMASKED",
+    "PrefillRequest",
+    "PrefillRow",
+    "check",
+    "run",
+    "show",
+]
 
-QUESTION = "How long does a prefill chunk take on a long context, selection included?"
-MASKED = "torch SDPA, enable_gqa, causal mask"
-UNMASKED = "torch SDPA, group folded, no mask"
-MATMUL = "torch matmul-softmax-matmul"
-SDPA = (MASKED, UNMASKED)
-TORCH = (*SDPA, MATMUL)
-ROWS_AT_ONCE = 256  # queries of one matrix product: its logits stay a few hundred MB
 DRIFT = 0.95  # cosine of neighbouring queries
-NUM_SAMPLES = 24  # queries whose outputs and kept mass are computed in float32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRequest:
-    """What to measure.
-
-    Parameters
-    ----------
-    tokens : tuple of int
-        Context lengths, the chunk included.
-    chunk_tokens : int
-        Queries of the chunk.
-    dense_kv_heads : int
-        KV heads that dense contenders are timed on; all of them if there are no more, or with
-        ``gpu_peers``.
-    gpu_peers : bool
-        Peers are those of a GPU, on whatever device; a GPU has no others.
-    """
-
-    tokens: tuple[int, ...]
-    shape: Shape = field(default_factory=Shape)
-    chunk_tokens: int = 2048
-    topk: int = 2048
-    threads: tuple[int, ...] = (1,)
-    rounds: int = 3
-    dense_kv_heads: int = 1
-    gpu_peers: bool = False
-    seed: int = 0
-
-    @property
-    def timed_kv_heads(self) -> int:
-        """Of dense contenders."""
-        heads = self.shape.num_kv_heads
-        return heads if self.gpu_peers else min(self.dense_kv_heads, heads)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRow:
-    """One contender at one length on one number of threads.
-
-    Attributes
-    ----------
-    timed_kv_heads : int
-        Of ``num_kv_heads``; times are of all heads, scaled from these.
-    over : dict of name to float
-        Time of each torch peer over this row's.
-    over_best_sdpa, over_best_torch : float
-        The same of the fastest form of SDPA, and of the fastest dense peer of all (on a GPU also of
-        other packages). "group folded, no mask" attends to a few tokens too many, in favour of the
-        peer.
-    attended_tokens, kept_mass : float
-        Per query and KV head; the mass on sampled queries, causal, in float32.
-    stages_ms : dict
-        Of contenders of kvselect, on a CPU; empty for others.
-    expected_us, over_expected : float or None
-        Of the step model (`kvselect.bench.expected`) at this run's bandwidth, and time over it;
-        among a GPU's peers only.
-    """
-
-    tokens: int
-    contender: str
-    chunk_tokens: int
-    timed_kv_heads: int
-    num_kv_heads: int
-    over: dict[str, float]
-    over_best_sdpa: float
-    over_best_torch: float
-    attended_tokens: float
-    kept_mass: float
-    output_error: float
-    gmac_per_s: float | None
-    stages_ms: dict[str, float]
-    timing: Timing
-    expected_us: float | None = None
-    over_expected: float | None = None
-
-
-def check(request: PrefillRequest) -> None:
-    """Refuse what cannot run, before anything is allocated.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For sizes that do not fit each other or the free memory.
-    """
-    require_int(request.chunk_tokens, "chunk_tokens", 1)
-    require_int(request.dense_kv_heads, "dense_kv_heads", 1)
-    check_sizes(
-        request.tokens,
-        request.threads,
-        topk=request.topk,
-        rounds=request.rounds,
-        shortest=request.chunk_tokens + 1,
-    )
-    shape, free = request.shape, None
-    require(shape.batch == 1, "batch", shape.batch, "1 (a prefill chunk)")
-    if shape.on_cuda:
-        require_cuda(shape.device)
-        require(request.threads == (1,), "threads", request.threads, "(1,) on a GPU")
-        require(request.gpu_peers, "gpu_peers", request.gpu_peers, "True on a GPU")
-        free = free_device_bytes(shape.device)
-    for tokens in request.tokens:
-        require_memory("tokens", tokens, needed_bytes(request, tokens), free)
-
-
-def needed_bytes(request: PrefillRequest, tokens: int) -> int:
-    """Memory at one length."""
-    shape = request.shape
-    heads = request.timed_kv_heads
-    caches = shape.cache_bytes(tokens, "int4")
-    samples = 8 * NUM_SAMPLES * shape.group_size * tokens + 8 * shape.head_dim * tokens
-    scores = 4 * tokens * (request.chunk_tokens // 64 + 16) * shape.num_q_heads
-    if request.gpu_peers:
-        return caches + 4 * samples + scores + (1 << 30)
-    caches += shape.cache_bytes(tokens, None) * heads // shape.num_kv_heads
-    mask = 3 * request.chunk_tokens * tokens  # bool, and what torch makes of it
-    mask += 8 * ROWS_AT_ONCE * heads * shape.group_size * tokens  # logits of one product
-    return caches + mask + samples + scores + (1 << 30)
 
 
 def run(
@@ -563,99 +459,3 @@ def _lists_in(call: AttendedLists, index: int) -> Tensor | None:
     indices = call.indices[0, block].long()
     # Padding beyond every visible position: whoever reads the list leaves it out.
     return indices.masked_fill(indices < 0, torch.iinfo(torch.int64).max)
-
-
-COLUMNS = (
-    "",
-    "ms",
-    "p20-p80",
-    "GMAC/s",
-    "x SDPA\nmasked",
-    "x SDPA\nunmasked",
-    "x\nmatmul",
-    "x best\ntorch",
-    "KV heads\ntimed",
-    "tokens\nattended",
-    "kept\nmass",
-    "output\nerror",
-)
-
-
-def show(request: PrefillRequest, rows: Sequence[PrefillRow]) -> None:
-    """One table per length and number of threads, and our stages below it."""
-    for tokens in request.tokens:
-        for number in request.threads:
-            chosen = [row for row in rows if row.tokens == tokens and row.timing.threads == number]
-            if not chosen:
-                continue  # everybody was left out
-            clock = "CPU time" if number == 1 else "wall time"
-            if chosen[0].timing.clock == "events":
-                clock = "GPU events"
-            title = (
-                f"prefill chunk of {request.chunk_tokens} queries at {tokens} tokens, "
-                f"{request.shape}, {number} thread(s), {clock}; structured random keys (simulated)"
-            )
-            if request.gpu_peers:
-                print_table(title, GPU_COLUMNS, [_gpu_cells(row) for row in chosen])
-                continue
-            print_table(title, COLUMNS, [_cells(row) for row in chosen])
-            for row in chosen:
-                if row.stages_ms:
-                    total = sum(row.stages_ms.values())
-                    shares = (
-                        f"{stage} {ms:.0f} ms ({100 * ms / total:.0f} %)"
-                        for stage, ms in row.stages_ms.items()
-                    )
-                    print(f"{row.contender}: {', '.join(shares)}")
-
-
-GPU_COLUMNS = (
-    "",
-    "ms",
-    "p20-p80",
-    "expected",
-    "over\nexpected",
-    "by the\nclock",
-    "TFLOP/s",
-    "x best\nSDPA",
-    "x best\ndense",
-    "tokens\nattended",
-    "kept\nmass",
-    "output\nerror",
-    "graph",
-)
-
-
-def _gpu_cells(row: PrefillRow) -> list[str]:
-    found = row.timing
-    return [
-        row.contender,
-        f"{found.median_ms:.3f}",
-        f"{found.p20_ms:.3f}-{found.p80_ms:.3f}",
-        "–" if row.expected_us is None else f"{row.expected_us / 1e3:.3f}",
-        "–" if row.over_expected is None else f"{row.over_expected:.2f}",
-        "–" if found.wall_ms is None else f"{found.wall_ms:.3f}",
-        "–" if row.gmac_per_s is None else f"{2 * row.gmac_per_s / 1e3:.1f}",
-        f"{row.over_best_sdpa:.2f}",
-        f"{row.over_best_torch:.2f}",
-        f"{row.attended_tokens:.0f}",
-        f"{row.kept_mass:.3f}",
-        f"{row.output_error:.3f}",
-        {None: "–", "": "yes"}.get(found.not_captured, "no"),
-    ]
-
-
-def _cells(row: PrefillRow) -> list[str]:
-    found = row.timing
-    return [
-        row.contender,
-        f"{found.median_ms:.0f}",
-        f"{found.p20_ms:.0f}-{found.p80_ms:.0f}",
-        "–" if row.gmac_per_s is None else f"{row.gmac_per_s:.0f}",
-        *(f"{row.over[peer]:.2f}" for peer in TORCH),
-        f"{row.over_best_torch:.1f}",
-        f"{row.timed_kv_heads} of {row.num_kv_heads}",
-        f"{row.attended_tokens:.0f}",
-        f"{row.kept_mass:.3f}",
-        f"{row.output_error:.3f}",
-    ]
