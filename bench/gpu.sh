@@ -39,7 +39,7 @@ limited() {
     fi
     timeout --kill-after=10 "$seconds" "$@"
     local status=$?
-    [ $status -ne 124 ] || echo "stopped after $seconds s"
+    case $status in 124 | 137) echo "stopped after $seconds s" ;; esac
     return $status
 }
 

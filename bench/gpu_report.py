@@ -283,6 +283,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 def markdown(parts: Parts, gpu: str, date: str, logs: Sequence[str]) -> str:
     """The whole report."""
     lines = [f"# {gpu}, {date}", ""]
+    for part in parts.values():
+        described = part.get("gpu")
+        if described and "machine" in part:
+            facts = ", ".join(f"{name} {value}" for name, value in described.items())
+            lines += [f"{facts}.", ""]
+            break
     commits = sorted({str(part["commit"]) for part in parts.values() if "commit" in part})
     lines += [f"Commit {', '.join(commits) or 'unknown'}; written by `bench/gpu_report.py`.", ""]
     if gpu == NO_GPU:
