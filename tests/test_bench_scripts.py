@@ -13,7 +13,7 @@ from typing import Any
 import pretend_gpu
 import pytest
 import torch
-from bench_sizes import SIZES
+from bench_sizes import SHAPE, SIZES
 
 from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, prefill
@@ -345,6 +345,20 @@ def test_model_step(tmp_path: Path) -> None:
     assert 0 < rows[module.OURS]["kept_mass"] < 1 and rows[module.OUR_DENSE]["kept_mass"] is None
     weights = rows[module.SDPA]["parameters"] * 4
     assert rows[module.SDPA]["bytes_must_read"] == weights + 2 * 2 * 2 * 2 * 32 * 4 * 2048
+
+
+def test_twins_share_their_weights() -> None:
+    module = script("model_step")
+    options = module.argparse.Namespace(
+        q_heads=2, kv_heads=1, head_dim=32, layers=1, intermediate=64, vocabulary=32
+    )
+    model = module.random_model(module.config_of(options, 64), SHAPE)
+    other = module.twin(model)
+    assert other is not model and other.model.layers[0] is not model.model.layers[0]
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert module.num_parameters(options) == sum(
+        weight.numel() for name, weight in model.named_parameters() if "norm" not in name
+    )
 
 
 def test_model_step_with_memory_for_one_cache_at_a_time(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ import pytest
 from bench_sizes import SIZES
 from test_bench_scripts import BENCH, script
 
-from kvselect.bench.entrants import SELECT_EXACT, SELECT_INT4
+from kvselect.bench.entrants import OUR_DENSE, SELECT_EXACT, SELECT_INT4
 from kvselect.cli import main
 
 SCRIPT = BENCH / "gpu.sh"
@@ -115,6 +116,29 @@ def test_expectations_come_first_and_need_no_gpu(tmp_path: Path) -> None:
     assert parts()[0] == "expect"
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_micro_measurements_compile_and_say_what_they_expect(tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path, "--dry-run", "micro", LIMIT="300")
+    assert (tmp_path / "micro.done").exists(), done.stdout
+    content = json.loads((tmp_path / "micro" / "micro.json").read_text())
+    assert content["measured"] is False and content["copy_gb_per_s"] == 4300.0
+    rows = {row["name"]: row for row in content["results"]}
+    assert len(rows) == len(content["results"]) == 22
+    assert not any("median_us" in row for row in rows.values())
+    scan = rows["streaming read, 71 MB (int4 sketch at 128K)"]
+    assert scan["bytes"] == 544 * 131072
+    assert scan["expected_us"] == pytest.approx(544 * 131072 / 4.3e6 + 4, abs=0.01)
+    gathers = [name for name in rows if name.startswith("gather K and V")]
+    assert len(gathers) == 12 and all("tokens, rows of" in name for name in gathers)
+    assert rows["exponentials of one vote at 128K"]["expected_us"] == pytest.approx(1.0, abs=0.05)
+    assert "expected_us" not in rows["cluster barrier, 8 CTAs"]
+    wrong = subprocess.run(
+        [str(tmp_path / "micro" / "micro"), "--fast"], capture_output=True, text=True, check=False
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr == "arguments: got --fast, allowed: none or --expect\n"
+
+
 # ---- the report
 
 
@@ -185,6 +209,7 @@ def test_verdicts() -> None:
     rows: list[dict[str, object]] = [
         {"contender": SELECT_INT4, "over_best_torch": 4.25, "kept_mass": 0.9},
         {"contender": SELECT_EXACT, "kept_mass": 0.95},
+        {"contender": OUR_DENSE, "over_best_torch": 0.5},
         {"contender": f"{SELECT_INT4}, 50 % hits", "over_best_torch": 6.4},
     ]
     found = claims(report, rows, "decode-1x128k")
@@ -193,6 +218,8 @@ def test_verdicts() -> None:
     assert found[over.format("50 % hits")] == ("6.40x", "missed")
     assert found[over.format("all hits")] == ("–", "left out (see below)")
     assert found["decode step 1x128k, kept mass over the exact top-k's"] == ("0.95x", "missed")
+    either = "decode step 1x128k, selecting or our dense, whichever is faster, over dense"
+    assert found[either] == ("4.25x", "met")
     other = "decode step 1x1m, cold, over the fastest dense peer"
     assert found[other] == ("–", "decode-1x1m did not run")
 
