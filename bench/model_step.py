@@ -362,6 +362,7 @@ class Bench:
                 cold=lambda: None,  # weights and caches are far larger than L2
                 bound=BOUND[self.shape.torch_dtype],
                 max_seconds=20.0,
+                on_fail=lambda name, error: self.skip(name, as_reason(error)),
             )
         found = interleaved_ms(contenders, rounds)
         return {name: DeviceSamples(ms, ms, "") for name, ms in found.items()}

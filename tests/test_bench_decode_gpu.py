@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pretend_gpu
 import pytest
@@ -12,7 +13,7 @@ from bench_sizes import ROW_BYTES, SHAPE, SIZES
 from test_bench_decode import ENDS, TOKENS, TOPK, request
 
 from kvselect import TokenSelect
-from kvselect.bench import command, decode, dense_peers, entrants, expected
+from kvselect.bench import command, decode, dense_peers, entrants, expected, graphs
 from kvselect.bench.contenders import TORCH_TOKEN_SELECT, exact_mass
 from kvselect.bench.decode import PERFECT_DENSE, DecodeRequest, DecodeRow
 from kvselect.bench.dense_peers import PACKAGES, SDPA_BACKENDS, sdpa_name
@@ -174,6 +175,29 @@ def test_on_a_gpu_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert timing.clock == "events" and timing.not_captured == ""
         assert timing.samples_ms == [0.25, 0.25] and timing.wall_ms is not None
     assert pretend_gpu.PretendGraph.replays > 4
+
+
+@pytest.mark.parametrize("bench", ["decode", "ops", "prefill"])
+def test_a_contender_that_fails_at_its_capture_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, bench: str, tmp_path: Path
+) -> None:
+    pretend_gpu.install(monkeypatch)
+    real, count = graphs.capture, iter(range(100))
+
+    def first_fails(*arguments: Any) -> graphs.Replay:
+        if next(count) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(graphs, "capture", first_fails)
+    sizes = ("--tokens", "4k", "--topk", "64", "--rounds", "1", "--layers", "2")
+    chunk = ("--chunk-tokens", "128")
+    assert main(["bench", bench, *SIZES, *sizes, *chunk, "--out", str(tmp_path)]) == 0
+    content = load(tmp_path / f"{bench}.json")
+    reasons = {one["contender"]: one["reason"] for one in content["skipped"]}
+    (lost,) = (name for name, why in reasons.items() if why.startswith("OutOfMemoryError"))
+    names = {row.get("contender", row.get("op")) for row in content["results"]}
+    assert names and lost not in names
 
 
 def test_the_command_on_a_gpu(

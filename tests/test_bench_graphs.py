@@ -80,6 +80,25 @@ def test_contenders_take_turns_prepared_and_flushed() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_who_fails_takes_nobody_with_it() -> None:
+    def fails() -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    both = {"a": Contender(call=fails), "b": Contender(call=lambda: torch.ones(1))}
+    told: list[str] = []
+    samples = interleaved_replays(
+        both,
+        2,
+        cold=lambda: None,
+        bound=1.0,
+        on_fail=lambda name, error: told.append(f"{name}: {as_reason(error)}"),
+    )
+    assert list(samples) == ["b"] and told == ["a: OutOfMemoryError: CUDA out of memory"]
+    with pytest.raises(torch.OutOfMemoryError):
+        interleaved_replays(both, 2, cold=lambda: None, bound=1.0)
+
+
+@pytest.mark.usefixtures("gpu")
 def test_bandwidth_counts_both_directions() -> None:
     assert copy_gb_per_s(torch.device("cpu")) == pytest.approx(2 * (1 << 16) / 0.5e-3 / 1e9)
 

@@ -160,7 +160,11 @@ def _run_length(
     for number in request.threads:
         with threads(number):
             bandwidth, samples = _measure(
-                request, contenders, number, lambda name: on_progress(f"{tokens}: {name}", part)
+                request,
+                contenders,
+                number,
+                lambda name: on_progress(f"{tokens}: {name}", part),
+                None if on_skip is None else lambda name, error: skip(name, as_reason(error)),
             )
         timed = {
             name: timing(
@@ -173,6 +177,7 @@ def _run_length(
             )
             for name, found in samples.items()
         }
+        everybody = {name: entrant for name, entrant in everybody.items() if name in timed}
         rows += _rows(request, tokens, everybody, timed, errors, keeps, bandwidth)
         dense_bytes = 2 * shape.batch * shape.row_bytes * tokens
         rows.append(_perfect_dense(tokens, dense_bytes, bandwidth, number, rows))
@@ -198,6 +203,7 @@ def _measure(
     contenders: Mapping[str, Contender],
     number: int,
     on_call: Callable[[str], object],
+    on_fail: Callable[[str, Exception], object] | None,
 ) -> tuple[float, dict[str, DeviceSamples]]:
     """Bandwidth of the machine, and milliseconds of all layers of every contender."""
     shape = request.shape
@@ -210,6 +216,7 @@ def _measure(
             cold=ColdL2(device),
             bound=BOUND[shape.torch_dtype],
             on_call=on_call,
+            on_fail=on_fail,
         )
         return bandwidth, samples
     bandwidth = read_gb_per_s(number)

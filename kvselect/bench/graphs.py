@@ -147,6 +147,7 @@ def interleaved_replays(
     bound: float,
     max_seconds: float = 5.0,
     on_call: Callable[[str], object] | None = None,
+    on_fail: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, DeviceSamples]:
     """Samples of every contender, round by round; see `kvselect.bench.measure.interleaved_ms`.
 
@@ -160,9 +161,20 @@ def interleaved_replays(
         See `capture`.
     max_seconds : float
         A contender whose samples took so long gets no more (always one at least).
+    on_fail : callable or None
+        Told of a contender that raises while it is captured or its graph made, such as for want of
+        memory; the others go on without it. None: such an error ends the bench.
     """
     require_int(rounds, "rounds", 1)
-    replays = {name: capture(contender, bound) for name, contender in contenders.items()}
+    replays: dict[str, Replay] = {}
+    for name, contender in contenders.items():
+        try:
+            replays[name] = capture(contender, bound)
+        except Exception as error:
+            if on_fail is None:
+                raise
+            on_fail(name, error)
+    contenders = {name: contenders[name] for name in replays}
     events: dict[str, list[float]] = {name: [] for name in contenders}
     walls: dict[str, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)

@@ -182,18 +182,28 @@ def _run_layers(
     def on_call(name: str) -> None:
         on_progress(f"{tokens} tokens: {name}", part)
 
+    def on_fail(name: str, error: Exception) -> None:
+        if on_skip is None:
+            raise error
+        on_skip(Skipped(tokens=tokens, contender=name, reason=as_reason(error)))
+
     if shape.on_cuda:
         device = torch.device(shape.device)
-        bandwidth, bound = copy_gb_per_s(device), BOUND[shape.torch_dtype]
+        bandwidth = copy_gb_per_s(device)
         samples = interleaved_replays(
-            contenders, request.rounds, cold=ColdL2(device), bound=bound, on_call=on_call
+            contenders,
+            request.rounds,
+            cold=ColdL2(device),
+            bound=BOUND[shape.torch_dtype],
+            on_call=on_call,
+            on_fail=on_fail,
         )
     else:
         bandwidth = read_gb_per_s(1)
         found = interleaved_ms(contenders, request.rounds, cold=ColdCaches(), on_call=on_call)
         samples = {name: DeviceSamples(ms, [], "") for name, ms in found.items()}
     rows = []
-    for name in errors:
+    for name in samples:
         op, sampled = stack[0][name], samples[name]
         time_of_layer = timing(
             [ms / request.layers for ms in sampled.event_ms],

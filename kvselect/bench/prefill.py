@@ -287,6 +287,7 @@ class _Bench:
         for number in request.threads:
             with threads(number), kept_heap():
                 bandwidth, samples = self._measure(chunks, number, part)
+                chunks = {name: one for name, one in chunks.items() if name in samples}
                 scaled = {
                     name: [ms * shape.num_kv_heads / one.kv_heads for ms in samples[name].event_ms]
                     for name, one in chunks.items()
@@ -346,9 +347,14 @@ class _Bench:
 
         if shape.on_cuda:
             device = torch.device(shape.device)
-            bandwidth, bound = copy_gb_per_s(device), BOUND[shape.torch_dtype]
+            bandwidth = copy_gb_per_s(device)
             samples = interleaved_replays(
-                contenders, self.request.rounds, cold=ColdL2(device), bound=bound, on_call=on_call
+                contenders,
+                self.request.rounds,
+                cold=ColdL2(device),
+                bound=BOUND[shape.torch_dtype],
+                on_call=on_call,
+                on_fail=self.skip,
             )
             return bandwidth, samples
         bandwidth = read_gb_per_s(number)
