@@ -13,8 +13,17 @@ from bench_sizes import ROW_BYTES, SHAPE, SIZES
 from test_bench_decode import ENDS, TOKENS, TOPK, request
 
 from kvselect import TokenSelect
-from kvselect.bench import command, decode, dense_peers, entrants, expected, graphs
-from kvselect.bench.contenders import TORCH_TOKEN_SELECT, exact_mass
+from kvselect.bench import (
+    command,
+    decode,
+    dense_peers,
+    entrants,
+    expected,
+    graphs,
+    ops,
+    prefill,
+)
+from kvselect.bench.contenders import TORCH_TOKEN_SELECT, DisagreementError, exact_mass
 from kvselect.bench.decode import PERFECT_DENSE, DecodeRequest, DecodeRow
 from kvselect.bench.dense_peers import PACKAGES, SDPA_BACKENDS, sdpa_name
 from kvselect.bench.entrants import OUR_DENSE, QUEST, SELECT_EXACT, SELECT_INT4, STREAMING
@@ -198,6 +207,23 @@ def test_a_contender_that_fails_at_its_capture_is_left_out(
     (lost,) = (name for name, why in reasons.items() if why.startswith("OutOfMemoryError"))
     names = {row.get("contender", row.get("op")) for row in content["results"]}
     assert names and lost not in names
+
+
+@pytest.mark.parametrize("bench", ["decode", "ops", "prefill"])
+def test_a_bench_without_anybody_says_so(
+    monkeypatch: pytest.MonkeyPatch, bench: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disagrees(name: str, *_: object) -> None:
+        raise DisagreementError(f"{name}: off")
+
+    for module in (decode, ops, prefill):
+        monkeypatch.setattr(module, "require_agreement", disagrees)
+    sizes = ("--tokens", "4k", "--topk", "64", "--rounds", "1", "--chunk-tokens", "128")
+    out = ("--out", str(tmp_path))
+    assert main(["bench", bench, "--as-on-gpu", *SIZES, *sizes, *out]) == 0
+    content = load(tmp_path / f"{bench}.json")
+    assert content["results"] == [] and len(content["skipped"]) > 3
+    assert "DisagreementError: " in capsys.readouterr().out
 
 
 def test_the_command_on_a_gpu(

@@ -133,6 +133,8 @@ def _run_length(
         stack.append(_new_layer(request, tokens, index, None if on_skip is None else skip))
         on_progress(f"{tokens} tokens: outputs", 0.4 * weight / request.layers)
     names = [name for name in stack[0].everybody if all(name in layer.everybody for layer in stack)]
+    if not names:
+        return []  # everybody was left out
     by_name = {name: [layer.everybody[name] for layer in stack] for name in names}
     contenders = {name: _in_turn(entrants) for name, entrants in by_name.items()}
     errors = {
@@ -180,6 +182,8 @@ def _run_length(
         everybody = {name: entrant for name, entrant in everybody.items() if name in timed}
         rows += _rows(request, tokens, everybody, timed, errors, keeps, bandwidth)
         dense_bytes = 2 * shape.batch * shape.row_bytes * tokens
+        if not timed:
+            continue
         rows.append(_perfect_dense(tokens, dense_bytes, bandwidth, number, rows))
     return rows
 

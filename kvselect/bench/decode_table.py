@@ -91,6 +91,8 @@ LAYER_COLUMNS = (
 def _show_layers(request: DecodeRequest, rows: Sequence[DecodeRow]) -> None:
     for tokens in request.tokens:
         chosen = [row for row in rows if row.main and row.tokens == tokens]
+        if not chosen:
+            continue  # everybody was left out
         title = (
             f"decode step, {tokens} tokens, {request.shape}, {request.layers} layers; bandwidth "
             f"{chosen[0].timing.streaming_gb_per_s:.0f} GB/s; structured random keys (simulated)"

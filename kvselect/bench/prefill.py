@@ -283,7 +283,7 @@ class _Bench:
         chunks = {name: chunks[name] for name in found}
         self.on_progress(f"{self.tokens} tokens: time", 0.2 * self.weight)
         rows = []
-        part = 0.6 * self.weight / (len(request.threads) * request.rounds * len(chunks))
+        part = 0.6 * self.weight / (len(request.threads) * request.rounds * max(len(chunks), 1))
         for number in request.threads:
             with threads(number), kept_heap():
                 bandwidth, samples = self._measure(chunks, number, part)
