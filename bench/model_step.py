@@ -56,6 +56,7 @@ SDPA = "transformers, sdpa"
 FUSED = "transformers, fused attention without a mask"
 OUR_DENSE, OURS = "kvselect dense", "kvselect TokenSelect int4"
 HOOK = "kvselect_bench_fused"
+NO_ROOM = "needs"  # memory; how such a reason begins
 FILL_TOKENS = 16384  # of keys and values drawn at once
 # Of logits between dense contenders: errors of one rounding per layer and op add up.
 BOUND = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.25}
@@ -268,7 +269,7 @@ class Bench:
         allowed = None if free is None else int(HEADROOM * free)
         needed = self.fixed_bytes + self.cache_bytes
         if allowed is not None and needed > allowed:
-            reason = f"needs {needed / 1e9:.1f} GB, of {allowed / 1e9:.1f} GB that are free"
+            reason = f"{NO_ROOM} {needed / 1e9:.1f} GB, of {allowed / 1e9:.1f} GB that are free"
             for name in (SDPA, FUSED, OUR_DENSE, OURS):
                 self.skip(name, reason)
             return []
@@ -492,6 +493,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     question = parser.description or ""
     path = results.save(options.out, question, vars(options), rows, bench.skipped)
     print("written:", path)
+    ours = [one for one in bench.skipped if one.contender in (OUR_DENSE, OURS)]
+    if any(not one.reason.startswith(NO_ROOM) for one in ours):
+        raise SystemExit(f"left out, and should not be: {', '.join(one.contender for one in ours)}")
 
 
 if __name__ == "__main__":

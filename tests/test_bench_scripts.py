@@ -398,7 +398,8 @@ def test_model_step_reports_what_cannot_be_attached(
 
     monkeypatch.setattr(module.kvselect, "attach", refuses)
     out = tmp_path / "x.json"
-    module.main(["--quick", "--out", str(out)])
+    with pytest.raises(SystemExit, match="left out, and should not be: kvselect dense, kvselect T"):
+        module.main(["--quick", "--out", str(out)])
     content = load(out)
     assert [row["contender"] for row in content["results"]] == [module.SDPA, module.FUSED]
     skipped = {one["contender"]: one["reason"] for one in content["skipped"]}

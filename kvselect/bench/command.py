@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ QUICK_ROUNDS, ROUNDS, GPU_ROUNDS = 3, 7, 50
 HIT_SHARES = (0.5, 1.0)
 
 Job = Callable[[], int]
-# What a bench still has to do once its rows are there; gives the files written.
-Finish = Callable[[], list[Path]]
+# What a bench still has to do once its rows are there; gives the files written, and the contenders
+# that something is wrong with.
+Finish = Callable[[], tuple[list[Path], list[str]]]
 Bench = Callable[[OnProgress], Finish]
 
 
@@ -129,6 +130,7 @@ def prepare(options: argparse.Namespace) -> Job:
 
 def _run(benches: list[Bench]) -> int:
     written: list[Path] = []
+    wrong: list[str] = []
     for bench in benches:
         try:
             with progress_bar() as on_progress:
@@ -136,25 +138,39 @@ def _run(benches: list[Bench]) -> int:
         except DisagreementError as error:
             print(f"kvselect bench: {error}", file=sys.stderr)
             return 1
-        written += finish()
+        files, names = finish()
+        written += files
+        wrong += names
     print("written:", ", ".join(map(str, written)))
+    if wrong:
+        print(f"kvselect bench: left out, and should not be: {', '.join(wrong)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _wrong(skipped: Sequence[Skipped]) -> list[str]:
+    """Ours that are left out, and whoever disagrees with exact attention."""
+    return [
+        one.contender
+        for one in skipped
+        if one.contender.startswith("kvselect") or one.reason.startswith(DisagreementError.__name__)
+    ]
 
 
 def _decode(request: decode.DecodeRequest, out: Path, on_progress: OnProgress) -> Finish:
     skipped: list[Skipped] = []
     rows = decode.run(request, on_progress, skipped.append if request.gpu_peers else None)
 
-    def finish() -> list[Path]:
+    def finish() -> tuple[list[Path], list[str]]:
         decode.show(request, rows)
         results.print_skipped(skipped)
         path = out / "decode.json"
         results.save(path, decode.QUESTION, decode.config(request), rows, skipped)
         if request.gpu_peers:
-            return [path]
+            return [path], _wrong(skipped)
         image = out / "time_against_mass.png"
         picture.draw(rows, image, picture.subtitle(request))
-        return [path, image]
+        return [path, image], []
 
     return finish
 
@@ -163,11 +179,11 @@ def _prefill(request: prefill.PrefillRequest, out: Path, on_progress: OnProgress
     skipped: list[Skipped] = []
     rows = prefill.run(request, on_progress, skipped.append if request.gpu_peers else None)
 
-    def finish() -> list[Path]:
+    def finish() -> tuple[list[Path], list[str]]:
         prefill.show(request, rows)
         results.print_skipped(skipped)
         path, config = out / "prefill.json", dataclasses.asdict(request)
-        return [results.save(path, prefill.QUESTION, config, rows, skipped)]
+        return [results.save(path, prefill.QUESTION, config, rows, skipped)], _wrong(skipped)
 
     return finish
 
@@ -176,10 +192,11 @@ def _ops(request: ops.OpsRequest, out: Path, on_progress: OnProgress) -> Finish:
     skipped: list[Skipped] = []
     rows = ops.run(request, on_progress, skipped.append if request.gpu_ops else None)
 
-    def finish() -> list[Path]:
+    def finish() -> tuple[list[Path], list[str]]:
         ops.show(request, rows)
         results.print_skipped(skipped)
-        path = out / "ops.json"
-        return [results.save(path, ops.QUESTION, dataclasses.asdict(request), rows, skipped)]
+        path, config = out / "ops.json", dataclasses.asdict(request)
+        results.save(path, ops.QUESTION, config, rows, skipped)
+        return [path], [one.contender for one in skipped]  # all of them are ours
 
     return finish
