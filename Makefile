@@ -13,7 +13,7 @@ CMAKE_CONFIGURE = cmake -S . -G "$$(command -v ninja >/dev/null && echo Ninja ||
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f -not -name '*.md')
-CPP := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/cpp bench/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 KIND := $(if $(VENV),venv,host)
 NEEDS := transformers safetensors numpy rich matplotlib pytest hypothesis
 READY := $(addsuffix /.ready,$(VENV))
@@ -43,9 +43,9 @@ test-matrix: build/.built-$(KIND)
 models: build/.built-$(KIND)
 	$(PY) tests/model_table.py
 
-# The questions that bench/README.md lists, one script each.
+# The questions that bench/README.md lists, one script each; those of bench/gpu.sh stay with it.
 bench: build/.built-$(KIND)
-	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u); do \
+	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step'); do \
 	    echo "== $$script"; $(PY) $$script; done
 
 lint: style types

@@ -122,7 +122,7 @@ def prefill(
             q_unrotated=None if q_unrotated is None else q_unrotated[:, begin:end],
             rope=rope,
             offsets=run_offsets,
-            q_block_offsets=torch.tensor(run_offsets, dtype=torch.int32, device=q.device),
+            q_block_offsets=state.offsets_on(q.device, run_offsets),
             num_later_tokens=later,
             softcap=cap,
             sink_logits=sink_logits,

@@ -31,6 +31,7 @@ def test_all_benches_write_their_files(capsys: pytest.CaptureFixture[str], tmp_p
         assert content["question"].endswith("?") and content["commit"]
         assert content["config"]["tokens"] == [4096] and content["config"]["topk"] == 64
         shape = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32, "dtype": "float32"}
+        shape |= {"batch": 1, "device": "cpu"}
         assert content["config"]["shape"] == shape
         for row in content["results"]:
             assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]

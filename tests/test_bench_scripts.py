@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pretend_gpu
 import pytest
 import torch
-from bench_sizes import SIZES
+from bench_sizes import SHAPE, SIZES
 
 from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, prefill
@@ -325,6 +326,113 @@ def test_generate_counts_its_memory_first(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("kvselect.bench.memory.free_bytes", lambda: 1 << 30)
     with pytest.raises(ValueError, match="layers: got 2 at 2048 tokens, which needs"):
         script("generate").main(["--quick"])
+
+
+# ---- a whole model's step
+
+
+def test_model_step(tmp_path: Path) -> None:
+    rows = {row["contender"]: row for row in quick("model_step", tmp_path, "--batch", "2")}
+    module = script("model_step")
+    assert list(rows) == [module.SDPA, module.FUSED, module.OUR_DENSE, module.OURS]
+    best = min(rows[name]["median_ms"] for name in (module.SDPA, module.FUSED))
+    for row in rows.values():
+        assert row["over_best_dense"] == pytest.approx(best / row["median_ms"])
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["median_ms"])
+        assert row["interleaved"] and row["layers"] == 2 and row["batch"] == 2
+    assert rows[module.FUSED]["logits_error"] <= 1e-4
+    assert rows[module.OUR_DENSE]["logits_error"] <= 1e-4
+    assert 0 < rows[module.OURS]["kept_mass"] < 1 and rows[module.OUR_DENSE]["kept_mass"] is None
+    weights = rows[module.SDPA]["parameters"] * 4
+    assert rows[module.SDPA]["bytes_must_read"] == weights + 2 * 2 * 2 * 2 * 32 * 4 * 2048
+
+
+def test_twins_share_their_weights() -> None:
+    module = script("model_step")
+    options = module.argparse.Namespace(
+        q_heads=2, kv_heads=1, head_dim=32, layers=1, intermediate=64, vocabulary=32
+    )
+    model = module.random_model(module.config_of(options, 64), SHAPE)
+    other = module.twin(model)
+    assert other is not model and other.model.layers[0] is not model.model.layers[0]
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert module.num_parameters(options) == sum(
+        weight.numel() for name, weight in model.named_parameters() if "norm" not in name
+    )
+
+
+def test_model_step_with_memory_for_one_cache_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("model_step")
+
+    def enough_for_one(self: Any) -> int:
+        return int((self.fixed_bytes + 1.5 * self.cache_bytes) / module.HEADROOM)
+
+    monkeypatch.setattr(module.Bench, "free", enough_for_one)
+    out = tmp_path / "x.json"
+    module.main(["--quick", "--out", str(out)])
+    rows = load(out)["results"]
+    assert len(rows) == 4 and not any(row["interleaved"] for row in rows)
+
+
+def test_model_step_counts_its_memory_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script("model_step")
+    monkeypatch.setattr(module, "free_bytes", lambda: 1 << 20)
+    out = tmp_path / "x.json"
+    module.main(["--quick", "--out", str(out)])
+    content = load(out)
+    assert content["results"] == [] and len(content["skipped"]) == 4
+    assert "needs 0.3 GB, of 0.0 GB that are free" in capsys.readouterr().out
+
+
+def test_model_step_reports_what_cannot_be_attached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = script("model_step")
+
+    def refuses(*_: object) -> object:
+        raise ValueError("sparse_attention: got CUDA tensors, allowed: tensors on the CPU")
+
+    monkeypatch.setattr(module.kvselect, "attach", refuses)
+    out = tmp_path / "x.json"
+    with pytest.raises(SystemExit, match="left out, and should not be: kvselect dense, kvselect T"):
+        module.main(["--quick", "--out", str(out)])
+    content = load(out)
+    assert [row["contender"] for row in content["results"]] == [module.SDPA, module.FUSED]
+    skipped = {one["contender"]: one["reason"] for one in content["skipped"]}
+    assert skipped.keys() == {module.OUR_DENSE, module.OURS}
+    assert skipped[module.OURS].startswith("ValueError: sparse_attention: got CUDA tensors")
+
+
+def test_model_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_gpu.install(monkeypatch)
+    out = tmp_path / "x.json"
+    script("model_step").main(["--quick", "--out", str(out)])
+    rows = load(out)["results"]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["clock"] == "events" and row["not_captured"] == "" and row["wall_ms"] > 0
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["wall_ms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "0"), "layers: got 0, allowed: an int >= 1"),
+        (("--vocabulary", "0"), "vocabulary: got 0, allowed: an int >= 1"),
+        (("--tokens", "1k,2k"), "tokens: got '1k,2k', allowed: one count"),
+        (("--device", "cuda:9"), "device: got 'cuda:9', allowed: cpu, or one of the 0 GPUs"),
+    ],
+)
+def test_model_step_refuses(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        script("model_step").main(["--quick", *arguments])
 
 
 # ---- targets

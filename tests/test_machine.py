@@ -5,11 +5,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kvselect import machine
+from kvselect.eval import machine as eval_machine
 from kvselect.eval.machine import describe
 
 
@@ -31,6 +34,43 @@ def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None) -
         return real(path if name == "/proc/cpuinfo" else name, *rest, **options)
 
     monkeypatch.setattr(builtins, "open", opened)
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe()["gpu"] is None
+    properties = SimpleNamespace(
+        name="Some GPU",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        total_memory=1 << 37,
+        L2_cache_size=60 << 20,
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: object) -> SimpleNamespace:
+        asked.append(command)
+        return SimpleNamespace(stdout="580.1, 345 MHz, 1980 MHz, 3201 MHz, 30\n")
+
+    monkeypatch.setattr(eval_machine.subprocess, "run", answer)
+    found = eval_machine.gpu()
+    assert found is not None and asked[0][0] == "nvidia-smi"
+    assert (found["name"], found["capability"], found["multiprocessors"]) == (
+        "Some GPU",
+        "9.0",
+        132,
+    )
+    assert (found["driver_version"], found["clocks.sm"]) == ("580.1", "345 MHz")
+
+    def missing(*_: object, **__: object) -> object:
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(eval_machine.subprocess, "run", missing)
+    without = eval_machine.gpu()
+    assert without is not None and "driver_version" not in without
 
 
 def test_the_first_processor_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

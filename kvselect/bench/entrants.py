@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as cached
 from functools import partial
 
 from torch import Tensor
@@ -17,10 +18,14 @@ from kvselect.bench.contenders import (
     TORCH_TOKEN_SELECT,
     TorchTokenSelect,
     dense_attention,
+    exact_mass,
 )
+from kvselect.bench.dense_peers import gpu_dense_peers, stores_logits
 from kvselect.bench.layer import Shape
 from kvselect.bench.quest import MIN_PAGES, PAGE_TOKENS, Quest, Scorer
+from kvselect.bench.reuse import RepeatedStep
 from kvselect.cache import KVCache
+from kvselect.checks import require
 from kvselect.decode import decode_step
 from kvselect.policies.base import Policy
 from kvselect.policies.dense import Dense
@@ -28,7 +33,16 @@ from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
 from kvselect.selection import Selection
 
-__all__ = ["Entrant", "default_policies", "entrants", "kept"]
+__all__ = [
+    "Entrant",
+    "Guard",
+    "build_or_raise",
+    "default_policies",
+    "entrants",
+    "gpu_policies",
+    "kept",
+    "reused_entrants",
+]
 
 SELECT_INT4 = "kvselect TokenSelect int4"
 SELECT_INT8 = "kvselect TokenSelect int8"
@@ -64,6 +78,14 @@ def default_policies(topk: int) -> dict[str, Policy]:
     }
 
 
+def gpu_policies(topk: int) -> dict[str, Policy]:
+    """Those of `default_policies` that one cache with an int4 sketch serves: several layers of a
+    million tokens fit a GPU once."""
+    names = (SELECT_INT4, SELECT_EXACT, STREAMING, OUR_DENSE)
+    everybody = default_policies(topk)
+    return {name: everybody[name] for name in names}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entrant:
     """A contender before it is timed.
@@ -86,6 +108,14 @@ class Entrant:
         Why this budget, where another row decides it.
     sketch_over_kv : float or None
         Memory of the sketch over that of keys and values.
+    dense_peer : bool
+        Somebody else's attention over everything: what others are compared with.
+    design : str or None
+        Its row of the step model (`kvselect.bench.expected`); None: it has none.
+    hit_share : float
+        Of layers that reuse their list.
+    prepare : callable or None
+        Runs before each call and is not timed.
     """
 
     method: str
@@ -96,6 +126,19 @@ class Entrant:
     main: bool = True
     note: str = ""
     sketch_over_kv: float | None = None
+    dense_peer: bool = False
+    design: str | None = None
+    hit_share: float = 0.0
+    prepare: Callable[[], object] | None = None
+
+
+# Builds a contender, or reports why there is none and gives None.
+Guard = Callable[[str, Callable[[], Entrant]], "Entrant | None"]
+
+
+def build_or_raise(name: str, build: Callable[[], Entrant]) -> Entrant | None:
+    """The guard that lets every error out."""
+    return build()
 
 
 def entrants(
@@ -107,12 +150,14 @@ def entrants(
     topk: int,
     curves: Sequence[int],
     with_enable_gqa: bool = True,
+    gpu_peers: bool = False,
+    guard: Guard = build_or_raise,
 ) -> dict[str, Entrant]:
     """Everybody, by name: torch first, then kvselect, then Quest; points of curves among them.
 
     Parameters
     ----------
-    q : Tensor, [1, 1, num_q_heads, head_dim]
+    q : Tensor, [batch, 1, num_q_heads, head_dim]
     caches : mapping of sketch format to KVCache
         All hold the same tokens; the first serves whoever asks for no sketch.
     policies : mapping of name to Policy
@@ -121,87 +166,187 @@ def entrants(
         Of the peer written with torch operators.
     curves : sequence of int
         Budgets of the curves [tokens]; those that would keep half of everything are left out.
+    with_enable_gqa : bool
+        Whether arrangements that make copies of all keys, or store all logits, take part.
+    gpu_peers : bool
+        Dense peers are SDPA backend by backend, and packages, instead of the CPU's arrangements.
+    guard : callable
+        Every contender is built through it.
     """
     base = next(iter(caches.values()))
     curves = [budget for budget in curves if 2 * budget <= base.max_seqlen]
-    found = _torch_entrants(q, base, shape, topk, curves, with_enable_gqa)
+    builds = _dense_builds(q, base, shape, with_enable_gqa, gpu_peers)
+    builds |= _token_select_builds(q, base, shape, topk, curves)
     for name, policy in policies.items():
-        found[name] = _policy_entrant(name, policy, q, caches)
-    selections = [found[name].selection for name in policies]
+        builds[name] = partial(_policy_entrant, name, policy, q, caches)
     for name, policy in policies.items():
         for budget in curves:
             other = _with_budget(policy, budget)
             if other is not None and other != policy:
-                entrant = _policy_entrant(name, other, q, caches)
-                found[f"{name}, {budget}"] = dataclasses.replace(entrant, main=False)
+                point = partial(_policy_entrant, name, other, q, caches, main=False)
+                builds[f"{name}, {budget}"] = point
+    built = {name: guard(name, build) for name, build in builds.items()}
+    found = {name: entrant for name, entrant in built.items() if entrant is not None}
+    selections = [found[name].selection for name in policies if name in found]
     chosen = next((selection for selection in selections if selection is not None), None)
     if chosen is not None:
-        found |= _quest_entrants(q, base, shape, chosen, curves)
+        found |= _quest_entrants(q, base, shape, chosen, curves, guard)
     return found
+
+
+def reused_entrants(
+    steps: Mapping[str, RepeatedStep],
+    q: Tensor,
+    cache: KVCache,
+    shape: Shape,
+    hit_shares: Sequence[float],
+    layer: int,
+    guard: Guard,
+) -> dict[str, Entrant]:
+    """Steps with a selection cache, of which a share hits: layers take turns.
+
+    Parameters
+    ----------
+    steps : mapping of a policy's name to RepeatedStep
+        Armed, on ``cache``.
+    layer : int
+        Its number decides whether it hits at a share between 0 and 1.
+    """
+    found = {}
+    for policy, repeated in steps.items():
+        for share in hit_shares:
+            name = f"{policy}, {'all' if share == 1 else f'{100 * share:g} %'} hits"
+            similar = int((layer + 1) * share) > int(layer * share)
+            build = partial(_reused_entrant, name, repeated, q, cache, shape, similar, share)
+            entrant = guard(name, build)
+            if entrant is not None:
+                found[name] = entrant
+    return found
+
+
+def _reused_entrant(
+    name: str,
+    repeated: RepeatedStep,
+    q: Tensor,
+    cache: KVCache,
+    shape: Shape,
+    similar: bool,
+    share: float,
+) -> Entrant:
+    repeated.restore()
+    _, info = repeated.step(q, similar)
+    selection = info.selection
+    assert selection is not None and info.hit is not None, "a selection cache was asked for"
+    hits = int((info.hit != 0).sum())
+    allowed = info.hit.numel() if similar else 0
+    require(hits == allowed, f"{name}: lists reused", hits, str(allowed))
+    selection = dataclasses.replace(
+        selection, indices=selection.indices.clone(), topk_length=selection.topk_length.clone()
+    )
+    listed = float(selection.topk_length.float().mean())
+    scanned = 0.0 if similar else shape.sketch_bytes(cache.sketch_format) * cache.max_seqlen
+    return Entrant(
+        method=name,
+        call=lambda: repeated.step(q, similar)[0],
+        bytes_must_read=int(shape.batch * (scanned + 2 * shape.row_bytes * listed)),
+        selection=selection,
+        design="hit" if share == 1 else cache.sketch_format,
+        hit_share=share,
+        prepare=repeated.restore,
+    )
 
 
 def kept(q: Tensor, cache: KVCache, selection: Selection | None) -> tuple[float, float]:
     """Mean over query heads of the mass kept (exact), mean over KV heads of tokens attended."""
     if selection is None:
         return 1.0, float(cache.max_seqlen)
-    mass = float(recovered_mass(q, cache, selection).mean())
+    by_head = exact_mass if q.is_cuda else recovered_mass  # the op runs on CPUs only
+    mass = float(by_head(q, cache, selection).mean())
     return mass, float(selection.topk_length.float().mean())
 
 
-def _torch_entrants(
-    q: Tensor,
-    cache: KVCache,
-    shape: Shape,
-    topk: int,
-    curves: Sequence[int],
-    with_enable_gqa: bool,
-) -> dict[str, Entrant]:
+def _dense_builds(
+    q: Tensor, cache: KVCache, shape: Shape, with_enable_gqa: bool, gpu_peers: bool
+) -> dict[str, Callable[[], Entrant]]:
+    """Attention over everything, as torch and others have it."""
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
+
+    def entrant(name: str, build: Callable[[], Callable[[], Tensor]]) -> Entrant:
+        return Entrant(
+            method=name,
+            call=build(),
+            bytes_must_read=2 * shape.row_bytes * cache.max_seqlen * shape.batch,
+            selection=None,
+            dense_peer=True,
+            design="dense",
+        )
+
+    if gpu_peers:
+        peers: dict[str, Callable[[], Callable[[], Tensor]]] = {
+            name: partial(build, q, k, v)
+            for name, build in gpu_dense_peers().items()
+            if with_enable_gqa or not stores_logits(name)
+        }
+    else:
+        peers = {
+            name: lambda name=name: partial(dense_attention, name, q, k, v)  # type: ignore[misc]
+            for name in TORCH_DENSE
+            if with_enable_gqa or name != ENABLE_GQA
+        }
+    return {name: partial(entrant, name, build) for name, build in peers.items()}
+
+
+def _token_select_builds(
+    q: Tensor, cache: KVCache, shape: Shape, topk: int, curves: Sequence[int]
+) -> dict[str, Callable[[], Entrant]]:
+    """TokenSelect's steps as torch ops at every budget that fits."""
     tokens, row = cache.max_seqlen, shape.row_bytes
     k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
-    found = {
-        name: Entrant(
-            method=name,
-            call=partial(dense_attention, name, q, k, v),
-            bytes_must_read=2 * row * tokens,
-            selection=None,
-        )
-        for name in TORCH_DENSE
-        if with_enable_gqa or name != ENABLE_GQA
-    }
-    peer = None
-    for budget in (topk, *(budget for budget in curves if budget != topk)):
-        listed = budget + ENDS.num_sink_tokens + ENDS.num_recent_tokens
-        if listed > tokens:
-            continue
-        if peer is None:
-            peer = TorchTokenSelect(k, v, ENDS.num_sink_tokens, ENDS.num_recent_tokens)
-        main = budget == topk
-        found[TORCH_TOKEN_SELECT if main else f"{TORCH_TOKEN_SELECT}, {budget}"] = Entrant(
+    ends = ENDS.num_sink_tokens, ENDS.num_recent_tokens
+
+    def entrant(budget: int) -> Entrant:
+        peer = TorchTokenSelect(k, v, *ends)
+        return Entrant(
             method=TORCH_TOKEN_SELECT,
             call=partial(peer.step, q, budget),
-            bytes_must_read=row * (tokens + 2 * listed),
+            bytes_must_read=row * shape.batch * (tokens + 2 * (budget + sum(ends))),
             selection=peer.selection(q, budget),
             budget_tokens=budget,
-            main=main,
+            main=budget == topk,
         )
-    return found
+
+    budgets = (topk, *(budget for budget in curves if budget != topk))
+    return {
+        TORCH_TOKEN_SELECT if budget == topk else f"{TORCH_TOKEN_SELECT}, {budget}": partial(
+            entrant, budget
+        )
+        for budget in budgets
+        if budget + sum(ends) <= tokens
+    }
 
 
 def _policy_entrant(
-    name: str, policy: Policy, q: Tensor, caches: Mapping[str | None, KVCache]
+    name: str,
+    policy: Policy,
+    q: Tensor,
+    caches: Mapping[str | None, KVCache],
+    *,
+    main: bool = True,
 ) -> Entrant:
     wanted = policy.required_sketch
     cache = caches[wanted] if wanted in caches else next(iter(caches.values()))
-    state, budget, share = policy.new_state(cache), None, None
+    state, budget, share, design = policy.new_state(cache), None, None, None
     selection = decode_step(q, cache, policy, state)[1].selection
     itemsize = cache.dtype.itemsize
     if isinstance(policy, TokenSelect):
-        budget = policy.topk
-        if cache.sketch_data is not None:
-            stored = 2 * cache.max_seqlen * cache.num_kv_heads * cache.head_dim * itemsize
-            share = cache.sketch_data.numel() / stored
+        budget, design = policy.topk, wanted or "exact"
+        if wanted is not None and cache.sketch_data is not None:
+            stored = 2 * cache.batch * cache.max_seqlen * cache.num_kv_heads
+            share = cache.sketch_data.numel() / (stored * cache.head_dim * itemsize)
     elif isinstance(policy, StreamingLLM):
         budget = policy.num_recent_tokens
+    elif isinstance(policy, Dense):
+        design = "dense"
     return Entrant(
         method=name,
         call=lambda: decode_step(q, cache, policy, state)[0],
@@ -209,6 +354,8 @@ def _policy_entrant(
         selection=selection,
         budget_tokens=budget,
         sketch_over_kv=share,
+        main=main,
+        design=design,
     )
 
 
@@ -222,7 +369,12 @@ def _with_budget(policy: Policy, budget: int) -> Policy | None:
 
 
 def _quest_entrants(
-    q: Tensor, cache: KVCache, shape: Shape, chosen: Selection, curves: Sequence[int]
+    q: Tensor,
+    cache: KVCache,
+    shape: Shape,
+    chosen: Selection,
+    curves: Sequence[int],
+    guard: Guard,
 ) -> dict[str, Entrant]:
     """Quest at the kept mass of ``chosen`` and at its tokens; the curve of the better scorer."""
     scorers: list[Scorer] = ["kvselect", "torch"]
@@ -230,19 +382,30 @@ def _quest_entrants(
         scorers = ["torch"]
     mass, attended = kept(q, cache, chosen)
     found: dict[str, Entrant] = {}
+    best: Scorer | None = None  # the first that can be built at all draws the curve
     for scorer in scorers:
-        quest, name = Quest(cache, scorer), QUEST[scorer]
-        entrant = partial(_quest_entrant, quest, name, q, shape)
-        enough = partial(_keeps, quest, q, cache, mass)
-        pages = fewest(MIN_PAGES, quest.num_pages, enough)
-        found[f"{name}, {EQUAL_MASS}"] = entrant(pages, note=EQUAL_MASS)
-        if scorer != scorers[0]:
+        name, made = QUEST[scorer], cached(partial(Quest, cache, scorer))
+
+        def equal_mass(made: Callable[[], Quest] = made, name: str = name) -> Entrant:
+            quest = made()
+            enough = partial(_keeps, quest, q, cache, mass)
+            pages = fewest(MIN_PAGES, quest.num_pages, enough)
+            return _quest_entrant(quest, name, q, shape, pages, note=EQUAL_MASS)
+
+        entrant = guard(f"{name}, {EQUAL_MASS}", equal_mass)
+        if entrant is None:
             continue
+        found[f"{name}, {EQUAL_MASS}"] = entrant
+        if best is not None:
+            continue
+        best, quest = scorer, made()
         pages = min(max(-(-int(attended) // PAGE_TOKENS), MIN_PAGES), quest.num_pages)
-        found[f"{name}, {EQUAL_TOKENS}"] = entrant(pages, note=EQUAL_TOKENS)
+        found[f"{name}, {EQUAL_TOKENS}"] = _quest_entrant(
+            quest, name, q, shape, pages, note=EQUAL_TOKENS
+        )
         for budget in curves:
             pages = max(budget // PAGE_TOKENS, MIN_PAGES)
-            found[f"{name}, {budget}"] = entrant(pages, main=False)
+            found[f"{name}, {budget}"] = _quest_entrant(quest, name, q, shape, pages, main=False)
     return found
 
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["free_bytes", "require_memory", "resident_bytes"]
+import torch
+
+__all__ = [
+    "free_bytes",
+    "free_device_bytes",
+    "require_cuda",
+    "require_memory",
+    "resident_bytes",
+]
 
 HEADROOM = 0.9  # of what is free: allocators, torch's own scratch and other programs need the rest
 
@@ -24,9 +32,27 @@ def free_bytes() -> int | None:
     return min(known) if known else None
 
 
-def require_memory(what: str, got: object, needed_bytes: int) -> None:
-    """ValueError if so many bytes do not fit into what is free."""
-    free = free_bytes()
+def free_device_bytes(device: str) -> int:
+    """Memory of a GPU that this process may still take."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free
+
+
+def require_cuda(device: str) -> None:
+    """ValueError if there is no such GPU, or if torch cannot use one."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = torch.device(device).index or 0
+    if index >= count:
+        raise ValueError(
+            f"device: got {device!r}, allowed: cpu, or one of the {count} GPUs that torch "
+            f"{torch.__version__} sees here"
+        )
+
+
+def require_memory(what: str, got: object, needed_bytes: int, free: int | None = None) -> None:
+    """ValueError if so many bytes do not fit into what is free; None: of the host's memory."""
+    if free is None:
+        free = free_bytes()
     if free is not None and needed_bytes > HEADROOM * free:
         raise ValueError(
             f"{what}: got {got}, which needs {needed_bytes / 1e9:.1f} GB, "

@@ -1,23 +1,35 @@
 """One prefill chunk on a long context: append, sketch, scores, lists and attention together.
 
 Dense contenders take minutes at 128K, so they are timed on some of the KV heads (and the query
-heads that read them) and scaled: heads are independent, and every row says how many were timed.
+heads that read them) and scaled: heads are independent, and every row says how many were timed. On
+a GPU all of them are, against a GPU's peers (`kvselect.bench.dense_peers`), in CUDA graphs where a
+contender can be captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import nan
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvselect.attention import sparse_attention
-from kvselect.bench.contenders import BOUND, require_agreement
+from kvselect.bench.contenders import BOUND, exact_dtype, require_agreement
+from kvselect.bench.dense_peers import gpu_chunk_peers
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
-from kvselect.bench.layer import ROPE_BASE, Shape, StructuredLayer, rotated
+from kvselect.bench.expected import expected_chunk_us
+from kvselect.bench.graphs import (
+    ColdL2,
+    DeviceSamples,
+    as_reason,
+    copy_gb_per_s,
+    interleaved_replays,
+)
+from kvselect.bench.layer import ROPE_BASE, StructuredLayer, rotated
 from kvselect.bench.measure import (
     ColdCaches,
     Contender,
@@ -26,135 +38,69 @@ from kvselect.bench.measure import (
     read_gb_per_s,
     threads,
 )
-from kvselect.bench.memory import require_memory
-from kvselect.bench.request import OnProgress, check_sizes, no_progress
-from kvselect.bench.results import Timing, print_table, timing
+from kvselect.bench.prefill_request import (
+    MASKED,
+    MATMUL,
+    NUM_SAMPLES,
+    QUESTION,
+    ROWS_AT_ONCE,
+    TORCH,
+    UNMASKED,
+    PrefillRequest,
+    PrefillRow,
+    check,
+)
+from kvselect.bench.prefill_table import show
+from kvselect.bench.request import OnProgress, OnSkip, no_progress
+from kvselect.bench.results import Skipped, Timing, timing
 from kvselect.bench.watch import AttendedLists, OpWatch, stage_ms
 from kvselect.cache import KVCache
-from kvselect.checks import require_int
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.token_select import TokenSelect
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
 from kvselect.testing import rel_err
 
-__all__ = ["QUESTION", "PrefillRequest", "PrefillRow", "check", "run", "show"]
+__all__ = [
+    "MASKED",
+    "MATMUL",
+    "QUESTION",
+    "TORCH",
+    "UNMASKED",
+    "PrefillRequest",
+    "PrefillRow",
+    "check",
+    "run",
+    "show",
+]
 
-QUESTION = "How long does a prefill chunk take on a long context, selection included?"
-MASKED = "torch SDPA, enable_gqa, causal mask"
-UNMASKED = "torch SDPA, group folded, no mask"
-MATMUL = "torch matmul-softmax-matmul"
-SDPA = (MASKED, UNMASKED)
-TORCH = (*SDPA, MATMUL)
-ROWS_AT_ONCE = 256  # queries of one matrix product: its logits stay a few hundred MB
 DRIFT = 0.95  # cosine of neighbouring queries
-NUM_SAMPLES = 24  # queries whose outputs and kept mass are computed in float32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRequest:
-    """What to measure.
+def run(
+    request: PrefillRequest,
+    on_progress: OnProgress = no_progress,
+    on_skip: OnSkip | None = None,
+) -> list[PrefillRow]:
+    """Measure every length on every number of threads.
 
     Parameters
     ----------
-    tokens : tuple of int
-        Context lengths, the chunk included.
-    chunk_tokens : int
-        Queries of the chunk.
-    dense_kv_heads : int
-        KV heads that dense contenders are timed on; all of them if there are no more.
-    """
-
-    tokens: tuple[int, ...]
-    shape: Shape = field(default_factory=Shape)
-    chunk_tokens: int = 2048
-    topk: int = 2048
-    threads: tuple[int, ...] = (1,)
-    rounds: int = 3
-    dense_kv_heads: int = 1
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRow:
-    """One contender at one length on one number of threads.
-
-    Attributes
-    ----------
-    timed_kv_heads : int
-        Of ``num_kv_heads``; times are of all heads, scaled from these.
-    over : dict of name to float
-        Time of each torch peer over this row's.
-    over_best_sdpa, over_best_torch : float
-        The same of the fastest form of SDPA, and of the fastest of all. "group folded, no mask"
-        attends to a few tokens too many, in favour of the peer.
-    attended_tokens, kept_mass : float
-        Per query and KV head; the mass on sampled queries, causal, in float32.
-    stages_ms : dict
-        Of contenders of kvselect; empty for others.
-    """
-
-    tokens: int
-    contender: str
-    chunk_tokens: int
-    timed_kv_heads: int
-    num_kv_heads: int
-    over: dict[str, float]
-    over_best_sdpa: float
-    over_best_torch: float
-    attended_tokens: float
-    kept_mass: float
-    output_error: float
-    gmac_per_s: float | None
-    stages_ms: dict[str, float]
-    timing: Timing
-
-
-def check(request: PrefillRequest) -> None:
-    """Refuse what cannot run, before anything is allocated.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For sizes that do not fit each other or the free memory.
-    """
-    require_int(request.chunk_tokens, "chunk_tokens", 1)
-    require_int(request.dense_kv_heads, "dense_kv_heads", 1)
-    check_sizes(
-        request.tokens,
-        request.threads,
-        topk=request.topk,
-        rounds=request.rounds,
-        shortest=request.chunk_tokens + 1,
-    )
-    for tokens in request.tokens:
-        require_memory("tokens", tokens, needed_bytes(request, tokens))
-
-
-def needed_bytes(request: PrefillRequest, tokens: int) -> int:
-    """Memory at one length."""
-    shape = request.shape
-    heads = min(request.dense_kv_heads, shape.num_kv_heads)
-    caches = shape.cache_bytes(tokens, "int4")
-    caches += shape.cache_bytes(tokens, None) * heads // shape.num_kv_heads
-    mask = 3 * request.chunk_tokens * tokens  # bool, and what torch makes of it
-    mask += 8 * ROWS_AT_ONCE * heads * shape.group_size * tokens  # logits of one product
-    samples = 8 * NUM_SAMPLES * shape.group_size * tokens + 8 * shape.head_dim * tokens
-    scores = 4 * tokens * (request.chunk_tokens // 64 + 16) * shape.num_q_heads
-    return caches + mask + samples + scores + (1 << 30)
-
-
-def run(request: PrefillRequest, on_progress: OnProgress = no_progress) -> list[PrefillRow]:
-    """Measure every length on every number of threads.
+    on_skip : callable or None
+        Told who does not take part, and why: whoever cannot be built, or disagrees with exact
+        attention. None: such an error ends the bench.
 
     Raises
     ------
     DisagreementError
-        If an output is further from float32 than its dtype explains; nothing is timed then.
+        Without ``on_skip``: if an output is further from float32 than its dtype explains; nothing
+        is timed then.
     """
     check(request)
     rows: list[PrefillRow] = []
     for tokens in request.tokens:
-        rows += _Bench(request, tokens, on_progress, tokens / sum(request.tokens)).rows()
+        weight = tokens / sum(request.tokens)
+        rows += _Bench(request, tokens, on_progress, on_skip, weight).rows()
     return rows
 
 
@@ -167,20 +113,37 @@ class _Chunk:
     prepare: Callable[[], object] | None = None
     causal: bool = True
     selects: bool = False
+    sdpa: bool = False
+    dense_peer: bool = False
 
 
 class _Bench:
     """One length: inputs, contenders, checks."""
 
     def __init__(
-        self, request: PrefillRequest, tokens: int, on_progress: OnProgress, weight: float
+        self,
+        request: PrefillRequest,
+        tokens: int,
+        on_progress: OnProgress,
+        on_skip: OnSkip | None,
+        weight: float,
     ) -> None:
         self.request, self.tokens = request, tokens
-        self.on_progress, self.weight = on_progress, weight
+        self.on_progress, self.on_skip, self.weight = on_progress, on_skip, weight
         shape, chunk = request.shape, request.chunk_tokens
         on_progress(f"{tokens} tokens: keys", 0.0)
         layer = StructuredLayer(shape, request.seed)
         self.cache = shape.new_cache(tokens, "int4")
+        if request.gpu_peers:  # a graph knows no host: its cache has all lengths on the device
+            self.cache = FixedKVCache(
+                1,
+                shape.num_kv_heads,
+                shape.head_dim,
+                dtype=shape.torch_dtype,
+                device=shape.device,
+                capacity=tokens,
+                sketch="int4",
+            )
         layer.fill([self.cache], tokens - chunk)
         parts = list(layer.tokens(chunk))
         self.new_k, self.new_v = (torch.cat(part, dim=1) for part in zip(*parts))
@@ -188,11 +151,17 @@ class _Bench:
         self.q, self.q_unrotated = _queries(layer, self.cache, chunk)
         pairs = shape.head_dim // 2
         inv_freq = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-        self.rope = Rope.from_frequencies(inv_freq, tokens)
+        self.rope = Rope.from_frequencies(inv_freq, tokens, device=self.cache.device)
         self.sampled = torch.linspace(0, chunk - 1, min(NUM_SAMPLES, chunk)).round().long()
 
-        heads = min(request.dense_kv_heads, shape.num_kv_heads)
+        heads = request.timed_kv_heads
         self.dense_heads, q_heads = heads, heads * shape.group_size
+        self.policy = TokenSelect(topk=request.topk, dense_below_tokens=0)
+        self.state = self.policy.new_state(self.cache)
+        self.dense_q, self.dense_cache = self.q, self.cache
+        if request.gpu_peers:
+            self.k, self.v = self.cache.k.transpose(1, 2), self.cache.v.transpose(1, 2)
+            return
         self.k = self.cache.k[:, :, :heads].transpose(1, 2).contiguous()
         self.v = self.cache.v[:, :, :heads].transpose(1, 2).contiguous()
         self.dense_q = self.q[:, :, :q_heads].contiguous()
@@ -200,11 +169,61 @@ class _Bench:
             1, heads, shape.head_dim, dtype=shape.torch_dtype, capacity=tokens, sketch=None
         )
         self.dense_cache.append(self.k.transpose(1, 2), self.v.transpose(1, 2))
-        self.policy = TokenSelect(topk=request.topk, dense_below_tokens=0)
-        self.state = self.policy.new_state(self.cache)
+
+    def skip(self, name: str, error: Exception) -> None:
+        """Report who does not take part; without anybody to report to, that is an error."""
+        if self.on_skip is None:
+            raise error
+        self.on_skip(Skipped(tokens=self.tokens, contender=name, reason=as_reason(error)))
 
     def chunks(self) -> dict[str, _Chunk]:
         """The contenders by name."""
+        return self._gpu_chunks() if self.request.gpu_peers else self._cpu_chunks()
+
+    def _set_length(self, tokens: int) -> None:
+        """Of a cache with all lengths on the device: the same after every call of a contender."""
+        self.cache.cache_seqlens.fill_(tokens)
+
+    def _ours(self) -> Tensor:
+        self.cache.append(self.new_k, self.new_v)
+        out, _ = prefill(
+            self.q,
+            self.cache,
+            self.policy,
+            self.state,
+            q_unrotated=self.q_unrotated,
+            rope=self.rope,
+        )
+        return out[0]
+
+    def _our_dense(self) -> Tensor:
+        return sparse_attention(self.dense_q, self.dense_cache)[0][0]
+
+    def _gpu_chunks(self) -> dict[str, _Chunk]:
+        heads, chunk = self.dense_heads, self.request.chunk_tokens
+        found: dict[str, _Chunk] = {}
+        for name, peer in gpu_chunk_peers().items():
+            try:
+                call = peer.build(self.q, self.k, self.v)
+            except Exception as error:
+                self.skip(name, error)
+                continue
+            found[name] = _Chunk(
+                call=call, kv_heads=heads, causal=peer.causal, sdpa=peer.sdpa, dense_peer=True
+            )
+        whole, shorter = self.tokens, self.tokens - chunk
+        found[OUR_DENSE] = _Chunk(
+            call=self._our_dense, kv_heads=heads, prepare=partial(self._set_length, whole)
+        )
+        found[SELECT_INT4] = _Chunk(
+            call=self._ours,
+            kv_heads=heads,
+            prepare=partial(self._set_length, shorter),
+            selects=True,
+        )
+        return found
+
+    def _cpu_chunks(self) -> dict[str, _Chunk]:
         chunk, heads = self.request.chunk_tokens, self.dense_heads
         rows = self.dense_q.transpose(1, 2)  # [1, q heads, chunk, head_dim]
         row = torch.arange(self.tokens - chunk, self.tokens)
@@ -236,28 +255,15 @@ class _Bench:
                 parts.append(out.view(-1, end - begin, out.shape[-1]).transpose(0, 1))
             return torch.cat(parts)
 
-        def ours() -> Tensor:
-            self.cache.append(self.new_k, self.new_v)
-            out, _ = prefill(
-                self.q,
-                self.cache,
-                self.policy,
-                self.state,
-                q_unrotated=self.q_unrotated,
-                rope=self.rope,
-            )
-            return out[0]
-
-        def dense() -> Tensor:
-            return sparse_attention(self.dense_q, self.dense_cache)[0][0]
-
         return {
-            MASKED: _Chunk(call=masked, kv_heads=heads),
-            UNMASKED: _Chunk(call=unmasked, kv_heads=heads, causal=False),
-            MATMUL: _Chunk(call=matmul, kv_heads=heads),
-            OUR_DENSE: _Chunk(call=dense, kv_heads=heads),
+            MASKED: _Chunk(call=masked, kv_heads=heads, sdpa=True, dense_peer=True),
+            UNMASKED: _Chunk(
+                call=unmasked, kv_heads=heads, causal=False, sdpa=True, dense_peer=True
+            ),
+            MATMUL: _Chunk(call=matmul, kv_heads=heads, dense_peer=True),
+            OUR_DENSE: _Chunk(call=self._our_dense, kv_heads=heads),
             SELECT_INT4: _Chunk(
-                call=ours,
+                call=self._ours,
                 kv_heads=self.request.shape.num_kv_heads,
                 prepare=partial(self.cache.crop, chunk),
                 selects=True,
@@ -268,34 +274,38 @@ class _Bench:
         """Compare, then time, then rows."""
         request, shape, chunks = self.request, self.request.shape, self.chunks()
         self.on_progress(f"{self.tokens} tokens: outputs", 0.2 * self.weight)
-        found = {name: self._compare(name, one) for name, one in chunks.items()}
+        found = {}
+        for name, one in chunks.items():
+            try:
+                found[name] = self._compare(name, one)
+            except Exception as failure:
+                self.skip(name, failure)
+        chunks = {name: chunks[name] for name in found}
         self.on_progress(f"{self.tokens} tokens: time", 0.2 * self.weight)
         rows = []
-        part = 0.6 * self.weight / (len(request.threads) * request.rounds * len(chunks))
+        part = 0.6 * self.weight / (len(request.threads) * request.rounds * max(len(chunks), 1))
         for number in request.threads:
             with threads(number), kept_heap():
-                bandwidth = read_gb_per_s(number)
-                samples = interleaved_ms(
-                    {
-                        name: Contender(call=one.call, prepare=one.prepare)
-                        for name, one in chunks.items()
-                    },
-                    request.rounds,
-                    num_threads=number,
-                    cold=ColdCaches(),
-                    max_seconds=10.0,
-                    on_call=lambda name: self.on_progress(f"{self.tokens} tokens: {name}", part),
-                )
+                bandwidth, samples = self._measure(chunks, number, part)
+                chunks = {name: one for name, one in chunks.items() if name in samples}
                 scaled = {
-                    name: [ms * shape.num_kv_heads / one.kv_heads for ms in samples[name]]
+                    name: [ms * shape.num_kv_heads / one.kv_heads for ms in samples[name].event_ms]
                     for name, one in chunks.items()
                 }
                 timed = {
-                    name: timing(scaled[name], self._bytes(one, found[name][1]), bandwidth, number)
+                    name: timing(
+                        scaled[name],
+                        self._bytes(one, found[name][1]),
+                        bandwidth,
+                        number,
+                        wall_ms=samples[name].wall_ms if shape.on_cuda else None,
+                        not_captured=samples[name].not_captured if shape.on_cuda else None,
+                    )
                     for name, one in chunks.items()
                 }
                 stages = {name: self._stages(one, timed[name]) for name, one in chunks.items()}
-            peers = {name: timed[name].median_ms for name in TORCH}
+            peers = {name: timed[name].median_ms for name, one in chunks.items() if one.dense_peer}
+            sdpa = [ms for name, ms in peers.items() if chunks[name].sdpa]
             pairs = request.chunk_tokens * (self.tokens - (request.chunk_tokens - 1) / 2)
             macs = 2 * pairs * shape.num_q_heads * shape.head_dim
             for name, one in chunks.items():
@@ -309,17 +319,63 @@ class _Bench:
                         timed_kv_heads=one.kv_heads,
                         num_kv_heads=shape.num_kv_heads,
                         over={peer: peer_ms / ms for peer, peer_ms in peers.items()},
-                        over_best_sdpa=min(peers[peer] for peer in SDPA) / ms,
-                        over_best_torch=min(peers.values()) / ms,
+                        over_best_sdpa=min(sdpa, default=nan) / ms,
+                        over_best_torch=min(peers.values(), default=nan) / ms,
                         attended_tokens=attended,
                         kept_mass=mass,
                         output_error=error,
                         gmac_per_s=None if one.selects else macs / ms / 1e6,
                         stages_ms=stages[name],
                         timing=timed[name],
+                        expected_us=(us := self._expected_us(one, attended, bandwidth)),
+                        over_expected=None if us is None else 1e3 * ms / us,
                     )
                 )
         return rows
+
+    def _measure(
+        self, chunks: Mapping[str, _Chunk], number: int, part: float
+    ) -> tuple[float, dict[str, DeviceSamples]]:
+        """Bandwidth of the machine, and milliseconds of every contender."""
+        shape = self.request.shape
+        contenders = {
+            name: Contender(call=one.call, prepare=one.prepare) for name, one in chunks.items()
+        }
+
+        def on_call(name: str) -> None:
+            self.on_progress(f"{self.tokens} tokens: {name}", part)
+
+        if shape.on_cuda:
+            device = torch.device(shape.device)
+            bandwidth = copy_gb_per_s(device)
+            samples = interleaved_replays(
+                contenders,
+                self.request.rounds,
+                cold=ColdL2(device),
+                bound=BOUND[shape.torch_dtype],
+                on_call=on_call,
+                on_fail=self.skip,
+            )
+            return bandwidth, samples
+        bandwidth = read_gb_per_s(number)
+        found = interleaved_ms(
+            contenders,
+            self.request.rounds,
+            num_threads=number,
+            cold=ColdCaches(),
+            max_seconds=10.0,
+            on_call=on_call,
+        )
+        return bandwidth, {name: DeviceSamples(ms, [], "") for name, ms in found.items()}
+
+    def _expected_us(self, one: _Chunk, attended: float, bandwidth: float) -> float | None:
+        request = self.request
+        if not request.gpu_peers:
+            return None
+        listed = attended if one.selects else None
+        return expected_chunk_us(
+            request.shape, self.tokens, request.chunk_tokens, listed, bandwidth
+        )
 
     def _bytes(self, one: _Chunk, attended: float) -> int:
         """Keys and values once; ours: the sketch once, and every block's list."""
@@ -331,7 +387,7 @@ class _Bench:
         return int(shape.sketch_bytes("int4") * self.tokens + listed)
 
     def _stages(self, one: _Chunk, timed: Timing) -> dict[str, float]:
-        if not one.selects:
+        if not one.selects or self.request.shape.on_cuda:  # a GPU is not done when an op returns
             return {}
         assert one.prepare is not None
         one.prepare()
@@ -348,12 +404,13 @@ class _Bench:
         lists = _lists_of(watch.attended, self.sampled) if one.selects else None
         attended = float(self.tokens)
         errors, masses, counts = [], [], []
+        exact = exact_dtype(out.device)
         for head in range(one.kv_heads):
             heads = slice(head * group, (head + 1) * group)
-            k, v = (x[0, :, head].float() for x in (self.cache.k, self.cache.v))
+            k, v = (x[0, :, head].to(exact) for x in (self.cache.k, self.cache.v))
             for number, index in enumerate(self.sampled.tolist()):
                 visible = first + index + 1 if one.causal else self.tokens
-                logits = self.q[0, index, heads].float() @ k[:visible].T * k.shape[1] ** -0.5
+                logits = self.q[0, index, heads].to(exact) @ k[:visible].T * k.shape[1] ** -0.5
                 weights, values = torch.softmax(logits, -1), v[:visible]
                 entry = None if lists is None else lists[number]
                 if entry is not None:
@@ -362,7 +419,7 @@ class _Bench:
                     counts.append(float(len(listed)))
                 mass = weights.sum(-1, keepdim=True)
                 masses.append(float(mass.mean()))
-                errors.append((out[index, heads].float(), weights / mass @ values))
+                errors.append((out[index, heads].to(exact), weights / mass @ values))
         got, expected = (torch.stack(parts) for parts in zip(*errors))
         error, bound = rel_err(got, expected), BOUND[self.cache.dtype]
         require_agreement(name, self.tokens, error, bound)
@@ -380,7 +437,8 @@ def _queries(layer: StructuredLayer, cache: KVCache, count: int) -> tuple[Tensor
         q = layer.drifted(q, DRIFT)
         rows.append(q)
     stacked = torch.stack(rows) * layer.scale
-    positions = torch.arange(cache.max_seqlen - count, cache.max_seqlen)[:, None]
+    first = cache.max_seqlen - count
+    positions = torch.arange(first, cache.max_seqlen, device=stacked.device)[:, None]
     dtype = layer.shape.torch_dtype
     return rotated(stacked, positions)[None].to(dtype), stacked[None].to(dtype)
 
@@ -407,56 +465,3 @@ def _lists_in(call: AttendedLists, index: int) -> Tensor | None:
     indices = call.indices[0, block].long()
     # Padding beyond every visible position: whoever reads the list leaves it out.
     return indices.masked_fill(indices < 0, torch.iinfo(torch.int64).max)
-
-
-COLUMNS = (
-    "",
-    "ms",
-    "p20-p80",
-    "GMAC/s",
-    "x SDPA\nmasked",
-    "x SDPA\nunmasked",
-    "x\nmatmul",
-    "x best\ntorch",
-    "KV heads\ntimed",
-    "tokens\nattended",
-    "kept\nmass",
-    "output\nerror",
-)
-
-
-def show(request: PrefillRequest, rows: Sequence[PrefillRow]) -> None:
-    """One table per length and number of threads, and our stages below it."""
-    for tokens in request.tokens:
-        for number in request.threads:
-            chosen = [row for row in rows if row.tokens == tokens and row.timing.threads == number]
-            clock = "CPU time" if number == 1 else "wall time"
-            title = (
-                f"prefill chunk of {request.chunk_tokens} queries at {tokens} tokens, "
-                f"{request.shape}, {number} thread(s), {clock}; structured random keys (simulated)"
-            )
-            print_table(title, COLUMNS, [_cells(row) for row in chosen])
-            for row in chosen:
-                if row.stages_ms:
-                    total = sum(row.stages_ms.values())
-                    shares = (
-                        f"{stage} {ms:.0f} ms ({100 * ms / total:.0f} %)"
-                        for stage, ms in row.stages_ms.items()
-                    )
-                    print(f"{row.contender}: {', '.join(shares)}")
-
-
-def _cells(row: PrefillRow) -> list[str]:
-    found = row.timing
-    return [
-        row.contender,
-        f"{found.median_ms:.0f}",
-        f"{found.p20_ms:.0f}-{found.p80_ms:.0f}",
-        "–" if row.gmac_per_s is None else f"{row.gmac_per_s:.0f}",
-        *(f"{row.over[peer]:.2f}" for peer in TORCH),
-        f"{row.over_best_torch:.1f}",
-        f"{row.timed_kv_heads} of {row.num_kv_heads}",
-        f"{row.attended_tokens:.0f}",
-        f"{row.kept_mass:.3f}",
-        f"{row.output_error:.3f}",
-    ]

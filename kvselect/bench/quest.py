@@ -67,6 +67,7 @@ class Quest:
         num_tokens, heads, dim = cache.max_seqlen, cache.num_kv_heads, cache.head_dim
         self._cache, self._scorer, self._heads = cache, scorer, heads
         self.num_pages = -(-num_tokens // PAGE_TOKENS)
+        require(cache.batch == 1, "batch", cache.batch, "1 (Quest as it is re-created here)")
         require(self.num_pages >= MIN_PAGES, "tokens", num_tokens, "at least three pages of 16")
         self._first_of_last = (self.num_pages - 1) * PAGE_TOKENS
         whole = cache.k[0, : self._first_of_last].transpose(0, 1)
@@ -78,7 +79,13 @@ class Quest:
             require(2 * dim in HEAD_DIMS, "head-dim", dim, f"{allowed} (bounds scored by kvselect)")
             capacity = self.num_pages - 1
             self._table = KVCache(
-                1, heads, 2 * dim, dtype=cache.dtype, capacity=capacity, sketch=None
+                1,
+                heads,
+                2 * dim,
+                dtype=cache.dtype,
+                device=cache.device,
+                capacity=capacity,
+                sketch=None,
             )
             rows = self.bounds.transpose(0, 1)[None]
             self._table.append(rows, torch.zeros_like(rows))
@@ -103,13 +110,13 @@ class Quest:
         picked = self._pick(signed_parts(q), num_pages - 1)
         width = num_pages * PAGE_TOKENS
         aligned = -(-width // LIST_ALIGNMENT) * LIST_ALIGNMENT
-        indices = torch.full((1, self._heads, aligned), -1, dtype=torch.int32)
-        within = torch.arange(PAGE_TOKENS, dtype=torch.int32)
+        indices = picked.new_full((1, self._heads, aligned), -1)
+        within = torch.arange(PAGE_TOKENS, dtype=torch.int32, device=picked.device)
         indices[0, :, : width - PAGE_TOKENS] = (picked[..., None] * PAGE_TOKENS + within).flatten(1)
         tail = self._cache.max_seqlen - self._first_of_last
         begin = width - PAGE_TOKENS
         indices[0, :, begin : begin + tail] = self._first_of_last + within[:tail]
-        length = torch.full((1, self._heads), begin + tail, dtype=torch.int32)
+        length = picked.new_full((1, self._heads), begin + tail)
         return Selection(indices, length)
 
     def step(self, q: Tensor, num_pages: int) -> Tensor:

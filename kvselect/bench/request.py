@@ -9,11 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvselect.bench.layer import DTYPES, Shape
+from kvselect.bench.results import Skipped
 from kvselect.checks import require, require_int
 from kvselect.machine import usable_cores
 
 __all__ = [
     "OnProgress",
+    "OnSkip",
+    "add_device",
     "add_sizes",
     "check_sizes",
     "default_threads",
@@ -28,6 +31,8 @@ __all__ = [
 
 # Told what is going on, and how much of all work (1.0) was just finished.
 OnProgress = Callable[[str, float], object]
+# Told who does not take part, and why.
+OnSkip = Callable[[Skipped], object]
 
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
@@ -111,6 +116,22 @@ def add_sizes(
     parser.add_argument("--rounds", type=int, default=rounds, help="samples of each contender")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options of benches that run on a GPU as well."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--batch", type=int, default=1, help="rows, all of one length")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="timed together, each with keys of its own (1; on a GPU 8, more for short contexts)",
+    )
+    parser.add_argument(
+        "--as-on-gpu",
+        action="store_true",
+        help="a GPU's contenders, tables and rules on whatever device; implied by --device cuda",
+    )
+
+
 def default_threads() -> str:
     """One thread, and two where the process may use two cores."""
     return "1,2" if usable_cores() >= 2 else "1"
@@ -123,6 +144,8 @@ def shape_of(options: argparse.Namespace) -> Shape:
         num_kv_heads=options.kv_heads,
         head_dim=options.head_dim,
         dtype=options.dtype,
+        batch=getattr(options, "batch", 1),
+        device=getattr(options, "device", "cpu"),
     )
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from kvselect.bench.measure import can_keep_heap, clock_name, quantiles
 from kvselect.eval import machine
 
-__all__ = ["Timing", "as_row", "load", "print_table", "save", "timing"]
+__all__ = ["Skipped", "Timing", "as_row", "load", "print_skipped", "print_table", "save", "timing"]
 
 TABLE_COLUMNS = 160
 
@@ -29,7 +29,7 @@ class Timing:
     Attributes
     ----------
     median_ms, p20_ms, p80_ms, samples_ms
-        Of the clock: "cpu" (one thread) or "wall" (several).
+        Of the clock: "cpu" (one thread), "wall" (several) or "events" (a GPU's).
     bytes_must_read : int
         By the method's own plan; the floor is these bytes at the streaming-read bandwidth that the
         same run measured.
@@ -37,6 +37,10 @@ class Timing:
         ``bytes_must_read`` over the median.
     times_floor : float
         Median over floor; 1 cannot be beaten by this method.
+    wall_ms : float or None
+        On a GPU: median by the clock, from idle to idle, launch included.
+    not_captured : str or None
+        On a GPU: why no CUDA graph was timed; empty if one was.
     """
 
     threads: int
@@ -50,17 +54,25 @@ class Timing:
     gb_per_s: float
     floor_ms: float
     times_floor: float
+    wall_ms: float | None = None
+    not_captured: str | None = None
 
 
 def timing(
-    samples_ms: list[float], bytes_must_read: int, streaming_gb_per_s: float, threads: int
+    samples_ms: list[float],
+    bytes_must_read: int,
+    streaming_gb_per_s: float,
+    threads: int,
+    *,
+    wall_ms: list[float] | None = None,
+    not_captured: str | None = None,
 ) -> Timing:
-    """A `Timing` of these samples."""
+    """A `Timing` of these samples; those of a GPU come with ``wall_ms``."""
     median, p20, p80 = quantiles(samples_ms)
     floor_ms = bytes_must_read / streaming_gb_per_s / 1e6
     return Timing(
         threads=threads,
-        clock=clock_name(threads),
+        clock=clock_name(threads) if wall_ms is None else "events",
         median_ms=median,
         p20_ms=p20,
         p80_ms=p80,
@@ -70,7 +82,18 @@ def timing(
         gb_per_s=bytes_must_read / median / 1e6,
         floor_ms=floor_ms,
         times_floor=median / floor_ms,
+        wall_ms=None if wall_ms is None else quantiles(wall_ms).median,
+        not_captured=not_captured,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A contender that did not take part at one length, and why."""
+
+    tokens: int
+    contender: str
+    reason: str
 
 
 def as_row(row: Any) -> dict[str, Any]:
@@ -80,10 +103,17 @@ def as_row(row: Any) -> dict[str, Any]:
     return found | (inner or {})
 
 
-def save(path: Path, question: str, config: dict[str, Any], rows: Iterable[Any]) -> Path:
+def save(
+    path: Path,
+    question: str,
+    config: dict[str, Any],
+    rows: Iterable[Any],
+    skipped: Iterable[Skipped] = (),
+) -> Path:
     """Write JSON: question, machine, versions, commit, config, rows; never half a file.
 
-    Where the file lies (``config["out"]``) is left out: it says nothing about the measurement.
+    Who was left out, and why, stands under "skipped", where anybody was. Where the file lies
+    (``config["out"]``) is left out: it says nothing about the measurement.
     """
     content = {
         "question": question,
@@ -92,6 +122,9 @@ def save(path: Path, question: str, config: dict[str, Any], rows: Iterable[Any])
         "config": {name: value for name, value in config.items() if name != "out"},
         "results": [as_row(row) for row in rows],
     }
+    left_out = [asdict(one) for one in skipped]
+    if left_out:
+        content["skipped"] = left_out
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
@@ -103,6 +136,12 @@ def load(path: Path) -> dict[str, Any]:
     """What `save` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def print_skipped(skipped: Sequence[Skipped]) -> None:
+    """Who did not take part, and why: one line each."""
+    for one in skipped:
+        print(f"left out at {one.tokens} tokens: {one.contender}: {one.reason}")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache as once
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvselect.attention import sparse_attention
-from kvselect.bench.contenders import BOUND, attention_over, folded
+from kvselect.bench.contenders import BOUND, attention_over, folded, selection_from
 from kvselect.bench.entrants import ENDS
 from kvselect.bench.layer import Shape, StructuredLayer
 from kvselect.bench.measure import Contender
@@ -19,17 +20,18 @@ from kvselect.cache import KVCache
 from kvselect.decode import decode_step
 from kvselect.policies.token_select import TokenSelect
 from kvselect.score import score_tokens
-from kvselect.selection import LIST_ALIGNMENT, Selection, num_kept, select_tokens
+from kvselect.selection import Selection, num_kept, select_tokens
 from kvselect.sketch import BLOCK_TOKENS, encode
 from kvselect.testing import rel_err
 
-__all__ = ["Op", "listed_tokens", "single_ops"]
+__all__ = ["Op", "gpu_ops", "listed_tokens", "single_ops"]
 
 SCAN = {"int4": "scan int4", "int8": "scan int8", None: "scan exact keys"}
 HIT = "decode step, hit"
 STEP = "decode step, miss"
 DENSE = "dense attention"
 CHUNK_TOKENS = 2048
+GPU_LISTS = (2688, 16384)  # tokens: sinks, window and 2048; and as many as keep a gather busy
 # Of the votes against float32 with exact keys: what the sketch rounds away (the exact scan: BOUND).
 SKETCH_BOUND = {"int4": 0.3, "int8": 0.03}
 
@@ -142,6 +144,76 @@ def single_ops(shape: Shape, tokens: int, topk: int, steps: int, seed: int) -> d
         bound=bound,
     )
     found[HIT] = _hit_op(topk, layer, moving, q, bound)
+    return found
+
+
+def gpu_ops(shape: Shape, tokens: int, topk: int, seed: int) -> dict[str, Op]:
+    """The ops of a step that leave the cache as it is, on one cache with an int4 sketch, and
+    attention over random lists of `GPU_LISTS`."""
+    row, bound = shape.row_bytes, BOUND[shape.torch_dtype]
+    layer, cache = StructuredLayer(shape, seed), shape.new_cache(tokens, "int4")
+    layer.fill([cache], tokens)
+    k, v = cache.k.transpose(1, 2), cache.v.transpose(1, 2)
+    q = layer.query(layer.draw_query(), cache)[0]
+    score = partial(
+        score_tokens,
+        num_sink_tokens=ENDS.num_sink_tokens,
+        num_recent_tokens=ENDS.num_recent_tokens,
+    )
+    head_macs, votes = shape.num_q_heads * shape.head_dim, _votes(q, k)
+    found: dict[str, Op] = {}
+    for sketch, source in (("int4", "sketch"), (None, "keys")):
+        scan = partial(score, q, cache, source=source)
+        found[SCAN[sketch]] = Op(
+            contender=Contender(call=scan),
+            bytes_must_read=int(shape.sketch_bytes(sketch) * tokens),
+            error=partial(_scan_error, scan, votes),
+            bound=SKETCH_BOUND["int4"] if sketch else 2 * bound,
+            macs=head_macs * tokens,
+        )
+
+    @once  # not before it is needed: a scan that fails takes no other op with it
+    def scores() -> Tensor:
+        return score(q, cache)
+
+    def select() -> Selection:
+        return select_tokens(
+            scores(),
+            cache.cache_seqlens,
+            topk=topk,
+            overselect=ENDS.overselect,
+            num_sink_tokens=ENDS.num_sink_tokens,
+            num_recent_tokens=ENDS.num_recent_tokens,
+        )
+
+    found["select"] = Op(
+        contender=Contender(call=lambda: select().indices),
+        bytes_must_read=4 * shape.num_kv_heads * tokens,
+        error=lambda: _selection_error(select(), scores()[0], num_kept(topk, ENDS.overselect)),
+        bound=1e-5,
+    )
+    for count in GPU_LISTS:
+        if count > tokens:
+            continue
+        for name, selection in (
+            (f"attention, random list of {count} tokens", _random_list(shape, tokens, count)),
+            (f"attention, latest {count} tokens", _latest(shape, tokens, count)),
+        ):
+            attend = partial(sparse_attention, q, cache, selection)
+            found[name] = Op(
+                contender=Contender(call=lambda attend=attend: attend()[0]),  # type: ignore[misc]
+                bytes_must_read=2 * row * count,
+                error=partial(_attention_error, q, cache, k, v, selection),
+                bound=bound,
+                macs=2 * head_macs * count,
+            )
+    found[DENSE] = Op(
+        contender=Contender(call=lambda: sparse_attention(q, cache)[0]),
+        bytes_must_read=2 * row * tokens,
+        error=partial(_attention_error, q, cache, k, v, None),
+        bound=bound,
+        macs=2 * head_macs * tokens,
+    )
     return found
 
 
@@ -264,22 +336,15 @@ def _append_error(cache: KVCache, k: Tensor, v: Tensor) -> float:
 
 def _random_list(shape: Shape, tokens: int, count: int) -> Selection:
     """The worst locality: every head its own random tokens."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(shape.device).manual_seed(1)
     rows = [
-        torch.randperm(tokens, generator=generator)[:count].sort().values
+        torch.randperm(tokens, generator=generator, device=shape.device)[:count].sort().values
         for _ in range(shape.num_kv_heads)
     ]
-    return _as_selection(torch.stack(rows))
+    return selection_from(torch.stack(rows)[None])
 
 
 def _latest(shape: Shape, tokens: int, count: int) -> Selection:
     """The best locality: the last tokens."""
-    return _as_selection(torch.arange(tokens - count, tokens).expand(shape.num_kv_heads, -1))
-
-
-def _as_selection(index: Tensor) -> Selection:
-    heads, count = index.shape
-    width = -(-count // LIST_ALIGNMENT) * LIST_ALIGNMENT
-    indices = torch.full((1, heads, width), -1, dtype=torch.int32)
-    indices[0, :, :count] = index.int()
-    return Selection(indices, torch.full((1, heads), count, dtype=torch.int32))
+    latest = torch.arange(tokens - count, tokens, device=shape.device)
+    return selection_from(latest.expand(1, shape.num_kv_heads, -1))

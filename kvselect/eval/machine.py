@@ -38,6 +38,33 @@ def commit() -> str | None:
         return None
 
 
+GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu")
+
+
+def gpu() -> dict[str, Any] | None:
+    """The current GPU, its driver, and its clocks as they are found; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    described: dict[str, Any] = {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "cuda_runtime": torch.version.cuda,
+    }
+    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return described  # no such program here
+    rows = done.stdout.strip().splitlines()
+    if rows:  # one GPU, or the first of several
+        described |= dict(zip(GPU_FIELDS, (value.strip() for value in rows[0].split(","))))
+    return described
+
+
 def describe() -> dict[str, Any]:
     """Machine, versions and commit, for a result file."""
     packages = ("kvselect", "torch", "transformers", "numpy")
@@ -53,5 +80,6 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version_of(name) for name in packages},
         },
+        "gpu": gpu(),
         "commit": commit(),
     }

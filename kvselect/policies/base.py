@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from kvselect.attention import attend_queries
@@ -51,6 +52,20 @@ class PolicyState:
     rolling_pools: RollingPools | None = None
     decode_policies: dict[int, Policy] = field(default_factory=dict)
     crossovers: Mapping[int, Crossover] | None = None
+    _offsets: tuple[tuple[int, ...], Tensor] | None = None
+
+    def offsets_on(self, device: torch.device, offsets: tuple[int, ...]) -> Tensor:
+        """Offsets as kernels read them, int32; those of the last call are kept.
+
+        A copy from the host at every chunk would make it wait for the device, and a CUDA graph
+        cannot capture one.
+        """
+        last = self._offsets
+        if last is None or last[0] != offsets or last[1].device != device:
+            with torch.inference_mode(False):  # it must serve calls of any grad mode
+                last = (offsets, torch.tensor(offsets, dtype=torch.int32, device=device))
+            self._offsets = last
+        return last[1]
 
     def decode_policy(self, num_q_heads: int) -> Policy:
         """The policy of decode steps: with its ``dense_below_tokens`` settled."""
