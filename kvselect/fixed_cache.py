@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -13,6 +15,13 @@ from kvselect.checks import require, require_int, require_tensor
 from kvselect.sketch import op_format
 
 __all__ = ["FixedKVCache"]
+
+
+class Follower(Protocol):
+    """What remembers something of a cache's tokens."""
+
+    def clear(self) -> None:
+        """Forget it, in place: captured steps go on writing to the same tensors."""
 
 
 class FixedKVCache(KVCache):
@@ -29,6 +38,11 @@ class FixedKVCache(KVCache):
         As for KVCache.
     capacity : int >= 1
         Tokens per row, once and for all.
+
+    Attributes
+    ----------
+    followers : WeakSet of Follower
+        Told of every change but appends: captured steps look at no version.
 
     Raises
     ------
@@ -48,6 +62,7 @@ class FixedKVCache(KVCache):
         sketch: str | None = "int4",
     ) -> None:
         require_int(capacity, "capacity", 1)
+        self.followers: WeakSet[Follower] = WeakSet()
         super().__init__(
             batch,
             num_kv_heads,
@@ -142,6 +157,19 @@ class FixedKVCache(KVCache):
                 assert self._sketch_data is not None
                 sketch_data.copy_(self._sketch_data)
                 self._sketch_data = sketch_data
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without followers, which are not this cache's to copy; their copies come back."""
+        return {name: value for name, value in self.__dict__.items() if name != "followers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.followers = WeakSet()
+
+    def _changed(self) -> None:
+        super()._changed()
+        for follower in self.followers:
+            follower.clear()
 
     def _forget_lengths(self) -> None:
         self._set_lengths([self._room] * len(self._lengths), [0] * len(self._lengths))

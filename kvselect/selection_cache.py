@@ -8,16 +8,17 @@ window is lost.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.cache import KVCache
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.selection import Lists
 
-__all__ = ["SelectionCache", "Similarity"]
+__all__ = ["CapturedSelectionCache", "SelectionCache", "Similarity"]
 
 Similarity = Literal["min", "q10", "flat"]
 
@@ -63,6 +64,7 @@ class SelectionCache:
         *,
         num_lists: int,
         width: int,
+        room: int,
         dense_limit: int,
         reuse_counts: Tensor,
     ) -> Tensor | None:
@@ -79,6 +81,8 @@ class SelectionCache:
             ``cache.num_kv_heads``, or 1 where all heads share a list.
         width : int
             Entries that lists must have room for.
+        room : int
+            Entries that new lists get.
         dense_limit : int
             Rows of at most so many real tokens attend to everything: the lists that they hold now
             are no selection, so they miss at the next step.
@@ -103,7 +107,12 @@ class SelectionCache:
         if not usable:
             # Anew: sizes may differ. Tensors made under inference_mode are no reason: the op writes
             # to them, in and outside of it.
-            self._allocate(q, num_lists)
+            self._allocate(q.shape[0], q.shape[2], q.shape[3], num_lists, q.device)
+        hit = self._decide(q, cache, dense_limit, reuse_counts)
+        return hit if usable else None
+
+    def _decide(self, q: Tensor, cache: KVCache, dense_limit: int, reuse_counts: Tensor) -> Tensor:
+        """The op: what may be reused, and the anchors of what may not."""
         assert self.anchor_query is not None
         hit: Tensor = torch.ops.kvselect.selection_cache_step.default(
             q,
@@ -120,7 +129,7 @@ class SelectionCache:
             self.known_nonfinite,
             reuse_counts,
         )
-        return hit if usable else None
+        return hit
 
     def store(self, lists: Lists, cache: KVCache) -> None:
         """Keep the lists of the step that `lookup` began; the next hit extends them in place."""
@@ -131,11 +140,79 @@ class SelectionCache:
         """Forget everything: the next step misses."""
         self.lists = self.anchor_query = self._version = None
 
-    def _allocate(self, q: Tensor, num_lists: int) -> None:
+    def _allocate(
+        self, batch: int, num_q_heads: int, head_dim: int, num_lists: int, device: torch.device
+    ) -> None:
         """State in which every list misses."""
-        batch, _, num_q_heads, head_dim = q.shape
-        device = q.device
         self.anchor_query = torch.zeros((batch, num_q_heads, head_dim), device=device)
         self.age = torch.zeros((batch, num_lists), dtype=torch.int32, device=device)
         self.expected_seqlens = torch.full((batch,), -1, dtype=torch.int32, device=device)
         self.known_nonfinite = torch.zeros((batch, num_lists), dtype=torch.int64, device=device)
+
+
+class CapturedSelectionCache(SelectionCache):
+    """A SelectionCache of a `FixedKVCache`, for steps that are captured once and replayed.
+
+    Every step does the same to tensors that stay where they are: the device alone knows whether
+    there is anything to reuse. What a SelectionCache learns from the version of its cache, that
+    cache tells this one: crops and the like make every list miss. Lists that are void count as
+    misses, where a SelectionCache is not even asked.
+    """
+
+    _followed: FixedKVCache | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy follows the copy of the cache."""
+        self.__dict__.update(state)
+        if self._followed is not None:
+            self._followed.followers.add(self)
+
+    def prepare(self, cache: FixedKVCache, num_q_heads: int, num_lists: int, room: int) -> None:
+        """Make the tensors, if there are none; a captured step must find them."""
+        if self.anchor_query is not None:
+            return
+        with torch.inference_mode(False):  # steps of any grad mode write to them
+            batch, device = cache.batch, cache.device
+            self._allocate(batch, num_q_heads, cache.head_dim, num_lists, device)
+            self.lists = Lists(
+                torch.full((batch, 1, num_lists, room), -1, dtype=torch.int32, device=device),
+                torch.zeros((batch, 1, num_lists), dtype=torch.int32, device=device),
+                torch.zeros((batch, 1, num_lists), device=device),
+            )
+        self._followed = cache
+        cache.followers.add(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that steps write in place: for ``mark_static_address``."""
+        if self.anchor_query is None or self.lists is None:
+            return []
+        kept = [self.lists.indices, self.lists.topk_length]
+        return [self.anchor_query, self.age, self.expected_seqlens, self.known_nonfinite, *kept]
+
+    def lookup(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        *,
+        num_lists: int,
+        width: int,
+        room: int,
+        dense_limit: int,
+        reuse_counts: Tensor,
+    ) -> Tensor:
+        """As SelectionCache, but always a tensor."""
+        assert isinstance(cache, FixedKVCache)
+        self.prepare(cache, q.shape[2], num_lists, room)
+        return self._decide(q, cache, dense_limit, reuse_counts)
+
+    def store(self, lists: Lists, cache: KVCache) -> None:
+        """As SelectionCache, in place."""
+        assert self.lists is not None
+        if lists.indices is not self.lists.indices:  # of rows that were dense
+            self.lists.indices.copy_(lists.indices)
+        self.lists.topk_length.copy_(lists.topk_length)
+
+    def clear(self) -> None:
+        """Make every list miss, in place."""
+        if self.anchor_query is not None:
+            self.expected_seqlens.fill_(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -215,3 +217,74 @@ def test_bad_input() -> None:
     _, k, v = tokens(2, ROOM + 200)
     with pytest.raises(ValueError, match="capacity: got 0 \\+ 600 tokens in row 0"):
         fixed.append(k, v)
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "layer"}, {"dense_below_tokens": 260}], ids=str)
+def test_lists_are_reused_as_on_a_growing_cache(settings: dict[str, Any]) -> None:
+    """The same hits and bits, also after changes of the cache; tensors stay where they are."""
+    policy = TokenSelect(
+        topk=32,
+        num_sink_tokens=8,
+        num_recent_tokens=128,
+        similarity_threshold=0.6,
+        max_age=5,
+        **settings,
+    )
+    plain, fixed = both(batch=3)
+    states = policy.new_state(plain), policy.new_state(fixed)
+    captured = CapturedStatistics(fixed)
+    states[1].decode = captured
+    q, k, v = tokens(3, 250)
+    for cache in (plain, fixed):
+        cache.append(k, v)
+    with fixed.known_lengths():
+        prefill(q, fixed, policy, states[1])
+    prefill(q, plain, policy, states[0])
+    written = policy.prepare_capture(states[1], fixed, 4, None)
+    places = [tensor.data_ptr() for tensor in written]
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(3, 1, 4, 32, generator=generator)
+    for step in range(40):
+        query = query + 0.25 * torch.randn(query.shape, generator=generator)
+        _, k, v = tokens(3, 1, seed=step)
+        infos, outs = [], []
+        for cache, state in zip((plain, fixed), states):
+            cache.append(k, v)
+            out, info = decode_step(query, cache, policy, state)
+            outs.append(out)
+            infos.append(info)
+        assert torch.equal(*outs), step
+        if infos[0].hit is not None:
+            assert torch.equal(infos[0].hit, infos[1].hit), step
+        if step == 20:
+            plain.crop(2)
+            fixed.crop(2)
+        if step == 30:
+            plain.reorder([2, 1, 0])
+            fixed.reorder([2, 1, 0])
+    assert [tensor.data_ptr() for tensor in written] == places
+    counted = PhaseStatistics()
+    captured.move_to(counted)
+    for count in ("num_hits", "num_calls"):
+        assert getattr(counted, count) == getattr(states[0].decode, count), count
+    assert counted.num_misses > states[0].decode.num_misses  # a void list is one to the device
+    assert counted.num_hits > 0
+    if not settings:
+        assert counted.tokens_scanned == states[0].decode.tokens_scanned
+        assert counted.tokens_attended == states[0].decode.tokens_attended
+
+
+def test_a_copy_of_what_is_remembered_follows_its_own_cache() -> None:
+    policy = TokenSelect(topk=8, num_sink_tokens=8, similarity_threshold=0.1, num_recent_tokens=128)
+    _, fixed = both()
+    state = policy.new_state(fixed)
+    q, k, v = tokens(2, 200)
+    fixed.append(k, v)
+    decode_step(q[:, -1:], fixed, policy, state)
+    copied_cache, copied = copy.deepcopy((fixed, state))
+    pickle.loads(pickle.dumps(fixed))
+    copied_cache.crop(1)
+    for cache, kept, valid in ((fixed, state, True), (copied_cache, copied, False)):
+        assert kept.selection_cache is not None
+        assert (kept.selection_cache.expected_seqlens >= 0).all() == valid
+        assert list(cache.followers) == [kept.selection_cache]

@@ -202,14 +202,39 @@ def test_a_cache_is_used_again_after_reset() -> None:
         assert handle.report().layers[0].decode["num_calls"] == 2
 
 
-@pytest.mark.parametrize("setting", [{"similarity_threshold": 0.9}, {"num_segments": 4}], ids=str)
-def test_what_remembers_lists_is_refused(setting: dict[str, Any]) -> None:
+def test_a_rolling_sweep_is_refused() -> None:
     model = hf_models.model("llama")
-    name = next(iter(setting))
-    with attach(model, hf_models.narrow(**setting)):
-        with pytest.raises(ValueError, match=f"{name}: got .* allowed: None with a static cache"):
+    with attach(model, hf_models.narrow(num_segments=4)):
+        message = "num_segments: got 4, allowed: None with a static cache"
+        with pytest.raises(ValueError, match=message):
             static(model)
         dynamic(model)
+
+
+@pytest.mark.parametrize("positions", hf_models.POSITIONS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"scope": "layer"}, {"similarity_on": "rotated"}], ids=str
+)
+def test_lists_are_reused_in_one_graph(settings: dict[str, Any], positions: str) -> None:
+    """The device decides what is reused: the same hits as on a cache that grows."""
+    if positions == "compact" and "similarity_on" in settings:
+        pytest.skip("compact positions compare un-rotated queries")
+    reuse = {"similarity_threshold": 0.01, "similarity": "flat", "max_age": 4}
+    policy = hf_models.narrow(positions, **reuse, **settings)
+    model = hf_models.build(hf_models.config("llama", num_hidden_layers=2))
+    with attach(model, policy) as handle:
+        expected = dynamic(model, max_new_tokens=20)
+        by_hand = handle.report().layers
+        torch._dynamo.reset()
+        counters.clear()
+        for run in ({}, compiled()):
+            assert torch.equal(static(model, max_new_tokens=20, **run), expected)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        for layer, wanted in zip(handle.report().layers, by_hand):
+            for count in ("num_hits", "tokens_scanned", "tokens_attended"):
+                assert layer.decode[count] == 3 * wanted.decode[count] > 0, count
+            assert layer.decode["num_misses"] > 0
 
 
 def test_another_sketch_is_refused() -> None:

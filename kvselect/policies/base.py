@@ -14,6 +14,7 @@ from kvselect.attention import attend_queries
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_type
 from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase, Queries
 from kvselect.rolling_pools import RollingPools
@@ -166,6 +167,12 @@ class Policy:
         None: those stored for this machine (`kvselect.break_even`).
         """
         return PolicyState(self, crossovers=crossovers)
+
+    def prepare_capture(
+        self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
+    ) -> list[Tensor]:
+        """Before decode steps are captured: make the tensors that they write to; returns them."""
+        return []
 
     def update(self, state: PolicyState, cache: KVCache) -> None:
         """After an append, before `select`: block statistics and the like, not the sketch."""

@@ -13,7 +13,8 @@ from kvselect.selection import Selection
 
 __all__ = ["CapturedStatistics"]
 
-_CALLS, _DENSE, _VISIBLE, _ATTENDED, _SCANNED, _LISTS, _MASS_SUM, _MASS_COUNT, _NONFINITE = range(9)
+_CALLS, _DENSE, _VISIBLE, _ATTENDED, _SCANNED, _LISTS = range(6)
+_MASS_SUM, _MASS_COUNT, _NONFINITE, _LOOKED_UP = range(6, 10)
 
 
 class CapturedStatistics(PhaseStatistics):
@@ -25,20 +26,29 @@ class CapturedStatistics(PhaseStatistics):
         Whose tokens are counted: its lengths lie on the device.
     """
 
-    __slots__ = ("cache", "counts", "floor")
+    __slots__ = ("cache", "counts", "floor", "reuse")
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()
         self.cache = cache
-        self.counts = torch.zeros(9, dtype=torch.float64, device=cache.device)
+        self.counts = torch.zeros(10, dtype=torch.float64, device=cache.device)
         self.floor = self.counts.new_zeros(FLOOR_BINS + 1)
+        self.reuse = self.counts.new_zeros(2, dtype=torch.int64)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that steps add to in place: for ``mark_static_address``."""
+        return [self.counts, self.floor, self.reuse]
+
+    def reuse_counts(self, device: torch.device) -> Tensor:
+        """As PhaseStatistics."""
+        return self.reuse
 
     def record_dense(self, tokens_visible: int) -> None:
         """A call that attended to everything; what that was, the device knows."""
         visible = self._visible()
         zero = torch.zeros_like(visible)
         one = zero + 1
-        self.counts.add_(torch.stack([one, one, visible, visible, zero, zero, zero, zero, zero]))
+        self.counts.add_(torch.stack([one, one, visible, visible, *[zero] * 6]))
 
     def record_selection(
         self,
@@ -66,6 +76,7 @@ class CapturedStatistics(PhaseStatistics):
                     zero if mass is None else mass.nansum(dtype=torch.float64),
                     zero if known is None else known.sum(dtype=torch.float64),
                     zero if num_nonfinite is None else num_nonfinite.sum(dtype=torch.float64),
+                    zero if selection.hit is None else zero + selection.hit.numel(),
                 ]
             )
         )
@@ -76,9 +87,9 @@ class CapturedStatistics(PhaseStatistics):
 
     def move_to(self, statistics: PhaseStatistics) -> int:
         """Add everything to ``statistics`` and begin anew; returns how many lists there were."""
-        counts, floor = self.counts.tolist(), self.floor.tolist()
-        self.counts.zero_()
-        self.floor.zero_()
+        counts, floor, reuse = (tensor.tolist() for tensor in self.tensors())
+        for tensor in self.tensors():
+            tensor.zero_()
         statistics.add(
             num_calls=int(counts[_CALLS]),
             num_dense_calls=int(counts[_DENSE]),
@@ -89,6 +100,8 @@ class CapturedStatistics(PhaseStatistics):
             mass_count=counts[_MASS_COUNT],
             num_nonfinite=int(counts[_NONFINITE]),
             floor=floor if any(floor) else None,
+            looked_up=int(counts[_LOOKED_UP]),
+            reuse_counts=reuse if any(reuse) else None,
         )
         return int(counts[_LISTS])
 

@@ -120,8 +120,18 @@ class PhaseStatistics:
         mass_count: float,
         num_nonfinite: int,
         floor: list[float] | None = None,
+        looked_up: int = 0,
+        reuse_counts: list[int] | None = None,
     ) -> None:
-        """Counts of other calls, as the properties name them; ``floor`` as `record_floor`."""
+        """Counts of other calls, as the properties name them; ``floor`` as `record_floor`.
+
+        ``looked_up``: lists of which a selection cache was asked; ``reuse_counts`` as the method.
+        """
+        self._looked_up += looked_up
+        if reuse_counts is not None:
+            kept = self._reuse_counts
+            added = torch.tensor(reuse_counts, device=None if kept is None else kept.device)
+            self._reuse_counts = added if kept is None else kept + added
         if floor is not None:
             self.record_floor(torch.tensor(floor, dtype=torch.float64))
         self.num_calls += num_calls

@@ -21,6 +21,7 @@ from kvselect.checks import (
     require_type,
 )
 from kvselect.crossovers import Crossover
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import (
     Policy,
     PolicyState,
@@ -51,7 +52,7 @@ from kvselect.selection import (
     require_pool_width,
     select_blocks,
 )
-from kvselect.selection_cache import SelectionCache
+from kvselect.selection_cache import CapturedSelectionCache, SelectionCache
 from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS
 from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
@@ -343,8 +344,8 @@ class TokenSelect(Policy):
         state = PolicyState(self, decode_policies=settled, crossovers=crossovers)
         if self.similarity_threshold is not None:
             similarity = self.similarity or ("min" if self.scope == "kv_head" else "q10")
-            reuse = SelectionCache(self.similarity_threshold, self.max_age, similarity)
-            state.selection_cache = reuse
+            kind = CapturedSelectionCache if isinstance(cache, FixedKVCache) else SelectionCache
+            state.selection_cache = kind(self.similarity_threshold, self.max_age, similarity)
         if self.num_segments is not None:
             state.rolling_pools = RollingPools(
                 self.num_segments,
@@ -353,6 +354,17 @@ class TokenSelect(Policy):
                 self.rolling_audit_interval,
             )
         return state
+
+    def prepare_capture(
+        self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
+    ) -> list[Tensor]:
+        reuse = state.selection_cache
+        if not isinstance(reuse, CapturedSelectionCache):
+            return []
+        longest = max(self.capacity, self.dense_limit(rope))
+        room = self._room(longest, cache.capacity)
+        reuse.prepare(cache, num_q_heads, self._num_lists(cache), room)
+        return reuse.tensors()
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """Lists of every query block; None where everything is attended to.
@@ -385,23 +397,25 @@ class TokenSelect(Policy):
         longest = self._longest_list(queries, cache)
         hit: Tensor | None = None
         reused: Lists | None = None
-        width = min(longest, queries.max_seqlen)
+        width = list_width(min(longest, queries.max_seqlen))
         if reuse is not None:
+            room = self._room(longest, queries.max_seqlen)
             hit = reuse.lookup(
                 self._similarity_queries(queries),
                 cache,
                 num_lists=self._num_lists(cache),
                 width=width,
+                room=room,
                 dense_limit=self.dense_limit(queries.rope),
                 reuse_counts=statistics.reuse_counts(cache.device),
             )
             reused = None if hit is None else reuse.lists
-            width = min(longest, max(self.capacity, 2 * queries.max_seqlen))  # may grow
+            width = room
         sweep: SweepCounts | None = None
         if rolling is not None:
             rolling.follow(cache, self._num_lists(cache))
         if rolling is not None and not rolling.all_stopped:
-            swept = self._sweep(rolling, queries, cache, list_width(width), hit, reused)
+            swept = self._sweep(rolling, queries, cache, width, hit, reused)
             lists, num_nonfinite, sweep = swept.lists, swept.num_nonfinite, swept.counts
             self._audit(state, lists, sweep.rolled, queries, cache)
             heads = queries.q.shape[2] // self._num_lists(cache)
@@ -412,7 +426,6 @@ class TokenSelect(Policy):
                 lists = _with_dense_rows(lists, queries, cache, self.dense_limit(queries.rope))
         else:
             votes, total, num_nonfinite = self._vote(queries, cache, hit)
-            width = list_width(width)
             lists = self._pick(
                 votes, queries, cache, width, hit, reused, total=total, statistics=statistics
             )
@@ -649,6 +662,10 @@ class TokenSelect(Policy):
         """
         several = cache.batch > 1 or cache.lengths_are_bounds
         return several and self.dense_limit(queries.rope) > self.budget
+
+    def _room(self, longest: int, max_seqlen: int) -> int:
+        """Entries of lists that are kept: rows may grow."""
+        return list_width(min(longest, max(self.capacity, 2 * max_seqlen)))
 
     def _longest_list(self, queries: Queries, cache: KVCache) -> int:
         if self._has_dense_rows(queries, cache):

@@ -210,10 +210,9 @@ def _select_static(
     """The same on a cache of fixed room: decode steps never ask the host how long a row is."""
     plan, policy, cache = context.plan, context.plan.policy, layer.cache
     assert policy is not None and cache is not None
-    for name in ("similarity_threshold", "num_segments"):
-        value_of = getattr(policy, name, None)
-        allowed = "None with a static cache (steps that remember lists cannot be captured)"
-        require(value_of is None, name, value_of, allowed)
+    num_segments = getattr(policy, "num_segments", None)
+    allowed = "None with a static cache (its pools and audits cannot be captured)"
+    require(num_segments is None, "num_segments", num_segments, allowed)
     allowed = "None with a static cache (whether one is due cannot be captured)"
     require(plan.audit_every is None, "audit_every", plan.audit_every, allowed)
     captured = layer.captured(plan.index)
@@ -224,6 +223,9 @@ def _select_static(
         allowed = "calls of one token (disable_compile=True where prefill is chunked)"
         require(not compiling, "compiled static cache", f"{query.shape[2]} tokens", allowed)
         plan.nonfinite = cache.num_nonfinite
+        written = policy.prepare_capture(state, cache, query.shape[1], None)
+        for tensor in written:
+            torch._dynamo.mark_static_address(tensor)
         if captured not in plan.captured:
             plan.count_captured()  # of the caches before
             plan.captured[:] = [captured]
@@ -231,14 +233,19 @@ def _select_static(
             out = _attend_call(plan, query, call, context, cache.capacity)
     else:
         q = filled_up(query.transpose(1, 2), cache.head_dim)
-        rope = None
+        rope, q_unrotated = None, None
         if plan.rotates_itself:
             rope = plan.stack.table(plan, max(policy.capacity, cache.capacity), q.device)
+        elif "decode" in plan.needs_unrotated:
+            assert context.cos is not None and context.sin is not None
+            q_unrotated = plan.stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
+            rope = plan.stack.table(plan, 1, q.device)
         out, _ = decode_step(
             q,
             cache,
             policy,
             state,
+            q_unrotated=q_unrotated,
             rope=rope,
             softmax_scale=softmax_scale,
             softcap=options["softcap"],

@@ -166,6 +166,8 @@ class StackPlan:
 
     def unrotate(self, layer: LayerPlan, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``q`` before RoPE, from this call's cos and sin; factors are made once per forward."""
+        if torch.compiler.is_compiling():  # a graph has no use for what was made outside of it
+            return layer.layout.unrotation(cos, sin, q.shape[-1])(q)
         kept = self._unrotation
         if kept is None or kept[0]() is not cos or kept[1] != layer.layout:
             factors = layer.layout.unrotation(cos, sin, q.shape[-1])

@@ -96,7 +96,8 @@ class KVSelectStaticLayer(AttachedLayer, StaticLayer):
             assert self.cache is not None
             with torch.inference_mode(False):
                 self._captured[reader] = CapturedStatistics(self.cache)
-            torch._dynamo.mark_static_address(self._captured[reader].counts)
+            for tensor in self._captured[reader].tensors():
+                torch._dynamo.mark_static_address(tensor)
         return self._captured[reader]
 
     def update(
