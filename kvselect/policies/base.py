@@ -251,8 +251,8 @@ def decode_policies(
     policy: Policy, cache: KVCache, crossovers: Mapping[int, Crossover] | None
 ) -> dict[int, Policy]:
     """`PolicyState.decode_policies`; what the user set stands, whatever was measured."""
-    if policy.dense_below_tokens is not None:
-        return {}
+    if policy.dense_below_tokens is not None or cache.keep is not None:
+        return {}  # what was measured knows nothing of rows that a dense step would have to move
     if crossovers is None:
         if break_even_mode() == "off":
             return {}

@@ -339,6 +339,10 @@ class TokenSelect(Policy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:
+        if cache.keep is not None:
+            allowed = "'int4' or 'int8' with keep='cpu' (scores of the keys would move all of them)"
+            require(self.sketch is not None, "sketch", self.sketch, allowed)
+            cache.require_window(self.num_sink_tokens, self.num_recent_tokens)
         settled = decode_policies(self, cache, crossovers)
         state = PolicyState(self, decode_policies=settled, crossovers=crossovers)
         if self.similarity_threshold is not None:
@@ -464,7 +468,8 @@ class TokenSelect(Policy):
         due = rolling.due()
         if any(due):
             counted = rolled & torch.tensor(due, device=cache.device)[:, None]
-            votes, _, _ = self._vote(queries, cache, (~counted).int(), exact=True)
+            with cache.whole_rows():
+                votes, _, _ = self._vote(queries, cache, (~counted).int(), exact=True)
             fresh = self._pick(votes, queries, cache, lists.indices.shape[-1], keep=self.topk)
             held = votes.gather(3, lists.indices.clamp(min=0).long())
             kept = held.where(lists.indices >= 0, 0.0).nan_to_num(0.0, 0.0, 0.0).sum(3)[:, 0]
@@ -483,7 +488,8 @@ class TokenSelect(Policy):
         positions candidates are scored as ever, at their fixed distance, but from their keys.
         """
         num_lists = self._num_lists(cache)
-        votes = self._vote(queries, cache, exact=True)[0][:, 0]
+        with cache.whole_rows():
+            votes = self._vote(queries, cache, exact=True)[0][:, 0]
         at = self._block_range(queries, cache)
         width = list_width(min(self.budget, queries.max_seqlen))
         best = self._pick(votes[:, None], queries, cache, width, keep=self.topk)
