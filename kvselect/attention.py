@@ -208,10 +208,10 @@ def _attend_fetched(
     group = per_list.shape[2]
     out = torch.empty_like(per_list)
     lse = torch.empty(per_list.shape[:-1], dtype=torch.float32, device=q.device)
-    # The op takes sink logits of a row's heads, and rows are lists here: one KV head at a time.
-    every = slice(None)
-    parts = [every] if sink_logits is None else [slice(h, None, num_kv_heads) for h in range(num_kv_heads)]
-    for head, part in enumerate(parts):
+    # Sink logits are those of a row's heads, and rows are lists here: one KV head at a time, then.
+    num_calls = 1 if sink_logits is None else num_kv_heads
+    for head in range(num_calls):
+        part = slice(head, None, num_calls)
         out[part], lse[part] = torch.ops.kvselect.sparse_attention.default(
             per_list[part],
             fetched.k_pages,

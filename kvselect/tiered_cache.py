@@ -31,9 +31,9 @@ class TieredKVCache(KVCache):
     """A KVCache with ``keep="cpu"``: what a decode step does not read lies in host memory.
 
     The device holds the sketch of every token, and per row and KV head the keys and values of
-    ``resident_tokens`` tokens: the window (sinks and recent tokens), and tokens that lists named, of
-    which the least recently listed one makes room. `fetch` brings in what a list names. Results are
-    those of a KVCache, bit for bit.
+    ``resident_tokens`` tokens: the window (sinks and recent tokens), and tokens that lists named,
+    of which the least recently listed one makes room. `fetch` brings in what a list names. Results
+    are those of a KVCache, bit for bit.
 
     Whoever needs every token (prefill, calls of several queries, exact scores) takes `whole_rows`:
     one layer's keys and values, on the device for as long as the call lasts. An append of more than
@@ -177,7 +177,11 @@ class TieredKVCache(KVCache):
         finally:
             self._num_readers -= 1
             if not self._num_readers:
-                self._hold_window()
+                self.drop_whole_rows()
+
+    def drop_whole_rows(self) -> None:
+        """Give back what an append of several tokens brought to the device; the window stays."""
+        self._tiers.hold(self._lengths, self._lengths, self._host_starts)
 
     def fetch(self, indices: Tensor | None) -> Fetched:
         """Bring the tokens of a step's lists to the device; every token, where there is no list.
@@ -226,7 +230,4 @@ class TieredKVCache(KVCache):
 
     def _changed(self) -> None:
         super()._changed()
-        self._hold_window()
-
-    def _hold_window(self) -> None:
-        self._tiers.hold(self._lengths, self._lengths, self._host_starts)
+        self.drop_whole_rows()

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvselect import TokenSelect, decode_step
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.head_dims import filled_up
+from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.testing import rel_err
 

@@ -153,6 +153,14 @@ class Policy:
         return None
 
     @property
+    def reads_unlisted(self) -> str | None:
+        """Why decode steps read keys other than those of sinks, window and lists.
+
+        None: they do not, so that a `TieredKVCache` may keep the rest in host memory.
+        """
+        return "nobody has said that its steps read only what they list"
+
+    @property
     def capacity(self) -> int:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
@@ -259,6 +267,16 @@ def decode_policies(
         sizes = (0, cache.num_kv_heads, cache.head_dim, cache.dtype, cache.page_block_size)
         crossovers = find_by_q_heads(Workload.of(policy.to_dict(), *sizes), cache.device)
     return {heads: settled(policy, found) for heads, found in crossovers.items()}
+
+
+def require_listed_reads(policy: Policy) -> None:
+    """ValueError unless decode steps can do without the keys that they do not list."""
+    reason = policy.reads_unlisted
+    allowed = (
+        f"None with this {type(policy).__name__} ({reason}); 'cpu' goes with StreamingLLM, and "
+        "with TokenSelect that has a sketch and no num_segments"
+    )
+    require(reason is None, "keep", "cpu", allowed)
 
 
 def settled(policy: Policy, crossover: Crossover) -> Policy:

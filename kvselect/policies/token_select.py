@@ -27,6 +27,7 @@ from kvselect.policies.base import (
     decode_policies,
     longest_block,
     register_policy,
+    require_listed_reads,
     selection_of,
     visible_tokens,
 )
@@ -297,6 +298,14 @@ class TokenSelect(Policy):
         return self.sketch
 
     @property
+    def reads_unlisted(self) -> str | None:
+        if self.sketch is None:
+            return "sketch=None scores every key"
+        if self.num_segments is not None:
+            return "num_segments: pools are scored from their keys"
+        return None
+
+    @property
     def keep(self) -> int:
         """Tokens picked by score."""
         return num_kept(self.topk, self.overselect)
@@ -340,8 +349,7 @@ class TokenSelect(Policy):
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:
         if cache.keep is not None:
-            allowed = "'int4' or 'int8' with keep='cpu' (scores of the keys would move all of them)"
-            require(self.sketch is not None, "sketch", self.sketch, allowed)
+            require_listed_reads(self)
             cache.require_window(self.num_sink_tokens, self.num_recent_tokens)
         settled = decode_policies(self, cache, crossovers)
         state = PolicyState(self, decode_policies=settled, crossovers=crossovers)
