@@ -199,7 +199,7 @@ def _attend_fetched(
 ) -> tuple[Tensor, Tensor]:
     """One query per row over lists whose tokens come to the device: every list is a row of its own,
     whose tokens are all visible and whose positions are ranks."""
-    fetched = cache.fetch(None if indices is None else indices[:, 0])
+    fetched = cache.fetch(None if indices is None else indices[:, 0], by_rank=rope is not None)
     cos, sin, start, interleaved = None, None, 0, False
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved

