@@ -17,6 +17,9 @@ from kvselect.tiered_rows import Residency, TieredRows
 
 __all__ = ["Fetched", "TieredKVCache"]
 
+LOOK_INTERVAL = 64
+"""Appended tokens from one look for what is not finite to the next; less than a sketch block."""
+
 
 class Fetched(NamedTuple):
     """Listed tokens on the device: every list a row of one KV head, in pages of one token."""
@@ -59,6 +62,9 @@ class TieredKVCache(KVCache):
 
     Notes
     -----
+    Scores read the keys of a sketch block in which one is not finite: a cache that met such a key
+    or value has whole rows from then on, until `reset`.
+
     `fetch` reads the lists back from the device and works out on the host who makes room: one wait
     per layer and step. `k` and `v` are views of host memory.
     """
@@ -92,6 +98,10 @@ class TieredKVCache(KVCache):
         self._resident_tokens = resident_tokens
         self._residency = Residency() if residency is None else residency
         self._num_readers = 0  # of whole rows
+        self._met_nonfinite = False
+        # A block that straddles the window's border is held whole: what is not finite in it is
+        # looked for now and then only.
+        self._num_recent_held = num_recent_tokens + (0 if sketch is None else BLOCK_TOKENS)
         super().__init__(
             batch,
             num_kv_heads,
@@ -111,15 +121,14 @@ class TieredKVCache(KVCache):
         device: torch.device,
         page_block_size: int | None,
     ) -> Storage:
-        num_sink_tokens, num_recent_tokens = self._window
         self._tiers = TieredRows(
             batch,
             num_kv_heads,
             head_dim,
             dtype,
             device,
-            num_sink_tokens=num_sink_tokens,
-            num_recent_tokens=num_recent_tokens,
+            num_sink_tokens=self._window[0],
+            num_recent_tokens=self._num_recent_held,
             num_listed_tokens=self._resident_tokens - sum(self._window),
             residency=self._residency,
         )
@@ -181,7 +190,11 @@ class TieredKVCache(KVCache):
 
     def drop_whole_rows(self) -> None:
         """Give back what an append of several tokens brought to the device; the window stays."""
-        self._tiers.hold(self._lengths, self._lengths, self._host_starts)
+        self._look_for_nonfinite()
+        if self._met_nonfinite:
+            self._tiers.load(self._lengths, self._lengths)
+        else:
+            self._tiers.hold(self._lengths, self._lengths, self._host_starts)
 
     def fetch(self, indices: Tensor | None, by_rank: bool = False) -> Fetched:
         """Bring the tokens of a step's lists to the device; every token, where there is no list.
@@ -224,11 +237,18 @@ class TieredKVCache(KVCache):
         super()._make_room(lengths, exactly)
         if exactly:  # ahead of any token
             return
+        if sum(lengths) // LOOK_INTERVAL != sum(self._lengths) // LOOK_INTERVAL:
+            self._look_for_nonfinite()
         several = any(after - before > 1 for before, after in zip(self._lengths, lengths))
-        if several or self._num_readers:
+        if several or self._num_readers or self._met_nonfinite:
             self._tiers.load(self._lengths, lengths)
         else:
             self._tiers.hold(lengths, self._lengths, self._host_starts)
+
+    def _look_for_nonfinite(self) -> None:
+        """Reads the counters back from the device."""
+        met = self._sketch_format is not None and bool(self._num_nonfinite.any())
+        self._met_nonfinite = met
 
     def _changed(self) -> None:
         super()._changed()

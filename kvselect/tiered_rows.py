@@ -4,11 +4,10 @@ The device keeps one pool of slots per row, ``[batch, num_slots, num_kv_heads, h
 
     [ pages of the window | slots of listed tokens, the least recently listed out first ]
 
-The window (sinks, recent tokens, hence the unfinished sketch block) is addressed by position, in
-pages: appends write there, scores read their exact keys there. Page entries of tokens that lie
-elsewhere point to page 0; nothing reads them. Which tokens have the other slots is each KV head's
-own affair. Attention sees the pool as pages of one token and head, and each list as the block table
-of a row.
+The window (sinks and recent tokens) is addressed by position, in pages: appends write there, scores
+read their exact keys there. Page entries of tokens that lie elsewhere point to page 0; nothing
+reads them. Which tokens have the other slots is each KV head's own affair.
+Attention sees the pool as pages of one token and head, and each list as the block table of a row.
 
 Calls that need every token (prefill, long dense steps, exact scores) get whole rows on the device
 for as long as they last: of one layer, not of all.

@@ -283,7 +283,7 @@ def test_the_same_list_twice_moves_nothing_the_second_time() -> None:
     _, k, v = tokens(1, 500, 1, torch.float32)
     cache.append(k, v)
     cache.drop_whole_rows()
-    lists = torch.tensor([[[200, 210, 499], [200, 300, 499]]], dtype=torch.int32)
+    lists = torch.tensor([[[70, 80, 499], [70, 100, 499]]], dtype=torch.int32)
     for expected in ((0, 4), (4, 4)):
         cache.fetch(lists)
         assert (cache.residency.num_found, cache.residency.num_fetched) == expected
@@ -299,7 +299,7 @@ def test_device_memory_stays_while_the_context_grows() -> None:
     policy = selecting()
     state = policy.new_state(cache)
     pool = 2 * HEADS * HEAD_DIM * 4 * cache._tiers.num_slots
-    window_pages = 2 + 4  # of 64 tokens: 5 and 130 tokens lie on so many at most
+    window_pages = 2 + 6  # of 64: 5 tokens, and 130 with a block of 128, lie on so many at most
     assert cache._tiers.num_slots == 64 * window_pages + 128  # 95 listed tokens, in pages too
     assert cache.nbytes == pool
 
@@ -382,6 +382,46 @@ def test_what_is_appended_may_require_grad() -> None:
     with torch.no_grad():
         cache.append(k, k)
     assert not cache.k.requires_grad
+
+
+@pytest.mark.parametrize("bad", [100, 525, 574])
+def test_blocks_with_keys_that_are_not_finite_are_scored_from_keys(bad: int) -> None:
+    """Their sketch has no codes. In the prompt; in a step; and as the last key of a block whose
+    first one leaves the window's pages with the next step."""
+    twins = Twins(selecting(num_recent_tokens=128), num_recent_tokens=128)
+    twins.change("set_starts", [63, 0])
+
+    def call(count: int, seqlens: list[int] | None = None, bad: int | None = None) -> None:
+        twins.seed += 1
+        q, k, v = tokens(2, count, twins.seed, torch.float32)
+        if bad is not None:
+            k[0, bad, 1, 3] = torch.nan
+        results = []
+        for cache, state in zip(twins.caches, twins.states):
+            cache.append(k, v, seqlens)
+            if count > 1:
+                results.append([prefill(q, cache, twins.policy, state)[0]])
+            else:
+                out, info = decode_step(q, cache, twins.policy, state)
+                assert info.selection is not None
+                results.append([out, info.selection.indices])
+        for ours, theirs in zip(*results):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+    call(505, [505, 495], bad if bad < 505 else None)
+    assert twins.tiered.has_whole_rows == (bad < 505)
+    for position in range(505, 805):
+        call(1, bad=0 if position == bad else None)
+    assert twins.tiered.has_whole_rows
+    twins.change("crop", 3)
+    twins.change("reorder", [1, 0])
+    call(1)
+    twins.change("reset")
+    assert not twins.tiered.has_whole_rows
+    call(300)
+    call(1)
+    assert not twins.tiered.has_whole_rows
 
 
 def test_reset_forgets_everything() -> None:
