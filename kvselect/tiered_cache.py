@@ -17,9 +17,6 @@ from kvselect.tiered_rows import Residency, TieredRows
 
 __all__ = ["Fetched", "TieredKVCache"]
 
-LOOK_INTERVAL = 64
-"""Appended tokens from one look for what is not finite to the next; less than a sketch block."""
-
 
 class Fetched(NamedTuple):
     """Listed tokens on the device: every list a row of one KV head, in pages of one token."""
@@ -62,8 +59,8 @@ class TieredKVCache(KVCache):
 
     Notes
     -----
-    Scores read the keys of a sketch block in which one is not finite: a cache that met such a key
-    or value has whole rows from then on, until `reset`.
+    Scores read the keys of a sketch block that has no codes (a key is not finite, or their range
+    leaves float16): a cache with such a block has whole rows.
 
     `fetch` reads the lists back from the device and works out on the host who makes room: one wait
     per layer and step. `k` and `v` are views of host memory.
@@ -98,10 +95,7 @@ class TieredKVCache(KVCache):
         self._resident_tokens = resident_tokens
         self._residency = Residency() if residency is None else residency
         self._num_readers = 0  # of whole rows
-        self._met_nonfinite = False
-        # A block that straddles the window's border is held whole: what is not finite in it is
-        # looked for now and then only.
-        self._num_recent_held = num_recent_tokens + (0 if sketch is None else BLOCK_TOKENS)
+        self._lacks_codes = False  # a whole sketch block, somewhere
         super().__init__(
             batch,
             num_kv_heads,
@@ -128,7 +122,7 @@ class TieredKVCache(KVCache):
             dtype,
             device,
             num_sink_tokens=self._window[0],
-            num_recent_tokens=self._num_recent_held,
+            num_recent_tokens=self._window[1],
             num_listed_tokens=self._resident_tokens - sum(self._window),
             residency=self._residency,
         )
@@ -173,8 +167,13 @@ class TieredKVCache(KVCache):
         attention call."""
         before = self._lengths
         super().append(k, v, seqlens)
-        if self._lengths is not before:
-            self._tiers.store(k.detach(), v.detach(), before, self._lengths)
+        if self._lengths is before:
+            return
+        self._tiers.store(k.detach(), v.detach(), before, self._lengths)
+        blocks, known = self._num_blocks(self._lengths), self._num_blocks(before)
+        if blocks != known and not self._lacks_codes and self._finds_no_codes(known, blocks):
+            self._lacks_codes = True
+            self._tiers.load(self._lengths, self._lengths)
 
     @contextmanager
     def whole_rows(self) -> Iterator[None]:
@@ -190,8 +189,7 @@ class TieredKVCache(KVCache):
 
     def drop_whole_rows(self) -> None:
         """Give back what an append of several tokens brought to the device; the window stays."""
-        self._look_for_nonfinite()
-        if self._met_nonfinite:
+        if self._lacks_codes:
             self._tiers.load(self._lengths, self._lengths)
         else:
             self._tiers.hold(self._lengths, self._lengths, self._host_starts)
@@ -237,19 +235,31 @@ class TieredKVCache(KVCache):
         super()._make_room(lengths, exactly)
         if exactly:  # ahead of any token
             return
-        if sum(lengths) // LOOK_INTERVAL != sum(self._lengths) // LOOK_INTERVAL:
-            self._look_for_nonfinite()
         several = any(after - before > 1 for before, after in zip(self._lengths, lengths))
-        if several or self._num_readers or self._met_nonfinite:
+        if several or self._num_readers or self._lacks_codes:
             self._tiers.load(self._lengths, lengths)
         else:
             self._tiers.hold(lengths, self._lengths, self._host_starts)
 
-    def _look_for_nonfinite(self) -> None:
-        """Reads the counters back from the device."""
-        met = self._sketch_format is not None and bool(self._num_nonfinite.any())
-        self._met_nonfinite = met
+    def _num_blocks(self, lengths: list[int]) -> list[int]:
+        """Whole sketch blocks of each row."""
+        if self._sketch_format is None:
+            return [0] * len(lengths)
+        return [max(n - start, 0) // BLOCK_TOKENS for n, start in zip(lengths, self._host_starts)]
+
+    def _finds_no_codes(self, begins: list[int], ends: list[int]) -> bool:
+        """Whether one of blocks [begin, end) of the rows has none; reads the device, if any is."""
+        if self._sketch_data is None:
+            return False
+        first_step = self._sketch_data[..., :2].view(torch.float16)[..., 0]
+        return any(
+            not bool(first_step[row, :, begin:end].isfinite().all())
+            for row, (begin, end) in enumerate(zip(begins, ends))
+            if begin < end
+        )
 
     def _changed(self) -> None:
         super()._changed()
+        blocks = self._num_blocks(self._lengths)
+        self._lacks_codes = self._finds_no_codes([0] * len(blocks), blocks)
         self.drop_whole_rows()
