@@ -244,6 +244,14 @@ class KVCache:
         return self._storage.v_pages
 
     @property
+    def scored_k_pages(self) -> Tensor:
+        """`k_pages` for scores from the sketch: keys of sinks, recent tokens, blocks without codes.
+
+        Other pages of a `TieredKVCache` may be anything here.
+        """
+        return self._storage.k_pages
+
+    @property
     def block_table(self) -> Tensor | None:
         """int32 [batch, max_num_blocks]; None: contiguous."""
         return self._storage.block_table

@@ -179,7 +179,7 @@ def score_blocks(
     scores, _, num_nonfinite = torch.ops.kvselect.score_tokens.default(
         q,
         q_local,
-        cache.k_pages,
+        cache.k_pages if sketch is None else cache.scored_k_pages,
         cache.block_table,
         cache_seqlens,
         cache.starts,

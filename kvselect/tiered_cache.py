@@ -144,6 +144,18 @@ class TieredKVCache(KVCache):
         return self._tiers.is_whole
 
     @property
+    def k_pages(self) -> Tensor:
+        """Whole rows of keys, as KVCache shows them; ValueError outside of `whole_rows`."""
+        self._require_whole_rows("k_pages")
+        return self._tiers.k_pages
+
+    @property
+    def v_pages(self) -> Tensor:
+        """Whole rows of values, as KVCache shows them; ValueError outside of `whole_rows`."""
+        self._require_whole_rows("v_pages")
+        return self._tiers.v_pages
+
+    @property
     def nbytes(self) -> int:
         """Bytes held on the device: window, listed tokens, sketch; whole rows while they last."""
         sketch = 0 if self._sketch_data is None else self._sketch_data.nbytes
@@ -240,6 +252,10 @@ class TieredKVCache(KVCache):
             self._tiers.load(self._lengths, lengths)
         else:
             self._tiers.hold(lengths, self._lengths, self._host_starts)
+
+    def _require_whole_rows(self, name: str) -> None:
+        allowed = "a place inside of cache.whole_rows() (most tokens are on the host)"
+        require(self._tiers.is_whole, name, "a TieredKVCache", allowed)
 
     def _num_blocks(self, lengths: list[int]) -> list[int]:
         """Whole sketch blocks of each row."""

@@ -496,6 +496,18 @@ def test_lists_that_do_not_fit_or_lack_the_newest_token_are_refused() -> None:
     assert cache.fetch(lists[..., 2:-1]).cache_seqlens.tolist() == [num_slots - 1] * HEADS
 
 
+def test_pages_that_are_not_there_cannot_be_read() -> None:
+    cache = tiered(1)
+    _, k, v = tokens(1, 300, 1, torch.float32)
+    cache.append(k, v)
+    assert torch.equal(cache.k_pages[:, :300], k) and torch.equal(cache.v_pages[:, :300], v)
+    cache.drop_whole_rows()
+    for name in ("k_pages", "v_pages"):
+        allowed = r"a place inside of cache.whole_rows\(\) \(most tokens are on the host\)"
+        with pytest.raises(ValueError, match=f"{name}: got 'a TieredKVCache', allowed: {allowed}"):
+            getattr(cache, name)
+
+
 def test_nothing_changes_where_nothing_is_kept_elsewhere() -> None:
     cache = KVCache(1, HEADS, HEAD_DIM)
     cache.require_window(10**6, 10**6)
