@@ -206,6 +206,44 @@ def test_audits_read_every_key_and_change_nothing() -> None:
     assert ours == theirs and ours is not None
 
 
+CHANGES = st.one_of(
+    st.tuples(st.just("steps"), st.integers(1, 12)),
+    st.tuples(st.just("call"), st.sampled_from([2, 7, 40, 150])),
+    st.tuples(st.just("ragged"), st.integers(0, 30)),
+    st.tuples(st.just("crop"), st.integers(0, 140)),
+    st.tuples(st.just("reorder"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
+    st.tuples(st.just("set_starts"), st.lists(st.integers(0, 70), min_size=2, max_size=2)),
+    st.tuples(st.just("audit"), st.just(0)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    name=st.sampled_from(["kv_head", "layer", "reusing", "dense rows"]),
+    changes=st.lists(CHANGES, min_size=3, max_size=10),
+)
+def test_any_life_gives_the_same_bits(name: str, changes: list[tuple[str, Any]]) -> None:
+    """Lists that leave tokens out, and no room but for one of them."""
+    policy = POLICIES[name]
+    needed = max(policy.capacity, policy.dense_below_tokens)
+    twins = Twins(policy, resident_tokens=needed)
+    twins.call(260)
+    for what, value in changes:
+        if what == "steps":
+            twins.steps(value)
+        elif what == "call":
+            twins.call(value)
+        elif what == "ragged":
+            twins.change("append", *tokens(2, 30, value, torch.float32)[1:], [30, value])
+        elif what == "crop":
+            twins.change("crop", min(value, *twins.plain.lengths))
+        elif what == "audit":
+            twins.call(1, audit=twins.plain.max_seqlen > 300)
+        else:
+            twins.change(what, value)
+        twins.call(1)
+
+
 # --- what is resident -----------------------------------------------------------------------------
 
 
