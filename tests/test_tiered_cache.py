@@ -332,6 +332,21 @@ def test_the_same_list_twice_moves_nothing_the_second_time() -> None:
     assert cache.residency.num_fetched == 4  # rows took them along
 
 
+def test_tokens_that_come_in_the_place_of_cropped_ones_are_fetched() -> None:
+    cache = tiered(1)
+    _, k, v = tokens(1, 600, 1, torch.float32)
+    for begin, end, dropped in ((0, 600, 0), (0, 300, 250)):
+        cache.crop(dropped)
+        cache.append(k[:, begin:end], v[:, begin:end])
+        cache.drop_whole_rows()
+        newest = cache.max_seqlen - 1
+        lists = torch.tensor([[[300, 400, newest]] * HEADS], dtype=torch.int32)
+        places = cache.fetch(lists).block_table[0].long()
+        assert torch.equal(cache._tiers.slots[0][places, 0, 0], cache.k[0, [300, 400, newest], 0])
+    assert cache.residency.num_found == HEADS  # token 300
+    assert cache.residency.num_fetched == 3 * HEADS
+
+
 def test_device_memory_stays_while_the_context_grows() -> None:
     cache = tiered(1)
     policy = selecting()
