@@ -127,11 +127,11 @@ class TieredRows:
         num_slots = self._pages_per_row * PAGE_TOKENS
         self.residency = residency
         self._device = device
+        self._pinned = device.type == "cuda"
         self._sizes = num_kv_heads, head_dim, dtype
         with torch.inference_mode(False):  # changed in place by calls of any grad mode
-            pinned = device.type == "cuda"
             self._host = HeadMajorRows(
-                batch, num_kv_heads, head_dim, dtype, torch.device("cpu"), pinned
+                batch, num_kv_heads, head_dim, dtype, torch.device("cpu"), self._pinned
             )
             like = torch.empty(0, dtype=dtype, device=device)
             shape = (batch, num_slots, num_kv_heads, head_dim)
@@ -351,8 +351,12 @@ class TieredRows:
         target = (row * self.num_slots + slot[place] + self._first_listed) * num_kv_heads + head
         target = target.to(self._device)
         for host, pool in ((self._host.k_pages, self._k), (self._host.v_pages, self._v)):
-            rows = _rows_of_words(host.transpose(1, 2)).index_select(0, source)
-            _rows_of_words(pool).index_copy_(0, target, rows.to(self._device))
+            rows = _rows_of_words(host.transpose(1, 2))
+            shape = (place.numel(), rows.shape[1])
+            staged = torch.empty(shape, dtype=rows.dtype, pin_memory=self._pinned)
+            torch.index_select(rows, 0, source, out=staged)
+            staged = staged.to(self._device, non_blocking=True)
+            _rows_of_words(pool).index_copy_(0, target, staged)
 
     def _window(self, length: int, start: int) -> set[int]:
         """Pages of the first and the last tokens of a row."""

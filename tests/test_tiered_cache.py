@@ -27,6 +27,7 @@ from kvselect import (
     sparse_attention,
 )
 from kvselect.testing import make_qkv, rope_tables
+from kvselect.tiered_rows import Residency, TieredRows
 
 SIZES = {"num_sink_tokens": 5, "num_recent_tokens": 130}
 HEADS, GROUP, HEAD_DIM = 2, 2, 32
@@ -330,6 +331,45 @@ def test_the_same_list_twice_moves_nothing_the_second_time() -> None:
     cache.reorder([0, 0])
     cache.fetch(lists.expand(2, -1, -1))
     assert cache.residency.num_fetched == 4  # rows took them along
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_rows_move_between_host_and_device(device: str) -> None:
+    """The storage by itself, which needs no op of ours."""
+    rows = TieredRows(
+        2,
+        HEADS,
+        HEAD_DIM,
+        torch.bfloat16,
+        torch.device(device),
+        num_sink_tokens=5,
+        num_recent_tokens=130,
+        num_listed_tokens=64,
+        residency=Residency(),
+    )
+    lengths = [500, 500]
+    _, k, v = (x.to(device) for x in tokens(2, 500, 1, torch.bfloat16))
+    rows.make_room(lengths)
+    rows.store(k, v, [0, 0], lengths)
+    rows.hold(lengths, lengths, [0, 0])
+    stored = rows.tokens(lengths)
+    assert stored[0].device.type == "cpu" and stored[0].is_pinned() == (device == "cuda")
+    positions = torch.arange(470, 500).repeat(2, HEADS, 1)
+    for shift in range(0, 300, 10):
+        positions[..., :20] = torch.arange(100 + shift, 120 + shift)
+        places = rows.fetch(positions).long().view(2, HEADS, -1)
+        wanted = positions.to(device)[..., None].expand(-1, -1, -1, HEAD_DIM)
+        for slots, appended in zip(rows.slots, (k, v)):
+            assert slots.device.type == device
+            expected = appended.transpose(1, 2).gather(2, wanted)
+            assert torch.equal(slots[places, 0, 0], expected)
+    rows.take_rows([1, 1], lengths)
+    places = rows.fetch(positions).long().view(2, HEADS, -1)
+    expected = k[1:].transpose(1, 2)[:, :, positions[0, 0]].expand(2, -1, -1, -1)
+    assert torch.equal(rows.slots[0][places, 0, 0], expected)
+    rows.load(lengths, lengths)
+    assert torch.equal(rows.k_pages[:, :500], k[1:].expand(2, -1, -1, -1))
+    assert torch.equal(rows.v_pages[:, :500], v[1:].expand(2, -1, -1, -1))
 
 
 def test_tokens_that_come_in_the_place_of_cropped_ones_are_fetched() -> None:
