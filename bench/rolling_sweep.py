@@ -18,24 +18,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
 import kvselect
 from kvselect.bench.measure import kept_heap, quantiles, threads
 from kvselect.bench.request import parse, script_parser
 from kvselect.bench.results import print_table, save
 from kvselect.eval.audit import Audit, audited
-from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
+from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.demo import demo_policies
-from kvselect.eval.tasks import TASKS, dialect_sample
-from kvselect.integrations.hf import attach
-from kvselect.policies.base import Policy, PolicyState
-from kvselect.queries import Queries
-from kvselect.rope import Rope
-from kvselect.testing import structured_keys
+from kvselect.eval.step_streams import Steps, drifting_steps, trained_steps
+from kvselect.policies.base import Policy
 
 COLUMNS = [
     "",
@@ -50,34 +41,6 @@ COLUMNS = [
     "of full\nscan's",
     "by layer",
 ]
-LOGIT_STD = 2.2  # of the structured queries, METHODS 5.2 (a)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """Decode steps of one layer: step ``t`` appends token ``num_context + t``, then asks ``q[t]``.
-
-    Attributes
-    ----------
-    q : Tensor, [num_steps, num_q_heads, head_dim]
-    k, v : Tensor, [num_context + num_steps, num_kv_heads, head_dim]
-    rope : Rope or None
-        Given: nothing is rotated yet, positions are compact.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rope: Rope | None
-
-    @property
-    def num_context(self) -> int:
-        return self.k.shape[0] - self.q.shape[0]
-
-    def cosines(self) -> float:
-        """Mean cosine of a head's consecutive queries."""
-        q = self.q.float()
-        return float(torch.cosine_similarity(q[1:], q[:-1], dim=-1).mean())
 
 
 @dataclass(slots=True)
@@ -94,76 +57,6 @@ class Outcome:
     @property
     def kept_mass(self) -> float:
         return statistics.fmean(self.mass_by_layer)
-
-
-def trained_steps(
-    checkpoint: Checkpoint, num_tokens: int, task: str, num_steps: int
-) -> list[Steps]:
-    """The embedded model reads a context and is asked about it, one token at a time, nothing
-    forgotten: questions and right answers follow each other as in a conversation."""
-    calls: list[tuple[Tensor, Rope | None]] = []
-    base: Any = demo_policies()["TokenSelect compact"]
-
-    class Watched(kvselect.TokenSelect):
-        __slots__ = ()
-
-        def select(self, state: PolicyState, queries: Queries, cache: kvselect.KVCache) -> Any:
-            if queries.phase == "decode":
-                calls.append((queries.q[0, 0].clone(), queries.rope))
-            return kvselect.TokenSelect.select(self, state, queries, cache)
-
-    watched = Watched(
-        **{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    )
-    words = checkpoint.tokenizer.get_vocab()
-    asked: list[int] = []
-    sample = dialect_sample(TASKS[task], num_tokens, seed=1, max_questions=128)
-    for question in sample.questions:
-        asked += [*question.tokens, *(words[word] for word in question.answer)]
-    if len(asked) < num_steps:
-        raise SystemExit(f"steps: got {num_steps}, allowed: at most {len(asked)} (the questions)")
-    cache = DynamicCache(config=checkpoint.model.config)
-    with attach(checkpoint.model, watched, break_even="off"), torch.inference_mode():
-        checkpoint.model(torch.as_tensor(np.asarray(sample.context))[None], past_key_values=cache)
-        calls.clear()
-        for token in asked[:num_steps]:
-            checkpoint.model(torch.tensor([[token]]), past_key_values=cache)
-    num_layers = len(cache.layers)
-    rope = calls[0][1]
-    assert rope is not None  # positions are compact
-    return [
-        Steps(
-            torch.stack([q for q, _ in calls[index::num_layers]]),
-            layer.keys[0].transpose(0, 1).contiguous(),
-            layer.values[0].transpose(0, 1).contiguous(),
-            rope,
-        )
-        for index, layer in enumerate(cache.layers)
-    ]
-
-
-def drifting_steps(args: argparse.Namespace, rho: float) -> Steps:
-    """Structured keys, un-rotated, and queries that walk: the noise is a difference of two random
-    keys, scaled to the same deviation of the logits, so that later queries are like the first."""
-    group = args.q_heads // args.kv_heads
-    num_tokens = args.tokens + args.drift_steps
-    q, k = structured_keys(num_tokens, args.kv_heads, group, args.head_dim, rotated=False)
-    generator = torch.Generator().manual_seed(1)
-    some = torch.randint(num_tokens, (4096,), generator=generator)
-    sampled = k[some].repeat_interleave(group, dim=1)  # [4096, num_q_heads, head_dim]
-
-    def scaled(query: Tensor) -> Tensor:
-        logits = torch.einsum("hd,thd->ht", query, sampled) * args.head_dim**-0.5
-        return query * (LOGIT_STD / logits.std(-1, keepdim=True))
-
-    walk = [scaled(q)]
-    for _ in range(args.drift_steps - 1):
-        one, other = torch.randint(4096, (2, args.q_heads), generator=generator)
-        heads = torch.arange(args.q_heads)
-        noise = scaled(sampled[one, heads] - sampled[other, heads])
-        walk.append(scaled(rho * walk[-1] + (1 - rho**2) ** 0.5 * noise))
-    v = torch.randn(k.shape, generator=generator)
-    return Steps(torch.stack(walk).bfloat16(), k.bfloat16(), v.bfloat16(), None)
 
 
 def contenders(base: Policy, args: argparse.Namespace) -> dict[str, Policy]:
@@ -275,7 +168,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         title = f"embedded model, {task}, {args.trained_tokens} tokens, all layers (trained)"
         report(title, {"keys": task}, layers, demo_policies()["TokenSelect compact"])
     for rho in args.rho:
-        layer = drifting_steps(args, rho)
+        sizes = args.q_heads, args.kv_heads, args.head_dim
+        layer = drifting_steps(*sizes, args.tokens, args.drift_steps, rho)
         for topk in args.topk:
             shape = f"{args.q_heads}/{args.kv_heads} heads of {args.head_dim}, bfloat16"
             title = f"{args.tokens} tokens, {shape}, topk {topk}, drift {rho} (simulated)"

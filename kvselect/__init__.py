@@ -26,6 +26,7 @@ from kvselect.rope import Rope
 from kvselect.score import score_tokens
 from kvselect.selection import Selection, select_tokens
 from kvselect.selection_cache import SelectionCache
+from kvselect.tiered_cache import TieredKVCache
 
 if TYPE_CHECKING:
     from kvselect.integrations.hf import attach
@@ -40,6 +41,7 @@ __all__ = [
     "Selection",
     "SelectionCache",
     "StreamingLLM",
+    "TieredKVCache",
     "TokenSelect",
     "UnsupportedModelError",
     "attach",

@@ -20,6 +20,7 @@ from kvselect.checks import require, require_bool, require_tensor, require_type
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tiered_cache import TieredKVCache
 
 __all__ = ["merge_splits", "recovered_mass", "sparse_attention"]
 
@@ -140,6 +141,23 @@ def _attend(
     softcap: float,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(cache, TieredKVCache) and not cache.has_whole_rows:
+        if q.shape[1] == 1 and (indices is not None or max_seqlen <= cache.resident_tokens):
+            return _attend_fetched(q, cache, indices, softmax_scale, rope, softcap, sink_logits)
+        with cache.whole_rows():
+            return _attend(
+                q,
+                cache,
+                cache_seqlens,
+                max_seqlen,
+                indices,
+                topk_length,
+                q_block_offsets,
+                softmax_scale,
+                rope,
+                softcap,
+                sink_logits,
+            )
     cos, sin, start, interleaved = None, None, 0, False
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
@@ -168,6 +186,52 @@ def _attend(
         sink_logits,
     )
     return out, lse
+
+
+def _attend_fetched(
+    q: Tensor,
+    cache: TieredKVCache,
+    indices: Tensor | None,
+    softmax_scale: float,
+    rope: Rope | None,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One query per row over lists whose tokens come to the device: every list is a row of its own,
+    whose tokens are all visible and whose positions are ranks."""
+    fetched = cache.fetch(None if indices is None else indices[:, 0], by_rank=rope is not None)
+    cos, sin, start, interleaved = None, None, 0, False
+    if rope is not None:
+        cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
+    num_lists, num_kv_heads = fetched.block_table.shape[0], cache.num_kv_heads
+    per_list = q.reshape(num_lists, 1, -1, cache.head_dim)
+    group = per_list.shape[2]
+    out = torch.empty_like(per_list)
+    lse = torch.empty(per_list.shape[:-1], dtype=torch.float32, device=q.device)
+    # Sink logits are those of a row's heads, and rows are lists here: one KV head at a time, then.
+    num_calls = 1 if sink_logits is None else num_kv_heads
+    for head in range(num_calls):
+        part = slice(head, None, num_calls)
+        out[part], lse[part] = torch.ops.kvselect.sparse_attention.default(
+            per_list[part],
+            fetched.k_pages,
+            fetched.v_pages,
+            fetched.block_table[part],
+            fetched.cache_seqlens[part].contiguous(),
+            None,
+            None,
+            None,
+            None,
+            softmax_scale,
+            cos,
+            sin,
+            start,
+            interleaved,
+            softcap,
+            None if sink_logits is None else sink_logits[head * group : (head + 1) * group],
+        )
+    shape = q.shape
+    return out.view(shape), lse.view(shape[:-1])
 
 
 def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,17 +318,19 @@ def recovered_mass(
     scale = require_softmax_scale(softmax_scale, cache.head_dim)
     require_selection(selection, cache, q.shape[1])
     indices, topk_length = selection.with_blocks()
-    mass: Tensor = torch.ops.kvselect.recovered_mass.default(
-        q,
-        cache.k_pages,
-        cache.block_table,
-        cache.cache_seqlens,
-        cache.starts,
-        indices,
-        topk_length,
-        selection.q_block_offsets,
-        scale,
-        cache.max_seqlen,
-        require_softcap(softcap),
-    )
+    cap = require_softcap(softcap)
+    with cache.whole_rows():
+        mass: Tensor = torch.ops.kvselect.recovered_mass.default(
+            q,
+            cache.k_pages,
+            cache.block_table,
+            cache.cache_seqlens,
+            cache.starts,
+            indices,
+            topk_length,
+            selection.q_block_offsets,
+            scale,
+            cache.max_seqlen,
+            cap,
+        )
     return mass

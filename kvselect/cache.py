@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +66,8 @@ class KVCache:
         If a size, dtype or format is not one of these.
     """
 
+    keep: ClassVar[Literal["cpu"] | None] = None  # where tokens are kept; None: on the device
+
     def __init__(
         self,
         batch: int,
@@ -88,13 +92,22 @@ class KVCache:
             require_int(page_block_size, "page_block_size", 1)
         # As tensors report it ("cuda" is "cuda:0" there), so that comparing is enough.
         device = torch.empty(0, device=device).device
-        storage: Storage
-        if page_block_size is None:
-            storage = HeadMajorRows(batch, num_kv_heads, head_dim, dtype, device)
-        else:
-            storage = OwnPages(batch, num_kv_heads, head_dim, dtype, device, page_block_size)
-        self._set_up(storage, batch, page_block_size, sketch)
+        sizes = batch, num_kv_heads, head_dim, dtype, device
+        self._set_up(self._new_storage(*sizes, page_block_size), batch, page_block_size, sketch)
         self._make_room([capacity] * batch, exactly=True)
+
+    def _new_storage(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_block_size: int | None,
+    ) -> Storage:
+        if page_block_size is None:
+            return HeadMajorRows(batch, num_kv_heads, head_dim, dtype, device)
+        return OwnPages(batch, num_kv_heads, head_dim, dtype, device, page_block_size)
 
     def _set_up(
         self, storage: Storage, batch: int, page_block_size: int | None, sketch: str | None
@@ -231,6 +244,14 @@ class KVCache:
         return self._storage.v_pages
 
     @property
+    def scored_k_pages(self) -> Tensor:
+        """`k_pages` for scores from the sketch: keys of sinks, recent tokens, blocks without codes.
+
+        Other pages of a `TieredKVCache` may be anything here.
+        """
+        return self._storage.k_pages
+
+    @property
     def block_table(self) -> Tensor | None:
         """int32 [batch, max_num_blocks]; None: contiguous."""
         return self._storage.block_table
@@ -317,6 +338,14 @@ class KVCache:
             f"head_dim={self._head_dim}, dtype={self._dtype}, device='{self._device}', {layout}, "
             f"sketch={self._sketch_format!r}, max_seqlen={self.max_seqlen})"
         )
+
+    def require_window(self, num_sink_tokens: int, num_recent_tokens: int) -> None:
+        """Raise ValueError unless scores may read so many first and last keys: they may, but for a
+        `TieredKVCache`."""
+
+    def whole_rows(self) -> AbstractContextManager[None]:
+        """For what reads every token: they are all on the device as long as this lasts."""
+        return nullcontext()
 
     # --- what changes it --------------------------------------------------------------------------
 

@@ -106,32 +106,33 @@ def prefill(
         policy = state.decode_policy(q.shape[2])
 
     outs, lses = [], []
-    for first, last in _runs(offsets, longest - seqlen_q, policy, phase, rope):
-        begin, end = offsets[first], offsets[last]
-        run_offsets = tuple(offset - begin for offset in offsets[first : last + 1])
-        later = seqlen_q - end
-        queries = Queries(
-            q=q[:, begin:end],
-            phase=phase,
-            softmax_scale=scale,
-            # Rows may be shorter than what comes later: nothing of them is visible yet.
-            cache_seqlens=(cache.cache_seqlens - later).clamp_(min=0)
-            if later
-            else cache.cache_seqlens,
-            max_seqlen=max(cache.max_seqlen - later, 0),
-            q_unrotated=None if q_unrotated is None else q_unrotated[:, begin:end],
-            rope=rope,
-            offsets=run_offsets,
-            q_block_offsets=state.offsets_on(q.device, run_offsets),
-            num_later_tokens=later,
-            softcap=cap,
-            sink_logits=sink_logits,
-            process_group=process_group,
-        )
-        selection = policy.select(state, queries, cache)
-        out, lse = policy.attend(queries, cache, selection)
-        outs.append(out)
-        lses.append(lse)
+    with cache.whole_rows():
+        for first, last in _runs(offsets, longest - seqlen_q, policy, phase, rope):
+            begin, end = offsets[first], offsets[last]
+            run_offsets = tuple(offset - begin for offset in offsets[first : last + 1])
+            later = seqlen_q - end
+            queries = Queries(
+                q=q[:, begin:end],
+                phase=phase,
+                softmax_scale=scale,
+                # Rows may be shorter than what comes later: nothing of them is visible yet.
+                cache_seqlens=(cache.cache_seqlens - later).clamp_(min=0)
+                if later
+                else cache.cache_seqlens,
+                max_seqlen=max(cache.max_seqlen - later, 0),
+                q_unrotated=None if q_unrotated is None else q_unrotated[:, begin:end],
+                rope=rope,
+                offsets=run_offsets,
+                q_block_offsets=state.offsets_on(q.device, run_offsets),
+                num_later_tokens=later,
+                softcap=cap,
+                sink_logits=sink_logits,
+                process_group=process_group,
+            )
+            selection = policy.select(state, queries, cache)
+            out, lse = policy.attend(queries, cache, selection)
+            outs.append(out)
+            lses.append(lse)
     state.invalidate()
     if len(outs) == 1:
         return outs[0], lses[0]

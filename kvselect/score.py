@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -101,23 +103,27 @@ def score_tokens(
         require(cache.sketch_format is not None, "source", source, allowed)
     if check_finite:
         raise_if_not_finite(q, cache)
-    scores, _ = score_blocks(
-        q.contiguous().unsqueeze(1),
-        cache,
-        cache_seqlens=cache.cache_seqlens,
-        max_seqlen=cache.max_seqlen,
-        q_block_offsets=None,
-        seqlen_q=1,
-        window_rule="decode",
-        num_sink_tokens=num_sink_tokens,
-        num_recent_tokens=num_recent_tokens,
-        keep=0,
-        scale=scale,
-        sketch=None if source == "keys" else cache.sketch_format,
-        max_vote=aggregate == "max_vote",
-        softcap=cap,
-        sink_logits=sink_logits,
-    )
+    sketch = None if source == "keys" else cache.sketch_format
+    if sketch is not None:
+        cache.require_window(num_sink_tokens, num_recent_tokens)
+    with cache.whole_rows() if sketch is None else nullcontext():
+        scores, _ = score_blocks(
+            q.contiguous().unsqueeze(1),
+            cache,
+            cache_seqlens=cache.cache_seqlens,
+            max_seqlen=cache.max_seqlen,
+            q_block_offsets=None,
+            seqlen_q=1,
+            window_rule="decode",
+            num_sink_tokens=num_sink_tokens,
+            num_recent_tokens=num_recent_tokens,
+            keep=0,
+            scale=scale,
+            sketch=sketch,
+            max_vote=aggregate == "max_vote",
+            softcap=cap,
+            sink_logits=sink_logits,
+        )
     if scope == "layer":
         return scores.sum(2).expand(-1, cache.num_kv_heads, -1)
     return scores[:, 0]
@@ -173,7 +179,7 @@ def score_blocks(
     scores, _, num_nonfinite = torch.ops.kvselect.score_tokens.default(
         q,
         q_local,
-        cache.k_pages,
+        cache.k_pages if sketch is None else cache.scored_k_pages,
         cache.block_table,
         cache_seqlens,
         cache.starts,

@@ -69,9 +69,12 @@ def grown_capacity(needed: int, exactly: bool) -> int:
     return -(-(needed + slack) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
 
 
-def zeros_in_huge_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros of the dtype and device of ``like``, in huge pages where the system has them."""
-    out = like.new_empty(shape)
+def zeros_in_huge_pages(like: Tensor, shape: tuple[int, ...], pinned: bool = False) -> Tensor:
+    """Zeros of the dtype and device of ``like``, in huge pages where the system has them.
+
+    ``pinned``: page-locked host memory, which an accelerator copies from and to by itself.
+    """
+    out = like.new_empty(shape, pin_memory=pinned)
     # Subclasses, FakeTensor among them, may have no memory that advice could be about.
     has_memory = type(out) is Tensor and out.device.type == "cpu"
     if has_memory and not torch.compiler.is_compiling():
@@ -80,10 +83,11 @@ def zeros_in_huge_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return out.zero_()
 
 
-def grown(store: Tensor, dim: int, size: int) -> Tensor:
+def grown(store: Tensor, dim: int, size: int, pinned: bool = False) -> Tensor:
     """A copy of ``store`` with ``size`` entries along ``dim``, the new ones zero."""
     # Zero, not empty: someone else's masked attention over a row's unused end must find numbers.
-    larger = zeros_in_huge_pages(store, (*store.shape[:dim], size, *store.shape[dim + 1 :]))
+    shape = (*store.shape[:dim], size, *store.shape[dim + 1 :])
+    larger = zeros_in_huge_pages(store, shape, pinned)
     larger.narrow(dim, 0, store.shape[dim]).copy_(store)
     return larger
 
@@ -98,7 +102,9 @@ class HeadMajorRows:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        pinned: bool = False,
     ) -> None:
+        self._pinned = pinned
         k = torch.zeros((batch, num_kv_heads, 0, head_dim), dtype=dtype, device=device)
         self._set_stores(k, torch.zeros_like(k))
 
@@ -121,9 +127,9 @@ class HeadMajorRows:
             capacity = grown_capacity(longest, exactly)
             # One after the other: the old keys are gone before the old values are held twice.
             fitted = self.capacity
-            self._set_stores(grown(self._k, 2, capacity), self._v)
+            self._set_stores(grown(self._k, 2, capacity, self._pinned), self._v)
             try:
-                self._set_stores(self._k, grown(self._v, 2, capacity))
+                self._set_stores(self._k, grown(self._v, 2, capacity, self._pinned))
             except BaseException:  # out of memory: as long as they were, both of them
                 self._set_stores(self._k[:, :, :fitted], self._v)
                 raise
@@ -136,7 +142,7 @@ class HeadMajorRows:
         used = max(lengths, default=0)
         stores = []
         for store in (self._k, self._v):
-            fresh = zeros_in_huge_pages(store, (len(rows), *store.shape[1:]))
+            fresh = zeros_in_huge_pages(store, (len(rows), *store.shape[1:]), self._pinned)
             fresh[:, :, :used] = store[:, :, :used].index_select(0, picked)  # only what is stored
             stores.append(fresh)
         self._set_stores(*stores)

@@ -14,7 +14,7 @@ import hf_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvselect import attach
+from kvselect import TokenSelect, attach
 
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 10,
@@ -34,6 +34,13 @@ def generate(model: Any, scope: str, positions: str) -> dict[str, Any]:
             layer = handle.report().layers[0]
         result[f"{form} steps"] = layer.decode["num_calls"] - layer.decode["num_dense_calls"]
         result[f"{form} mass"] = layer.decode["kept_mass"]
+    ids, mask = hf_models.left_padded((300, 270), 300)
+    policy = TokenSelect(
+        topk=32, num_sink_tokens=4, num_recent_tokens=128, scope=scope, positions=positions
+    )
+    for form, options in (("resident", {}), ("kept on cpu", {"keep": "cpu"})):
+        with attach(model, policy, **options):
+            result[form] = model.generate(ids, attention_mask=mask, **GREEDY)
     return result
 
 

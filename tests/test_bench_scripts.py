@@ -146,6 +146,24 @@ def test_rolling_sweep(tmp_path: Path) -> None:
         assert all(0.5 * whole < part < 1.001 * whole for part, whole in masses)
 
 
+# ---- tiers
+
+
+def test_tier(tmp_path: Path) -> None:
+    sizes = ("--q-heads", "4", "--kv-heads", "2", "--head-dim", "32")
+    rows = quick("tier", tmp_path, *sizes)
+    assert [(row["keys"], row["lists"]) for row in rows] == [
+        (keys, lists) for keys in ("vt", "drift 0.9") for lists in (1.0, 2.0)
+    ]
+    for small, large in (rows[:2], rows[2:]):
+        assert small["device_bytes"] < large["device_bytes"] < large["resident_device_bytes"]
+        assert small["num_fetched"] > large["num_fetched"] > 0
+        listed = small["num_found"] + small["num_fetched"]
+        assert listed == large["num_found"] + large["num_fetched"]
+        assert 0 < large["fetched_bytes"] < small["fetched_bytes"] < small["listed_bytes"]
+        assert len(small["step_ms"]) == len(small["resident_step_ms"]) == 12
+
+
 # ---- the selection cache
 
 

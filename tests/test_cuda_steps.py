@@ -11,8 +11,18 @@ from fake_cuda import FakeCuda, fake_cuda, to_fake_cuda
 from transformers import StaticCache
 
 import kvselect
-from kvselect import KVCache, Rope, StreamingLLM, TokenSelect, decode_step, prefill
+from kvselect import (
+    KVCache,
+    Rope,
+    StreamingLLM,
+    TieredKVCache,
+    TokenSelect,
+    decode_step,
+    prefill,
+)
 from kvselect.fixed_cache import FixedKVCache
+from kvselect.lru_slots import LruSlots, Taken
+from kvselect.tiered_rows import TieredRows
 
 SMALL: dict[str, Any] = {"topk": 64, "num_sink_tokens": 16, "num_recent_tokens": 128}
 STEP = ["score_tokens", "select_tokens", "sparse_attention"]
@@ -125,3 +135,39 @@ def test_an_attached_model_steps_on_cuda_with_padding() -> None:
             model(ids[:, :1], attention_mask=mask, past_key_values=cache)
             assert not noted.reads, noted.reads
             assert noted.ops.count("select_tokens") == settings.num_hidden_layers
+
+
+def test_a_step_of_a_tiered_cache_reads_its_lists_back_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which rows are missing is a matter of numbers, which there are none of here: seven."""
+
+    def take(_: LruSlots, tokens: torch.Tensor, wanted: torch.Tensor) -> Taken:
+        missing = torch.zeros(7, dtype=torch.int64)
+        return Taken(torch.zeros(tokens.shape, dtype=torch.int64), missing, 0)
+
+    monkeypatch.setattr(LruSlots, "take", take)
+    monkeypatch.setattr(LruSlots, "forget", lambda *_: None)
+    monkeypatch.setattr(TieredRows, "_settle", lambda _: None)
+    monkeypatch.setattr(TieredKVCache, "_finds_no_codes", lambda *_: False)
+    policy = TokenSelect(**SMALL)
+    sizes = {"num_sink_tokens": 16, "num_recent_tokens": 128, "resident_tokens": 600}
+    with fake_cuda() as noted:
+        cache = TieredKVCache(2, 2, 64, dtype=torch.bfloat16, device="cuda", **sizes)
+        k = torch.randn(2, 500, 2, 64, dtype=torch.bfloat16, device="cuda")
+        q = torch.randn(2, 500, 8, 64, dtype=torch.bfloat16, device="cuda")
+        state = policy.new_state(cache)
+        cache.append(k, k)
+        out, _ = prefill(q, cache, policy, state)
+        assert out.device == q.device and not cache.has_whole_rows
+        for change in (("crop", 0), ("reorder", [1, 0]), ("crop", 40)):
+            getattr(cache, change[0])(change[1])
+            noted.forget()
+            cache.append(k[:, :1], k[:, :1])
+            assert len(noted.copies) == 2  # key and value to the host; pages are held
+            noted.forget()
+            out, info = decode_step(q[:, :1], cache, policy, state)
+            assert out.device == q.device and info.selection is not None
+            assert noted.ops == STEP and not noted.reads
+            # Lists to the host; places, keys, values, block table and lengths to the device.
+            assert len(noted.copies) == 6

@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from kvselect.bench.watch import WriteWatch
 from kvselect.integrations.hf.attached_layer import LatentLayer
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
+from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.token_select import TokenSelect
 from kvselect.storage import grown

@@ -10,7 +10,7 @@ transformers' tensors.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,14 +20,16 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvselect import TokenSelect, decode_step
-from kvselect.integrations.hf.cache_layer import KVSelectLayer, upgrade_cache
+from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.head_dims import filled_up
+from kvselect.integrations.hf.plan import Tier
+from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
+from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.testing import rel_err
 
 LONG = os.environ.get("KVSELECT_TEST_PROFILE") == "long"
 LAYERS, HEADS, GROUP, LARGEST_BATCH, LONGEST = 2, 2, 2, 6, 700
-SKETCHES: list[str | None] = ["int4", None]
 
 # Everything is listed; a remembered list is reused whenever it may be.
 LISTING: dict[str, Any] = {
@@ -51,20 +53,25 @@ STEPS = st.integers(0, 4)
 class CacheLives(RuleBasedStateMachine):
     """Two caches that must not differ: ``ours``, upgraded, and ``theirs``."""
 
+    sketches: ClassVar[list[str | None]] = ["int4", None]
+    tiers: ClassVar[dict[int, Tier]] = {}
+
     @initialize(
         batch=st.integers(1, 3),
         head_dim=st.sampled_from([16, 32]),
         policy=st.sampled_from([*POLICIES]),
     )
     def begin(self, batch: int, head_dim: int, policy: str) -> None:
+        if self.tiers and policy == "rolling":
+            policy = "fresh"  # pools need keys that lie elsewhere
         self.ours, self.theirs = DynamicCache(), DynamicCache()
-        upgrade_cache(self.ours, SKETCHES)
+        upgrade_cache(self.ours, self.sketches, tiers=self.tiers)
         self.batch, self.head_dim, self.draws = batch, head_dim, 0
         self.statistics = PhaseStatistics(), PhaseStatistics()
         self.changed = [True] * LAYERS  # by more than the token of a decode step
         self.policies = [
             TokenSelect(**POLICIES[policy], sketch=sketch, num_recent_tokens=128 if sketch else 12)
-            for sketch in SKETCHES
+            for sketch in self.sketches
         ]
 
     def draw(self, heads: int, count: int) -> Tensor:
@@ -91,7 +98,7 @@ class CacheLives(RuleBasedStateMachine):
             self.append_tokens(1)
             for index, policy in enumerate(self.policies):
                 layer: Any = self.ours.layers[index]
-                assert type(layer) is KVSelectLayer
+                assert type(layer) is (KVSelectTieredLayer if self.tiers else KVSelectLayer)
                 state = layer.state(index, policy, self.statistics)
                 query = 1.0 + 0.1 * self.draw(HEADS * GROUP, 1)  # alike: lists may be reused
                 q = filled_up(query.transpose(1, 2), layer.cache.head_dim)
@@ -176,8 +183,17 @@ class CacheLives(RuleBasedStateMachine):
                 assert torch.equal(ours.values, theirs.values)
 
 
-TestCacheLives = CacheLives.TestCase
-TestCacheLives.settings = settings(
+class TieredCacheLives(CacheLives):
+    """The same with keys and values on the host, and room for the longest list on the device."""
+
+    sketches: ClassVar[list[str | None]] = ["int4", "int8"]
+    tiers: ClassVar[dict[int, Tier]] = {
+        index: Tier(2, 128, LONGEST + 220) for index in range(LAYERS)
+    }
+
+
+TestCacheLives, TestTieredCacheLives = CacheLives.TestCase, TieredCacheLives.TestCase
+TestCacheLives.settings = TestTieredCacheLives.settings = settings(
     deadline=None,
     max_examples=10_000 if LONG else 60,
     stateful_step_count=15,

@@ -45,6 +45,8 @@ def test_two_ranks_choose_the_tokens_of_one(scope: str, positions: str, tmp_path
             assert rank[f"{form} steps"] == expected[f"{form} steps"] == 9
             if scope == "layer":  # a list of all heads, so a mass of all heads
                 assert rank[f"{form} mass"] == pytest.approx(expected[f"{form} mass"], rel=1e-4)
+        for form in ("resident", "kept on cpu"):
+            assert torch.equal(rank[form], expected["resident"]), form
         assert torch.equal(rank["listing"], rank["stock"])
         assert not torch.equal(rank["narrow"], rank["stock"])
         assert [

@@ -18,8 +18,8 @@ PACKAGE, CSRC = ROOT / "kvselect", ROOT / "csrc"
 FLOORS = (
     {"checks", "machine"},
     {"ops"},
-    {"crossovers", "query_blocks", "rope", "sketch", "storage", "tensor_parallel"},
-    {"cache"},
+    {"crossovers", "lru_slots", "query_blocks", "rope", "sketch", "storage", "tensor_parallel"},
+    {"cache", "tiered_rows"},
     {
         "arguments",
         "attention",
@@ -29,6 +29,7 @@ FLOORS = (
         "score",
         "selection",
         "selection_cache",
+        "tiered_cache",
     },
     {"policies"},
     {"decode", "prefill"},

@@ -58,7 +58,8 @@ def audited(policy: Policy, audit: Audit) -> Policy:
             if audit.enabled and queries.phase == "decode":
                 mass = 1.0
                 if selection is not None:
-                    mass = float(_mass(self, queries, cache, selection))
+                    with cache.whole_rows():
+                        mass = float(_mass(self, queries, cache, selection))
                 audit.add(mass)
             return selection
 

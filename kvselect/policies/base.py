@@ -154,6 +154,14 @@ class Policy:
         return None
 
     @property
+    def reads_unlisted(self) -> str | None:
+        """Why decode steps read keys other than those of sinks, window and lists.
+
+        None: they do not, so that a `TieredKVCache` may keep the rest in host memory.
+        """
+        return "nobody has said that its steps read only what they list"
+
+    @property
     def capacity(self) -> int:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
@@ -258,14 +266,24 @@ def decode_policies(
     policy: Policy, cache: KVCache, crossovers: Mapping[int, Crossover] | None
 ) -> dict[int, Policy]:
     """`PolicyState.decode_policies`; what the user set stands, whatever was measured."""
-    if policy.dense_below_tokens is not None:
-        return {}
+    if policy.dense_below_tokens is not None or cache.keep is not None:
+        return {}  # what was measured knows nothing of rows that a dense step would have to move
     if crossovers is None:
         if break_even_mode() == "off":
             return {}
         sizes = (0, cache.num_kv_heads, cache.head_dim, cache.dtype, cache.page_block_size)
         crossovers = find_by_q_heads(Workload.of(policy.to_dict(), *sizes), cache.device)
     return {heads: settled(policy, found) for heads, found in crossovers.items()}
+
+
+def require_listed_reads(policy: Policy) -> None:
+    """ValueError unless decode steps can do without the keys that they do not list."""
+    reason = policy.reads_unlisted
+    allowed = (
+        f"None with this {type(policy).__name__} ({reason}); 'cpu' goes with StreamingLLM, and "
+        "with TokenSelect that has a sketch and no num_segments"
+    )
+    require(reason is None, "keep", "cpu", allowed)
 
 
 def settled(policy: Policy, crossover: Crossover) -> Policy:

@@ -24,6 +24,10 @@ class Dense(Policy):
     )
     persistent: ClassVar[bool] = False
 
+    @property
+    def reads_unlisted(self) -> str:
+        return "every step reads every key"
+
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
         return True
 

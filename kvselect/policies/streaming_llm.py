@@ -83,6 +83,10 @@ class StreamingLLM(Policy):
         require_int(self.q_block_size, "q_block_size", 1)
 
     @property
+    def reads_unlisted(self) -> None:
+        return None
+
+    @property
     def capacity(self) -> int:
         """Sinks, window, and the queries of one block."""
         return self.num_sink_tokens + self.num_recent_tokens + self.q_block_size

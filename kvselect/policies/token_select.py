@@ -28,6 +28,7 @@ from kvselect.policies.base import (
     decode_policies,
     longest_block,
     register_policy,
+    require_listed_reads,
     selection_of,
     visible_tokens,
 )
@@ -298,6 +299,14 @@ class TokenSelect(Policy):
         return self.sketch
 
     @property
+    def reads_unlisted(self) -> str | None:
+        if self.sketch is None:
+            return "sketch=None scores every key"
+        if self.num_segments is not None:
+            return "num_segments: pools are scored from their keys"
+        return None
+
+    @property
     def keep(self) -> int:
         """Tokens picked by score."""
         return num_kept(self.topk, self.overselect)
@@ -340,6 +349,9 @@ class TokenSelect(Policy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:
+        if cache.keep is not None:
+            require_listed_reads(self)
+            cache.require_window(self.num_sink_tokens, self.num_recent_tokens)
         settled = decode_policies(self, cache, crossovers)
         state = PolicyState(self, decode_policies=settled, crossovers=crossovers)
         if self.similarity_threshold is not None:
@@ -477,7 +489,8 @@ class TokenSelect(Policy):
         due = rolling.due()
         if any(due):
             counted = rolled & torch.tensor(due, device=cache.device)[:, None]
-            votes, _, _ = self._vote(queries, cache, (~counted).int(), exact=True)
+            with cache.whole_rows():
+                votes, _, _ = self._vote(queries, cache, (~counted).int(), exact=True)
             fresh = self._pick(votes, queries, cache, lists.indices.shape[-1], keep=self.topk)
             held = votes.gather(3, lists.indices.clamp(min=0).long())
             kept = held.where(lists.indices >= 0, 0.0).nan_to_num(0.0, 0.0, 0.0).sum(3)[:, 0]
@@ -496,7 +509,8 @@ class TokenSelect(Policy):
         positions candidates are scored as ever, at their fixed distance, but from their keys.
         """
         num_lists = self._num_lists(cache)
-        votes = self._vote(queries, cache, exact=True)[0][:, 0]
+        with cache.whole_rows():
+            votes = self._vote(queries, cache, exact=True)[0][:, 0]
         at = self._block_range(queries, cache)
         width = list_width(min(self.budget, queries.max_seqlen))
         best = self._pick(votes[:, None], queries, cache, width, keep=self.topk)

@@ -30,6 +30,7 @@ from kvselect.integrations.hf.stack import (
     require_masks_left_alone,
     trained_length,
 )
+from kvselect.integrations.hf.tiered_layer import make_tiers, require_keep
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
 from kvselect.policies.base import Policy, policy_from_dict
 
@@ -132,6 +133,8 @@ def attach(
     break_even: str | None = None,
     audit_every: int | None = None,
     audit_layers: Sequence[int] | None = None,
+    keep: str | None = None,
+    resident_tokens: int | None = None,
 ) -> Handle:
     """Attach a selection policy to a transformers causal language model, in place and reversibly.
 
@@ -159,6 +162,14 @@ def attach(
         all keys. None: no step.
     audit_layers : sequence of int or None
         The layers to audit; None: all that select.
+    keep : "cpu" or None
+        "cpu": the caches of layers that select keep their keys and values in host memory, the
+        sketch and `resident_tokens` on the model's device; same tokens, less device memory, rows
+        that move (docs/tier.md). For policies whose decode steps read only what they list. None:
+        everything on the device.
+    resident_tokens : int or None
+        With ``keep="cpu"``: tokens per row and KV head that the device holds, at least the longest
+        list. None: twice that.
 
     Returns
     -------
@@ -170,7 +181,8 @@ def attach(
         If kvselect cannot run this model, or (strict) some of its layers.
     ValueError
         If a policy is attached already, ``output_attentions`` is on, a dense layer does not exist,
-        ``break_even`` is none of its values, or the policy's compact positions exceed the length
+        ``break_even`` or ``keep`` is none of its values, the policy cannot go with ``keep``, a list
+        does not fit into ``resident_tokens``, or the policy's compact positions exceed the length
         that the model was trained on.
     TypeError
         If the model is not a PreTrainedModel or the policy not a Policy.
@@ -189,6 +201,7 @@ def attach(
         require_int(audit_every, "audit_every", 1, "None or an int >= 1")
         allowed = "None for a policy without scores"
         require(type(policy).audit is not Policy.audit, "audit_every", audit_every, allowed)
+    room = require_keep(keep, resident_tokens, policy)
     allowed = "None without audit_every"
     require(audit_every is not None or audit_layers is None, "audit_layers", audit_layers, allowed)
     copied = remove_copied_hooks(model)
@@ -229,6 +242,10 @@ def attach(
                 "keywords on to them and leave the mask to them"
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
+        if room is not None:
+            plan.tiers = make_tiers(plan, policy, room)
+            allowed = "None for a model without layers that select and have a cache of their own"
+            require(bool(plan.tiers), "keep", keep, allowed)
         _join_ranks(plan, config)
         _plan_audits(plan, audit_every, audit_layers)
         settle_crossovers(plan, mode, execution_device(stack).type)

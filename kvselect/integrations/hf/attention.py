@@ -17,6 +17,7 @@ from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
+from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 from kvselect.policies.base import PolicyState
 from kvselect.prefill import prefill
 
@@ -142,6 +143,10 @@ def _attend(
             assert isinstance(keys, KeyRange)
             return _select(query, key, value, context, keys, softmax_scale, options)
         plan.ran_dense(reason)
+        if isinstance(layer, KVSelectTieredLayer):
+            assert layer.cache is not None
+            layer.cache.drop_whole_rows()
+            key, value = key.to(query.device), value.to(query.device)
         if plan.rotates_itself:
             assert isinstance(keys, KeyRange)  # the hook let nothing else through
             rope = stack.table(plan, key.shape[2], key.device)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from kvselect.cache import KVCache
 from kvselect.checks import require
-from kvselect.integrations.hf.attached_layer import AttachedLayer, LatentLayer, RopeState
+from kvselect.integrations.hf.attached_layer import AttachedLayer, RopeState
 from kvselect.integrations.hf.head_dims import filled_up, require_head_dim
-from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 
 
 class KVSelectLayer(AttachedLayer, DynamicLayer):
@@ -179,7 +178,7 @@ class KVSelectLayer(AttachedLayer, DynamicLayer):
         if old is None:
             return
         cache = self._new_cache(old.batch, old.num_kv_heads, old.head_dim)
-        cache.append(old.k, old.v)
+        cache.append(old.k.to(self.device), old.v.to(self.device))
         self._replace_cache(cache)
         self._show()
 
@@ -207,49 +206,3 @@ class KVSelectLayer(AttachedLayer, DynamicLayer):
         keys, values = (store.narrow(2, 0, tokens) for store in self._stores)
         self.keys, self.values = keys, values
         return keys, values
-
-
-def upgrade_cache(
-    cache: Cache,
-    sketches: list[str | None],
-    foreign_layers: frozenset[int] = frozenset(),
-    latent_layers: frozenset[int] = frozenset(),
-) -> None:
-    """Replace the empty plain layers of a cache by ours, in place.
-
-    `KVSelectLayer` where they grow, `KVSelectStaticLayer` where their room is fixed.
-
-    Parameters
-    ----------
-    cache : Cache
-        Its type stays, so that every check in ``generate`` passes. Layers of any other type, and
-        filled ones, stay as they are.
-    sketches : list of str or None
-        Sketch format of each layer of the decoder stack.
-    foreign_layers : frozenset of int
-        Layers that `KVCache` cannot hold; they stay as they are.
-    latent_layers : frozenset of int
-        Layers whose attention makes keys and values of what they hold: they become `LatentLayer`.
-
-    Raises
-    ------
-    ValueError
-        If the cache moves its layers to the CPU by itself.
-    """
-    require(not cache.offloading, "past_key_values.offloading", True, "False")
-    layers = cache.layers
-    if cache.layer_class_to_replicate is DynamicLayer:
-        # Layers of a cache made without a config appear during the forward pass; the hooks need
-        # them before.
-        layers.extend(DynamicLayer() for _ in sketches[len(layers) :])
-    for index, sketch in enumerate(sketches[: len(layers)]):
-        layer = layers[index]
-        if index in foreign_layers or type(layer) not in (DynamicLayer, StaticLayer):
-            continue
-        if layer.is_initialized:
-            continue
-        latent = index in latent_layers
-        if type(layer) is DynamicLayer:
-            layers[index] = LatentLayer() if latent else KVSelectLayer(sketch)
-        elif not latent:
-            layers[index] = KVSelectStaticLayer(layer.max_cache_len, sketch)

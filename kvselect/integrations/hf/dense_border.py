@@ -31,6 +31,9 @@ def settle_crossovers(plan: StackPlan, mode: Mode, device_type: str) -> None:
             continue
         if policy.dense_below_tokens is not None:
             continue
+        if layer.source in plan.tiers:
+            layer.unmeasured = "keep='cpu', where longer dense steps would move whole rows"
+            continue
         if mode == "off":
             layer.unmeasured = "break_even='off'"
             continue

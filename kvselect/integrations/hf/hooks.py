@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import AttachedLayer
-from kvselect.integrations.hf.cache_layer import upgrade_cache
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import (
     NAME,
@@ -26,6 +25,7 @@ from kvselect.integrations.hf.plan import (
     StackPlan,
     plan_of,
 )
+from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 
 
 def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -52,7 +52,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
+        upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers, plan.tiers)
         return None
     use_cache = kwargs.get("use_cache")
     if (
@@ -62,7 +62,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     ):
         return None
     cache = DynamicCache(config=config)
-    upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers)
+    upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers, plan.tiers)
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}

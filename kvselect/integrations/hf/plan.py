@@ -23,6 +23,7 @@ from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 from kvselect.tensor_parallel import ProcessGroup
+from kvselect.tiered_rows import Residency
 
 NAME = "kvselect"
 """Of the attention implementation. transformers gives a meaning to names with "flash", "sdpa",
@@ -37,6 +38,23 @@ MIN_TABLE_ROWS = 1024
 """First size of a rotation table [positions]."""
 
 Recorder = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """What the `TieredKVCache` of one cache layer is made with.
+
+    Attributes
+    ----------
+    num_sink_tokens, num_recent_tokens, resident_tokens : int
+    residency : Residency
+        Counts of all caches that the layer meets while attached.
+    """
+
+    num_sink_tokens: int
+    num_recent_tokens: int
+    resident_tokens: int
+    residency: Residency = field(default_factory=Residency)
 
 
 class CopiedModelError(RuntimeError):
@@ -72,6 +90,7 @@ class StackPlan:
     sketches: list[str | None] = field(default_factory=list)  # of the cache layers, by layer_idx
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
     latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
+    tiers: dict[int, Tier] = field(default_factory=dict)  # of the cache layers with keep="cpu"
     process_group: ProcessGroup | None = None
     thread: int = field(default_factory=threading.get_ident)  # that attaches
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments

@@ -54,6 +54,10 @@ class LayerReport:
         would have.
     prefill, decode : dict
         Counts of `PhaseStatistics`.
+    resident_tokens : int or None
+        Tokens per row and KV head on the device, of the cache layer that it reads; None: all.
+    residency : dict or None
+        With ``keep="cpu"``: what moved, by `Residency`.
     """
 
     index: int
@@ -74,6 +78,8 @@ class LayerReport:
     context_per_step: float | None
     prefill: dict[str, Any]
     decode: dict[str, Any]
+    resident_tokens: int | None = None
+    residency: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,7 @@ class Report:
         ]
         words += _border_lines(self.layers)
         words += _audit_lines(self.layers)
+        words += _tier_lines(self.layers)
         if self.bytes_ratio is not None:
             words.append(
                 f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
@@ -172,6 +179,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
     phases = layer.statistics
     sizes = (layer.head_dim, layer.itemsize)
     border = dense_border(layer)
+    tier = None if layer.source is None else layer.stack.tiers.get(layer.source)
     return LayerReport(
         index=layer.index,
         selects=layer.selects,
@@ -191,6 +199,8 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         context_per_step=phases[1].tokens_visible / layer.num_lists if layer.num_lists else None,
         prefill=phases[0].to_dict(),
         decode=phases[1].to_dict(),
+        resident_tokens=None if tier is None else tier.resident_tokens,
+        residency=None if tier is None else tier.residency.to_dict(),
     )
 
 
@@ -242,6 +252,26 @@ def _audit_lines(layers: tuple[LayerReport, ...]) -> list[str]:
                 f"mass {audit['mass']:.1%} against {audit['exact_mass']:.1%}"
             )
     return lines
+
+
+def _tier_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line if keys and values are kept in host memory: where, and what that moved."""
+    tiered = [layer for layer in layers if layer.residency is not None]
+    if not tiered:
+        return []
+    own = [layer for layer in tiered if layer.note is None]  # several may read one cache layer
+    moved = [layer.residency for layer in own if layer.residency is not None]
+    steps = max((counts["num_steps"] for counts in moved), default=0)
+    found, fetched = (sum(c[name] for c in moved) for name in ("num_found", "num_fetched"))
+    line = (
+        f"keep='cpu' in {len(tiered)} of {len(layers)} layers: "
+        f"{tiered[0].resident_tokens} tokens per row and KV head on the device"
+    )
+    if steps:
+        per_step = sum(counts["fetched_bytes"] for counts in moved) / steps
+        share = _share(found / (found + fetched) if found + fetched else None)
+        line += f"; {share} of the listed rows were there, {per_step / 1e6:.2f} MB moved per step"
+    return [line]
 
 
 def _cells(layer: LayerReport, mass_target: float | None) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kvselect.checks import require, require_int
 from kvselect.integrations.hf.plan import StackPlan
 from kvselect.integrations.hf.stack import execution_device
+from kvselect.integrations.hf.tiered_layer import make_tiers
 from kvselect.policies.base import Policy
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.sketch import BLOCK_TOKENS
@@ -162,12 +163,16 @@ def _using(plan: StackPlan, policy: Policy) -> Iterator[None]:
         )
         for layer in plan.layers
     ]
+    tiers = plan.tiers
     try:
+        if tiers:
+            plan.tiers = make_tiers(plan, policy, 0)
         for layer in plan.layers:
             layer.use(policy)
             layer.statistics = (PhaseStatistics(), PhaseStatistics())
         yield
     finally:
+        plan.tiers = tiers
         for layer, kept in zip(plan.layers, before):
             layer.policy, layer.needs_unrotated, layer.statistics = kept[:3]
             layer.num_lists, layer.nonfinite, layer.num_steps = kept[3:]
