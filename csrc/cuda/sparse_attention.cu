@@ -586,7 +586,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Many rows: the warps share the list.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // else sm_80 gets 128 registers, and spills
     attend_many_kernel(const SparseAttentionParams p, const Workspace w) {
     __shared__ Shared<T, kHeadDim, Common::kTokens> shared;
     ptx::wait_for_previous_kernel();
