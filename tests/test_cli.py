@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from hf_models import config
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvselect import TokenSelect, break_even, cli, crossovers, doctor, ops
+from kvselect import TokenSelect, break_even, cli, cli_eval, crossovers, doctor, ops
 from kvselect.crossovers import Point
 from kvselect.eval import demo
 from kvselect.eval.checkpoint import CheckpointError, embedded_model_path, load_checkpoint
@@ -77,7 +79,9 @@ def test_eval_writes_json_and_picture_and_prints_a_table(
         *("--samples", "6", "--out", str(out)),
     )
     assert code == 0
-    assert sorted(path.name for path in out.iterdir()) == ["results.json", "score.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("lm_eval", "results.json", "samples.jsonl", "score.png")
+    ]
     results = json.loads((out / "results.json").read_text())
     assert results["complete"] and len(results["cells"]) == 4
     assert results["config"]["rendering"] == "dialect"
@@ -220,6 +224,33 @@ def test_a_damaged_checkpoint_is_refused_as_such(copy: Path, damage, message: st
     with pytest.raises(CheckpointError, match=message) as refused:
         load_checkpoint(copy)
     assert str(refused.value).startswith(f"model: got '{copy}'") and "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    message = r"which has no tokenizer \(none of tokenizer.json, .*, with the tokenizer beside it"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(copy)
+
+
+def test_progress_is_lines_with_the_time_left_where_no_terminal_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = io.StringIO()
+    clock = iter([0.0, 5.0, 60.0, 61.0, 700.0])
+    monkeypatch.setattr(cli_eval.time, "monotonic", lambda: next(clock))
+    with cli_eval.progress_shown(Console(file=out), 100) as advance:
+        for amount in (5, 20, 1, 74):
+            advance("vt at 4x", amount)
+    assert out.getvalue() == "vt at 4x: 25 %, about 3 min left\n"
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    out = io.StringIO()
+    with cli_eval.progress_shown(Console(file=out, force_terminal=True, width=90), 10) as advance:
+        advance("vt at 4x", 5)
+    assert "vt at 4x" in out.getvalue() and "50%" in out.getvalue()
 
 
 def test_another_folder_is_loaded_by_its_name(copy: Path) -> None:

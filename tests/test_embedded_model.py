@@ -19,7 +19,7 @@ from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, embedded_model_path, load_checkpoint
 from kvselect.eval.demo import demo_policies
 from kvselect.eval.models.retrieval import train
-from kvselect.eval.report import Cell, Length
+from kvselect.eval.results import Cell, Length
 from kvselect.eval.tasks import TASKS, dialect, dialect_sample
 from kvselect.eval.trained_keys import capture, rank
 from kvselect.policies import token_select

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvselect.eval.intervals import Z_95, paired_difference, wilson
+from kvselect.eval.intervals import Z_95, macro_difference, paired_difference, wilson
 
 
 def test_wilson_against_published_halves() -> None:
@@ -71,3 +71,26 @@ def test_difference_is_the_same_every_time_and_antisymmetric() -> None:
 def test_difference_needs_pairs(baseline: list[bool]) -> None:
     with pytest.raises(ValueError, match="baseline: got shape"):
         paired_difference([True, False], baseline)
+
+
+def test_difference_of_scores_between_right_and_wrong() -> None:
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.integers(0, 5, 300) / 4, rng.integers(0, 5, 300) / 4
+    mean, low, high = paired_difference(ours, theirs)
+    assert mean == pytest.approx((ours - theirs).mean())
+    half = Z_95 * (ours - theirs).std() / math.sqrt(300)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_the_mean_over_tasks_is_resampled_within_each() -> None:
+    """A task of few samples does not drown: its mean counts as much, and its error is kept."""
+    rng = np.random.default_rng(2)
+    many = rng.random(2000) < 0.9, rng.random(2000) < 0.9
+    few = rng.random(40) < 0.5, rng.random(40) < 0.9
+    mean, low, high = macro_difference([many, few])
+    parts = [np.asarray(ours, float) - theirs for ours, theirs in (many, few)]
+    assert mean == pytest.approx(sum(part.mean() for part in parts) / 2)
+    error = math.sqrt(sum(part.var() / part.size for part in parts)) / 2
+    assert (high - low) / 2 == pytest.approx(Z_95 * error, rel=0.1)
+    with pytest.raises(ValueError, match="pairs: got none, allowed: at least one task"):
+        macro_difference([])

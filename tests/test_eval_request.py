@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 
 from kvselect.eval.demo import demo_policies, demo_request
-from kvselect.eval.report import Length
-from kvselect.eval.request import parse_lengths, parse_policies, parse_policy, policy_names
+from kvselect.eval.request import (
+    MIN_BUDGET,
+    default_policies,
+    of_budget,
+    parse_budgets,
+    parse_lengths,
+    parse_policies,
+    parse_policy,
+    policy_names,
+    split_policies,
+)
+from kvselect.eval.results import Length
+from kvselect.policies.base import Policy
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
@@ -82,3 +94,52 @@ def test_the_demo_compares_equal_budgets_inside_a_quarter_of_the_window() -> Non
     budget = compact.num_sink_tokens + compact.keep + compact.num_recent_tokens
     assert streaming.num_sink_tokens + streaming.num_recent_tokens == budget
     assert [length.tokens for length in demo_request(512).lengths] == [512, 2048, 8192]
+
+
+def test_policies_may_be_joined_by_commas() -> None:
+    joined = ["dense,token_select:topk=2,scope=layer,streaming_llm"]
+    apart = ["dense", "token_select:topk=2,scope=layer", "streaming_llm"]
+    assert split_policies(joined[0]) == apart
+    assert parse_policies(joined) == parse_policies(apart)
+    with pytest.raises(ValueError, match="policies: got 'sparse', allowed: dense, "):
+        parse_policies(["dense,sparse"])
+
+
+def attended(policy: Policy) -> int:
+    """Tokens of a decode step right after its selection."""
+    if isinstance(policy, StreamingLLM):
+        return policy.num_sink_tokens + policy.num_recent_tokens
+    assert isinstance(policy, TokenSelect)
+    picked = math.ceil(policy.overselect * policy.topk)
+    return policy.num_sink_tokens + policy.num_recent_tokens + picked
+
+
+@pytest.mark.parametrize("budget", [MIN_BUDGET, 227, 1000, 3712, 20_000])
+def test_a_budget_is_what_a_step_attends_to(budget: int) -> None:
+    for name in ("streaming_llm", "token_select"):
+        assert budget - 2 <= attended(of_budget(name, budget)) <= budget
+    default = of_budget("token_select", 3712)
+    assert isinstance(default, TokenSelect)
+    assert (default.topk, default.num_recent_tokens) == (2048, 512)
+
+
+def test_budgets_size_the_policies_that_have_no_settings() -> None:
+    assert parse_budgets("1k,256") == [256, 1024]
+    policies = parse_policies(["dense,token_select,token_select:topk=9"], [256, 512])
+    assert list(policies) == [
+        "dense",
+        "token_select 256",
+        "token_select 512",
+        "token_select topk=9",
+    ]
+    assert list(default_policies(512)) == [
+        *("dense", "streaming_llm 227", "token_select 227", "token_select 227 compact")
+    ]
+    assert "token_select 3712 compact" in default_policies(131_072)
+    assert len(default_policies(512, [200, 300])) == 7
+
+
+@pytest.mark.parametrize("text", ["12", "143", "soon"])
+def test_bad_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"got '?{text}'?, allowed: "):
+        parse_budgets(text)

@@ -17,8 +17,9 @@ from kvselect.eval import picture, report, runner
 from kvselect.eval.audit import Audit, audited
 from kvselect.eval.checkpoint import Checkpoint
 from kvselect.eval.demo import demo_policies
-from kvselect.eval.report import Cell, Length, Results
-from kvselect.eval.runner import Request, Session
+from kvselect.eval.results import Cell, Length, Results
+from kvselect.eval.runner import Request
+from kvselect.eval.session import Session, answer, share_weights
 from kvselect.eval.tasks import TASKS, Question, dialect, dialect_sample
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
@@ -107,7 +108,7 @@ def test_a_run_is_the_same_twice_and_leaves_the_model_alone(checkpoint: Checkpoi
 
 
 def test_views_share_weights_and_nothing_else(checkpoint: Checkpoint) -> None:
-    view = runner.share_weights(checkpoint.model)
+    view = share_weights(checkpoint.model)
     for own, other in zip(view.parameters(), checkpoint.model.parameters(), strict=True):
         assert own.data_ptr() == other.data_ptr()
     with attach(view, SELECT):
@@ -119,10 +120,10 @@ def test_views_share_weights_and_nothing_else(checkpoint: Checkpoint) -> None:
 def test_an_answer_is_what_greedy_generation_gives(checkpoint: Checkpoint, policy: Any) -> None:
     sample = dialect_sample(TASKS["niah_multikey"], 150, max_questions=4)
     context = torch.as_tensor(sample.context)
-    with Session("x", runner.share_weights(checkpoint.model), policy) as session:
+    with Session("x", share_weights(checkpoint.model), policy) as session:
         session.prefill(context)
         answers = [
-            runner.answer(session, question, context.device, stop=set())
+            answer(session, question, context.device, stop=set())
             for question in (*sample.questions, sample.questions[0])
         ]
         assert answers[0] == answers[-1]  # the cache was cropped back after every question
@@ -144,11 +145,11 @@ def test_an_answer_is_what_greedy_generation_gives(checkpoint: Checkpoint, polic
 
 def test_a_stop_token_ends_an_answer(checkpoint: Checkpoint) -> None:
     question = Question(dialect_sample(TASKS["chain"], 60).questions[0].tokens, ("a",) * 5, 5)
-    with Session("x", runner.share_weights(checkpoint.model), Dense()) as session:
+    with Session("x", share_weights(checkpoint.model), Dense()) as session:
         session.prefill(torch.arange(3, 40))
-        free = runner.answer(session, question, torch.device("cpu"), stop=set())
+        free = answer(session, question, torch.device("cpu"), stop=set())
         assert len(free) == 5
-        stopped = runner.answer(session, question, torch.device("cpu"), stop={free[1]})
+        stopped = answer(session, question, torch.device("cpu"), stop={free[1]})
         assert stopped == free[: free.index(free[1]) + 1]
 
 
@@ -179,7 +180,7 @@ def test_the_audit_changes_nothing_and_agrees_with_exact_scores(checkpoint: Chec
         audit = Audit()
         logits = []
         for attached in (policy, audited(policy, audit)):
-            view = runner.share_weights(checkpoint.model)
+            view = share_weights(checkpoint.model)
             with attach(view, attached) as handle, torch.inference_mode():
                 cache = DynamicCache(config=view.config)
                 view(tokens[None, :-4], past_key_values=cache)

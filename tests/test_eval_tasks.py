@@ -180,6 +180,35 @@ def test_variables_lead_to_their_root() -> None:
     assert all(value_of[int(row[1])] == row[2] for row in problem.questions[0])
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_knows_what_it_needs(task: str) -> None:
+    """Statements that are needed contain the answer and lead to it; what is not needed may go."""
+    problem = TASKS[task].draw(rng(5), 40, 12)
+    statements = told(problem)
+    for row, needed in zip(problem.questions[0], problem.evidence[0]):
+        facts = [statements[place] for place in needed if place >= 0]
+        words = {word for fact in facts for word in fact}
+        assert set(row[1:].tolist()) <= words
+        assert all(set(fact[1:]) & {*row[1:].tolist(), *words} for fact in facts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_depth_is_where_the_evidence_begins(task: str) -> None:
+    sample = dialect_sample(TASKS[task], 700, seed=4)
+    words = as_text(sample)
+    vocabulary = dialect.vocabulary()
+    for asked in sample.questions:
+        assert asked.depth is not None and 0 < asked.depth < 1
+        first = round(asked.depth * len(words))
+        assert words[first] in ("SET", "LINK", "LET")
+        if not task.startswith(("vt", "chain")):
+            name = [vocabulary[token] for token in asked.tokens[1:]]
+            places = [at for at in range(first + 2) if words[at : at + len(name)] == name]
+            assert places == [first + 1]
+    prose = prose_sample(TASKS[task], 2000, WordTokenizer(), seed=4)
+    assert all(0 <= asked.depth <= 1 for asked in prose.questions if asked.depth is not None)
+
+
 # ---- prose
 
 

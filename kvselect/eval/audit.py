@@ -7,7 +7,7 @@ StreamingLLM makes none. The audit asks the exact keys, for every policy in the 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from kvselect.selection import Selection
 
 @dataclass(slots=True)
 class Audit:
-    """Collects the recovered mass of decode queries, over all layers.
+    """Collects the recovered mass of decode queries, by layer and KV head.
 
     Attributes
     ----------
@@ -32,18 +32,46 @@ class Audit:
     """
 
     enabled: bool = True
-    _mass_sum: float = 0.0
-    _num_calls: int = 0
+    _layers: list[PolicyState] = field(default_factory=list)
+    _sums: dict[int, list[float]] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
 
-    def add(self, mass: float) -> None:
-        """The mean over the heads and queries of one layer's call."""
-        self._mass_sum += mass
-        self._num_calls += 1
+    def layer_of(self, state: PolicyState) -> int:
+        """Which of the selecting layers a state belongs to: they are met in order."""
+        for layer, known in enumerate(self._layers):
+            if known is state:
+                return layer
+        self._layers.append(state)
+        return len(self._layers) - 1
+
+    def forget_layers(self) -> None:
+        """The next states are those of another cache."""
+        self._layers.clear()
+
+    def add(self, layer: int, mass: list[float]) -> None:
+        """One call: the mean over its queries, one number per KV head."""
+        sums = self._sums.setdefault(layer, [0.0] * len(mass))
+        self._sums[layer] = [one + other for one, other in zip(sums, mass)]
+        self._counts[layer] = self._counts.get(layer, 0) + 1
+
+    def take(self) -> list[list[float]]:
+        """Mean mass since the last `take`, [layers][KV heads]; empty: no decode query was seen."""
+        means = [
+            [value / self._counts[layer] for value in self._sums[layer]]
+            for layer in sorted(self._sums)
+        ]
+        self._sums.clear()
+        self._counts.clear()
+        return means
 
     @property
     def recovered_mass(self) -> float | None:
-        """Mean over layers, heads and decode queries; None before the first."""
-        return self._mass_sum / self._num_calls if self._num_calls else None
+        """Mean over layers, heads and decode queries since the last `take`; None before the
+        first."""
+        calls = sum(self._counts.values())
+        if not calls:
+            return None
+        return sum(sum(sums) / len(sums) for sums in self._sums.values()) / calls
 
 
 def audited(policy: Policy, audit: Audit) -> Policy:
@@ -55,12 +83,13 @@ def audited(policy: Policy, audit: Audit) -> Policy:
 
         def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
             selection: Selection | None = base.select(self, state, queries, cache)
+            layer = audit.layer_of(state)
             if audit.enabled and queries.phase == "decode":
-                mass = 1.0
+                mass = [1.0] * cache.num_kv_heads
                 if selection is not None:
                     with cache.whole_rows():
-                        mass = float(_mass(self, queries, cache, selection))
-                audit.add(mass)
+                        mass = _mass(self, queries, cache, selection).tolist()
+                audit.add(layer, mass)
             return selection
 
     settings = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
@@ -69,7 +98,7 @@ def audited(policy: Policy, audit: Audit) -> Policy:
 
 
 def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -> Tensor:
-    """Mean recovered mass of the queries, each of which is a block of its own.
+    """Mean recovered mass of the queries, each of which is a block of its own; [num_kv_heads].
 
     With compact positions a candidate that is not listed has no position; as the policies' scores
     do, the audit meets candidates at the fixed distance ``num_recent_tokens``, and sinks and recent
@@ -90,7 +119,7 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
             queries.max_seqlen,
             queries.softcap,
         )
-        return mass.mean()
+        return mass.unflatten(2, (cache.num_kv_heads, -1)).mean((0, 1, 3))  # type: ignore[no-untyped-call]
     assert queries.rope is not None
     rank = topk_length.amax(dim=2) - 1  # of each query's own token: the last of its list
     q, q_local = compact_decode_vectors(
@@ -114,4 +143,4 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
         softcap=queries.softcap,
     )
     listed = scores.gather(3, indices.clamp(min=0).long()) * (indices >= 0)
-    return listed.sum(3).mean() / (queries.q.shape[2] // cache.num_kv_heads)
+    return listed.sum(3).mean((0, 1)) / (queries.q.shape[2] // cache.num_kv_heads)

@@ -48,6 +48,18 @@ class Checkpoint:
     speaks_dialect: bool
 
 
+# One of these is in every folder that `save_pretrained` of any tokenizer wrote.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer_config.json",
+)
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No log lines or bars from `transformers`: what matters is raised, once, by us."""
@@ -87,6 +99,11 @@ def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu
     if not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(f"model: got {str(path)!r}, which {problem}, allowed: {allowed}")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"model: got {str(path)!r}, which has no tokenizer (none of "
+            f"{', '.join(_TOKENIZER_FILES)}), allowed: {allowed}, with the tokenizer beside it"
+        )
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvselect.eval.report import Length
+from kvselect.eval.results import Length
 from kvselect.eval.runner import Request
 from kvselect.eval.tasks import find_tasks
 from kvselect.policies.base import Policy

@@ -4,6 +4,7 @@ dense."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,9 @@ BOOTSTRAP_DRAWS = 10_000
 BOOTSTRAP_SEED = 20_240
 
 
-def wilson(num_correct: int, num_samples: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share.
+def wilson(num_correct: float, num_samples: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share; of a mean of scores in [0, 1], where it is no narrower
+    than it must be: nothing varies more than right and wrong.
 
     ``centre = (p + z^2 / 2n) / (1 + z^2 / n)``, ``half = z / (1 + z^2 / n) * sqrt(p (1 - p) / n +
     z^2 / 4n^2)``
@@ -51,7 +53,7 @@ def paired_difference(
 
     Parameters
     ----------
-    correct, baseline : bool [num_samples]
+    correct, baseline : bool or float in [0, 1], [num_samples]
         The same questions in the same order under two policies.
 
     Returns
@@ -66,19 +68,36 @@ def paired_difference(
     Notes
     -----
     10 000 resamples of questions with a fixed seed. Questions count as independent, also those
-    about one context. Cost: the three outcomes (+1, 0, -1) are resampled by their counts, so it
-    does not grow with the samples.
+    about one context. Cost: equal differences are resampled by their counts, so right and wrong
+    cost the same however many the samples are.
     """
-    ours, theirs = np.asarray(correct, bool), np.asarray(baseline, bool)
-    if ours.shape != theirs.shape or ours.ndim != 1 or ours.size == 0:
-        raise ValueError(
-            f"baseline: got shape {theirs.shape}, allowed: [num_samples], the shape of correct: "
-            f"{ours.shape}"
-        )
-    difference = ours.astype(np.int64) - theirs
-    num = difference.size
-    shares = [np.mean(difference == value) for value in (1, 0, -1)]
-    counts = np.random.default_rng(BOOTSTRAP_SEED).multinomial(num, shares, BOOTSTRAP_DRAWS)
-    means = (counts[:, 0] - counts[:, 2]) / num
+    return macro_difference([(correct, baseline)])
+
+
+def macro_difference(
+    pairs: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]],
+) -> tuple[float, float, float]:
+    """`paired_difference` of a mean over tasks: resampled within each task.
+
+    Parameters
+    ----------
+    pairs : list of (correct, baseline)
+        One entry per task.
+    """
+    if not pairs:
+        raise ValueError("pairs: got none, allowed: at least one task")
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    mean, means = 0.0, np.zeros(BOOTSTRAP_DRAWS)
+    for correct, baseline in pairs:
+        ours, theirs = np.asarray(correct, float), np.asarray(baseline, float)
+        if ours.shape != theirs.shape or ours.ndim != 1 or ours.size == 0:
+            raise ValueError(
+                f"baseline: got shape {theirs.shape}, allowed: [num_samples], the shape of "
+                f"correct: {ours.shape}"
+            )
+        values, counts = np.unique(ours - theirs, return_counts=True)
+        draws = rng.multinomial(ours.size, counts / ours.size, BOOTSTRAP_DRAWS)
+        means += draws @ values / (ours.size * len(pairs))
+        mean += float((ours - theirs).mean()) / len(pairs)
     low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    return mean, float(low), float(high)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvselect.eval.intervals import wilson
-from kvselect.eval.report import CLAIM_SAMPLES, Length, Results
+from kvselect.eval.results import CLAIM_SAMPLES, Length, Results
 
 # Colours that colour-blind readers tell apart (Okabe & Ito), and a marker each for print.
 _STYLES = (

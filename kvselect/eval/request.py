@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from kvselect.checks import require
-from kvselect.eval.report import Length
+from kvselect.eval.results import Length
 from kvselect.policies.base import POLICIES, Policy, policy_from_dict
+from kvselect.policies.dense import Dense
+from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
 
 PUBLISHED = "paper_compat"  # TokenSelect as it was published; see TokenSelect.paper_compat
@@ -93,8 +96,26 @@ def _value(text: str) -> Any:
     return text
 
 
-def parse_policies(texts: list[str]) -> dict[str, Policy]:
+def split_policies(text: str) -> list[str]:
+    """``dense,token_select:topk=64,scope=layer`` as two: a comma before a name begins a policy."""
+    names = {*policy_names(), PUBLISHED}
+    found: list[str] = []
+    for entry in split_list(text):
+        if found and "=" in entry and entry.partition(":")[0] not in names:
+            found[-1] += f",{entry}"
+        else:
+            found.append(entry)
+    return found
+
+
+def parse_policies(texts: list[str], budgets: Sequence[int] | None = None) -> dict[str, Policy]:
     """Label -> policy, in the order given; a label is what was typed, without punctuation.
+
+    Parameters
+    ----------
+    texts : list of str
+    budgets : list of int or None
+        Sizes of the policies that are named without settings, one of each; None: their defaults.
 
     Raises
     ------
@@ -102,9 +123,81 @@ def parse_policies(texts: list[str]) -> dict[str, Policy]:
         As `parse_policy`; also if two are the same.
     """
     policies: dict[str, Policy] = {}
-    for text in texts:
-        policy = parse_policy(text)
-        require(policy not in policies.values(), "policies", f"{text} twice", "each once")
-        policies[text.replace(":", " ").replace(",", " ")] = policy
+    for text in [policy for entry in texts for policy in split_policies(entry)]:
+        named = {text.replace(":", " ").replace(",", " "): parse_policy(text)}
+        if budgets is not None and text in ("token_select", "streaming_llm"):
+            named = {f"{text} {budget}": of_budget(text, budget) for budget in budgets}
+        for label, policy in named.items():
+            require(policy not in policies.values(), "policies", f"{text} twice", "each once")
+            policies[label] = policy
     require(bool(policies), "policies", "none", "at least one")
     return policies
+
+
+DEFAULT_BUDGET = 3712  # of TokenSelect() itself
+
+
+def parse_budgets(text: str) -> list[int]:
+    """Budgets such as "512,1k", ascending.
+
+    Raises
+    ------
+    ValueError
+        Naming the first entry that is none, or is too small for sinks, recent tokens and one more.
+    """
+    lengths = parse_lengths(text, 1)
+    for length in lengths:
+        allowed = f"an int >= {MIN_BUDGET}, tokens per decode step"
+        require(length.tokens >= MIN_BUDGET, "budget", length.tokens, allowed)
+    return [length.tokens for length in lengths]
+
+
+MIN_BUDGET = 144  # the sketch needs 128 recent tokens
+
+
+def of_budget(
+    name: str, budget: int, positions: Literal["original", "compact"] = "original"
+) -> Policy:
+    """A policy whose decode steps attend to `budget` tokens: sinks, recent ones, and what is left
+    for scores.
+
+    A 29th of the budget are sinks (at most 128), a quarter recent (128 to 512 tokens), as in the
+    defaults of TokenSelect at 3712.
+    """
+    sinks = min(128, budget // 29)
+    if name == "streaming_llm":
+        return StreamingLLM(
+            num_sink_tokens=sinks, num_recent_tokens=budget - sinks, q_block_size=64
+        )
+    recent = min(512, max(128, budget // 4))
+    return TokenSelect(
+        topk=int((budget - sinks - recent) / 1.5),
+        num_sink_tokens=sinks,
+        num_recent_tokens=recent,
+        q_block_size=64,
+        sketch="int4",
+        overselect=1.5,
+        positions=positions,
+        dense_below_tokens=0,
+    )
+
+
+def default_policies(window_tokens: int, budgets: Sequence[int] | None = None) -> dict[str, Policy]:
+    """Dense and three policies of equal budget, for a model trained on `window_tokens`.
+
+    With several budgets every policy comes once per budget.
+    """
+    if budgets is None:
+        budgets = [max(MIN_BUDGET, min(DEFAULT_BUDGET, window_tokens * 4 // 9))]
+    policies: dict[str, Policy] = {"dense": Dense()}
+    for budget in budgets:
+        policies[f"streaming_llm {budget}"] = of_budget("streaming_llm", budget)
+        policies[f"token_select {budget}"] = of_budget("token_select", budget)
+        compact = of_budget("token_select", budget, "compact")
+        policies[f"token_select {budget} compact"] = compact
+    return policies
+
+
+def default_lengths(speaks_dialect: bool) -> str:
+    """As `parse_lengths` reads them."""
+    return "1x,4x,16x" if speaks_dialect else "4k,16k"

@@ -3,40 +3,41 @@ question on its cache.
 
 Context *and* question are processed under the policy; after each question the cache is cropped back
 to the context. All policies run side by side on views of one set of weights, so that their decode
-steps can be timed in turn.
+steps can be timed in turn. Every context that a policy has answered is in the journal before the
+next begins, and everything that is reported is computed from the journal.
 """
 
 from __future__ import annotations
 
-import copy
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from kvselect.eval.audit import Audit, audited
+from kvselect.checks import require
 from kvselect.eval.checkpoint import Checkpoint
+from kvselect.eval.identity import TEMPLATES, code_identity, fingerprint
+from kvselect.eval.journal import Journal
 from kvselect.eval.machine import describe
-from kvselect.eval.report import Cell, Length, Results
-from kvselect.eval.tasks import (
-    Question,
-    Sample,
-    Task,
-    dialect_sample,
-    grade_text,
-    grade_words,
-    prose_sample,
+from kvselect.eval.memory import available_bytes, estimate, in_units
+from kvselect.eval.results import Length, Results, cell_of
+from kvselect.eval.session import (
+    Session,
+    answer,
+    graded,
+    share_weights,
+    stop_tokens,
+    time_decode,
 )
+from kvselect.eval.tasks import Sample, Task, dialect_sample, prose_sample
 from kvselect.integrations.hf import attach
 from kvselect.policies.base import Policy
 from kvselect.policies.dense import Dense
-from kvselect.sketch import bytes_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,122 +70,6 @@ class Request:
     max_contexts: int | None = None
     timed_steps: int = 12
     seed: int = 0
-
-
-class Session:
-    """One policy on its own view of the model, attached while the session is open.
-
-    Parameters
-    ----------
-    label : str
-    model : PreTrainedModel
-        A view that no other session uses (`share_weights`).
-    policy : Policy
-    """
-
-    def __init__(self, label: str, model: Any, policy: Policy) -> None:
-        self.label = label
-        self.model = model
-        self.policy = policy
-        self.audit = Audit()
-        self.cache: Any = None
-        self._handle = attach(model, audited(policy, self.audit), break_even="off")
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.cache = None
-        self._handle.detach()
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append tokens [n] to the cache; logits [vocab_size] after the last of them."""
-        output = self.model(
-            input_ids=tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        logits: Tensor = output.logits[0, -1]
-        return logits
-
-    def timed_step(self, tokens: Tensor) -> float:
-        """`step`, in seconds of wall time."""
-        _finish(tokens.device)
-        begin = time.perf_counter()
-        self.step(tokens)
-        _finish(tokens.device)
-        return time.perf_counter() - begin
-
-    def prefill(self, context: Tensor) -> float:
-        """Read a context into a new cache; seconds of wall time."""
-        self.cache = DynamicCache(config=self.model.config)
-        return self.timed_step(context)
-
-    def traffic(self) -> tuple[float, float]:
-        """Decode steps so far: mean tokens attended per step, layer and KV head; bytes read over
-        dense (modelled)."""
-        layers = [layer for layer in self._handle.report().layers if layer.selects]
-        config = self.model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        key_bytes = head_dim * self.model.dtype.itemsize
-        sketch = self.policy.required_sketch
-        scan_bytes = key_bytes if sketch is None else bytes_per_token(sketch, head_dim)
-        read = dense = tokens = 0.0
-        for layer in layers:
-            counts: dict[str, Any] = layer.decode
-            read += counts["tokens_attended"] * 2 * key_bytes
-            read += counts["tokens_scanned"] * scan_bytes
-            read += counts["tokens_scored_from_keys"] * key_bytes
-            dense += counts["tokens_visible"] * 2 * key_bytes
-            tokens += (layer.tokens_per_step or 0.0) / len(layers)
-        return tokens, read / dense if dense else 1.0
-
-    def cache_bytes(self) -> int:
-        """Memory of the session's cache, sketch included."""
-        total = 0
-        for layer in self.cache.layers:
-            own = getattr(layer, "cache", None)  # of the layers that we replaced
-            total += layer.keys.nbytes + layer.values.nbytes if own is None else own.nbytes
-        return total
-
-    def crop_to(self, num_tokens: int) -> None:
-        """Forget everything after the context."""
-        surplus = self.cache.get_seq_length() - num_tokens
-        if surplus > 0:
-            self.cache.crop(-surplus)
-
-
-def share_weights(model: Any) -> Any:
-    """A second model object over the same parameters and buffers: hooks of one do not reach the
-    other."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def answer(session: Session, question: Question, device: torch.device, stop: set[int]) -> list[int]:
-    """Ask one question on the session's cache, greedily; the cache is as before afterwards."""
-    before = session.cache.get_seq_length()
-    logits = session.step(torch.as_tensor(question.tokens, device=device))
-    if question.top_words:
-        tokens = logits.topk(len(question.answer)).indices.tolist()
-    else:
-        tokens = [int(logits.argmax())]
-        while len(tokens) < question.max_new_tokens and tokens[-1] not in stop:
-            logits = session.step(torch.tensor(tokens[-1:], device=device))
-            tokens.append(int(logits.argmax()))
-    session.crop_to(before)
-    return tokens
-
-
-def is_right(checkpoint: Checkpoint, question: Question, tokens: list[int]) -> bool:
-    """Grade generated tokens: word by word in the dialect, by containment in prose."""
-    if checkpoint.speaks_dialect:
-        return grade_words(question, checkpoint.tokenizer.convert_ids_to_tokens(tokens))
-    return grade_text(question, checkpoint.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def samples(
@@ -221,8 +106,10 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
     kvselect.UnsupportedModelError
         If the model cannot be attached to.
     ValueError
-        If a policy does not fit the model, or a task does not fit into a length.
+        If a policy does not fit the model, a task does not fit into a length, or the longest
+        context does not fit into memory.
     """
+    require_memory(checkpoint, request)
     view = share_weights(checkpoint.model)
     for label, policy in request.policies.items():
         try:
@@ -237,56 +124,94 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
                 raise ValueError(f"{task.name} at {length.label}: {error}") from error
 
 
-def stop_tokens(checkpoint: Checkpoint) -> set[int]:
-    """Ids that end a generation."""
-    config = checkpoint.model.generation_config
-    ids = [] if config is None or config.eos_token_id is None else config.eos_token_id
-    return set(ids) if isinstance(ids, list) else {int(ids)}
+def require_memory(checkpoint: Checkpoint, request: Request) -> None:
+    """ValueError, with the numbers, if the longest context would not fit into memory."""
+    longest = max(request.lengths, key=lambda length: length.tokens)
+    wanted = estimate(checkpoint.model, request.policies.values(), longest.tokens)
+    free = available_bytes(next(checkpoint.model.parameters()).device)
+    if free is not None and wanted.total_bytes > free:
+        raise ValueError(
+            f"lengths: got {longest.label!r}, which takes about {in_units(wanted.total_bytes)} "
+            f"beside the weights ({in_units(wanted.cache_bytes)} of caches for "
+            f"{len(request.policies)} policies at once, {in_units(wanted.activation_bytes)} of "
+            f"activations), allowed: what fits into the {in_units(free)} that are free (fewer "
+            "policies, shorter contexts, a smaller dtype)"
+        )
 
 
-def time_decode(sessions: Sequence[Session], token: Tensor, timed_steps: int) -> dict[str, float]:
-    """Median wall time of a decode step of each session [s], one step of each in turn, after one to
-    warm up."""
-    order = list(sessions)
-    seconds: dict[str, list[float]] = {session.label: [] for session in order}
-    for session in order:
-        session.audit.enabled = False
-    for step in range(1 + timed_steps):
-        for session in order:
-            taken = session.timed_step(token)
-            if step > 0:
-                seconds[session.label].append(taken)
-        order = order[1:] + order[:1]
-    for session in order:
-        session.crop_to(session.cache.get_seq_length() - 1 - timed_steps)
-        session.audit.enabled = True
-    return {label: statistics.median(values) for label, values in seconds.items()}
+def describe_request(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
+    """What two runs must share to be one run: plain JSON values."""
+    rendering = "dialect" if checkpoint.speaks_dialect else "prose"
+    return {
+        "model_fingerprint": fingerprint(checkpoint.model),
+        "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
+        "device": next(checkpoint.model.parameters()).device.type,
+        "rendering": rendering,
+        "template": TEMPLATES[rendering],
+        "seed": request.seed,
+        "samples": request.samples,
+        "questions_per_context": request.questions_per_context,
+        "max_contexts": request.max_contexts,
+        "timed_steps": request.timed_steps,
+        "tasks": [task.name for task in request.tasks],
+        "lengths": {length.label: length.tokens for length in request.lengths},
+        "policies": {label: policy.to_dict() for label, policy in request.policies.items()},
+        "prefill": "under the policy",
+        "break_even": "off: policies select above their budget, fast or not",
+        "code": code_identity(),
+    }
+
+
+JOURNAL_NAME, RESULTS_NAME = "samples.jsonl", "results.json"
+
+
+def notes_of(journal: Journal) -> list[str]:
+    """What a reader must know of how the journal was found."""
+    if journal.kept_aside is None:
+        return []
+    return [
+        f"{journal.num_damaged} lines of {JOURNAL_NAME} were damaged; the file is kept as "
+        f"{journal.kept_aside.name}, and what they held was answered again"
+    ]
+
+
+class _NoJournal:
+    """Records that live as long as the process."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def append(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
 
 
 def run(
     checkpoint: Checkpoint,
     request: Request,
     *,
+    journal: Journal | None = None,
     on_progress: Callable[[str, int], None] = lambda what, tokens: None,
     on_cells: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Run everything that was asked for.
+    """Run everything that was asked for and is not in the journal yet.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         Its model is not changed: sessions attach to views of it.
     request : Request
+    journal : Journal or None
+        Made with the header that `describe_request` gives. None: nothing is kept.
     on_progress : (what, amount) -> None
-        Called after every answered question with the task and length at hand; the amounts add up to
-        `total_progress`.
+        Called after every answered context with the task and length at hand; the amounts add up to
+        `total_progress`, what the journal had included.
     on_cells : (results) -> None
         Called whenever all policies finished a task at a length: write partial results here.
 
     Raises
     ------
     kvselect.UnsupportedModelError, ValueError
-        As `check`.
+        As `check`; also if the journal's answers are to other samples than this code draws.
 
     Notes
     -----
@@ -296,6 +221,11 @@ def run(
     baseline = next(
         (label for label, policy in request.policies.items() if isinstance(policy, Dense)), None
     )
+    config = describe_request(checkpoint, request)
+    for told_elsewhere in ("tasks", "lengths", "policies"):
+        config.pop(told_elsewhere)
+    kept = _NoJournal() if journal is None else journal
+    done = _Done(kept)
     results = Results(
         model=checkpoint.name,
         window_tokens=checkpoint.window_tokens,
@@ -303,32 +233,34 @@ def run(
         lengths=request.lengths,
         policies={label: policy.to_dict() for label, policy in request.policies.items()},
         baseline=baseline,
-        config={
-            "samples": request.samples,
-            "questions_per_context": request.questions_per_context,
-            "max_contexts": request.max_contexts,
-            "timed_steps": request.timed_steps,
-            "seed": request.seed,
-            "rendering": "dialect" if checkpoint.speaks_dialect else "prose",
-            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
-            "device": next(checkpoint.model.parameters()).device.type,
-            "prefill": "under the policy",
-            "break_even": "off: policies select above their budget, fast or not",
-        },
-        environment=describe(),
+        config=config,
+        environment=done.environment(),
+        notes=[] if journal is None else notes_of(journal),
     )
     views = {label: share_weights(checkpoint.model) for label in request.policies}
     with torch.inference_mode():
         for length in request.lengths:
             for task in request.tasks:
-                with ExitStack() as opened:
-                    sessions = [
-                        opened.enter_context(Session(label, views[label], policy))
-                        for label, policy in request.policies.items()
-                    ]
-                    results.cells += _run_cell(
-                        checkpoint, request, sessions, task, length, on_progress
+                if not done.is_finished(task, length, request.policies):
+                    with ExitStack() as opened:
+                        sessions = [
+                            opened.enter_context(Session(label, views[label], policy))
+                            for label, policy in request.policies.items()
+                        ]
+                        _run_cell(checkpoint, request, sessions, task, length, done, on_progress)
+                else:
+                    on_progress(f"{task.name} at {length.label}", _cell_amount(request, length))
+                results.layers = done.layers()
+                results.cells += [
+                    cell_of(
+                        task.name,
+                        length,
+                        label,
+                        done.answers(task, length, label),
+                        done.timing(task, length)[label],
                     )
+                    for label in request.policies
+                ]
                 on_cells(results)
     results.complete = True
     on_cells(results)
@@ -338,8 +270,108 @@ def run(
 def total_progress(request: Request) -> int:
     """What the amounts given to `on_progress` add up to: questions, weighted by the length of their
     context."""
-    tokens = sum(length.tokens for length in request.lengths)
-    return len(request.tasks) * len(request.policies) * request.samples * tokens
+    cells = sum(_cell_amount(request, length) for length in request.lengths)
+    return len(request.tasks) * cells
+
+
+def _cell_amount(request: Request, length: Length) -> int:
+    return len(request.policies) * request.samples * length.tokens
+
+
+class _Share:
+    """How much of a cell is done: the larger of its share of questions and of contexts."""
+
+    def __init__(
+        self, request: Request, length: Length, num_policies: int, tell: Callable[[int], None]
+    ) -> None:
+        self._amount = _cell_amount(request, length)
+        self._most = (request.samples, request.max_contexts)
+        self._num_policies = num_policies
+        self._tell = tell
+        self._questions = self._contexts = self._told = 0
+
+    def answered(self, num_questions: int) -> None:
+        """One context, by one policy."""
+        self._questions += num_questions
+        self._contexts += 1
+        samples, contexts = self._most
+        share = self._questions / samples
+        if contexts is not None:
+            share = max(share, self._contexts / contexts)
+        self._tell_up_to(int(self._amount * share / self._num_policies))
+
+    def finished(self) -> None:
+        self._tell_up_to(self._amount)
+
+    def _tell_up_to(self, amount: int) -> None:
+        self._tell(amount - self._told)
+        self._told = amount
+
+
+class _Done:
+    """What a journal holds, by task, length, context and policy; writes what is added."""
+
+    def __init__(self, journal: Journal | _NoJournal) -> None:
+        self._journal = journal
+        self._answers: dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]] = {}
+        self._timings: dict[tuple[str, int], dict[str, list[float]]] = {}
+        self._finished: dict[tuple[str, int], int] = {}
+        self._environment: dict[str, Any] | None = None
+        self._layers: tuple[int, ...] = ()
+        for record in journal.records:
+            self._note(record)
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        key = (record.get("task", ""), record.get("length_tokens", 0))
+        if record["kind"] == "answers":
+            by_policy = self._answers.setdefault(key, {})
+            by_policy.setdefault(record["policy"], {})[record["index"]] = dict(record)
+        elif record["kind"] == "timing":
+            self._timings[key] = record["decode_s"]
+        elif record["kind"] == "finished":
+            self._finished[key] = record["num_contexts"]
+        elif record["kind"] == "environment":
+            self._environment = record["environment"]
+        elif record["kind"] == "layers":
+            self._layers = tuple(record["layers"])
+
+    def add(self, kind: str, **fields: Any) -> None:
+        record = {"kind": kind, **fields}
+        self._journal.append(record)
+        self._note(record)
+
+    def environment(self) -> dict[str, Any]:
+        """Where the run began and when; of the first of its processes."""
+        if self._environment is None:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self.add("environment", environment={**describe(), "begun": now})
+        assert self._environment is not None
+        return self._environment
+
+    def layers(self) -> tuple[int, ...]:
+        return self._layers
+
+    def set_layers(self, layers: Sequence[int]) -> None:
+        if self._layers != tuple(layers):
+            self.add("layers", layers=list(layers))
+
+    def is_finished(self, task: Task, length: Length, policies: Iterable[str]) -> bool:
+        """Whether every answer and the times are here: a line of a damaged journal may be lost."""
+        num_contexts = self._finished.get((task.name, length.tokens))
+        answers = [len(self.answers(task, length, policy)) for policy in policies]
+        return set(answers) == {num_contexts} and bool(self.timing(task, length))
+
+    def answers(self, task: Task, length: Length, policy: str) -> list[dict[str, Any]]:
+        """In the order of the contexts."""
+        found = self._answers.get((task.name, length.tokens), {}).get(policy, {})
+        return [found[index] for index in sorted(found)]
+
+    def answer(self, task: Task, length: Length, policy: str, index: int) -> dict[str, Any] | None:
+        by_policy = self._answers.get((task.name, length.tokens), {})
+        return by_policy.get(policy, {}).get(index)
+
+    def timing(self, task: Task, length: Length) -> dict[str, list[float]]:
+        return self._timings.get((task.name, length.tokens), {})
 
 
 def _run_cell(
@@ -348,41 +380,75 @@ def _run_cell(
     sessions: Sequence[Session],
     task: Task,
     length: Length,
+    done: _Done,
     on_progress: Callable[[str, int], None],
-) -> list[Cell]:
+) -> None:
     """All policies on one task at one length, context by context, in turn."""
     device = next(checkpoint.model.parameters()).device
-    stop = stop_tokens(checkpoint)
-    outcomes: dict[str, list[bool]] = {session.label: [] for session in sessions}
-    prefill_s: dict[str, list[float]] = {session.label: [] for session in sessions}
-    decode_s: dict[str, float] = {}
-    for sample in samples(checkpoint, request, task, length):
+    what = f"{task.name} at {length.label}"
+    key = {"task": task.name, "length_tokens": length.tokens}
+    done.set_layers(sessions[0].selecting_layers())
+    ahead = _Share(request, length, len(sessions), lambda amount: on_progress(what, amount))
+    for index, sample in enumerate(samples(checkpoint, request, task, length)):
         context = torch.as_tensor(sample.context, device=device)
+        digest = sample.digest()
+        to_be_timed = not done.timing(task, length)
         for session in sessions:
-            prefill_s[session.label].append(session.prefill(context))
-            for question in sample.questions:
-                tokens = answer(session, question, device, stop)
-                outcomes[session.label].append(is_right(checkpoint, question, tokens))
-                on_progress(f"{task.name} at {length.label}", length.tokens)
-        if not decode_s:
-            decode_s = time_decode(sessions, context[-1:], request.timed_steps)
-    missing = request.samples - len(outcomes[sessions[0].label])
-    on_progress(f"{task.name} at {length.label}", missing * length.tokens * len(sessions))
-    cells = []
-    for session in sessions:
-        tokens_attended, bytes_ratio = session.traffic()
-        cells.append(
-            Cell(
-                task=task.name,
-                length=length,
-                policy=session.label,
-                outcomes=tuple(outcomes[session.label]),
-                kept_mass=session.audit.recovered_mass,
-                tokens_attended=tokens_attended,
-                bytes_ratio=bytes_ratio,
-                decode_ms=1000 * decode_s[session.label],
-                prefill_s=statistics.median(prefill_s[session.label]),
-                cache_bytes=session.cache_bytes(),
-            )
-        )
-    return cells
+            known = done.answer(task, length, session.label, index)
+            if known is not None:
+                require(
+                    known["sample"] == digest,
+                    f"journal: sample {index} of {what}",
+                    known["sample"],
+                    f"{digest}, what this kvselect draws; another folder, or --restart",
+                )
+            if known is None or to_be_timed:
+                prefill_s = session.prefill(context)
+            if known is None:
+                told = _answer_all(checkpoint, session, sample, device)
+                done.add(
+                    "answers",
+                    **key,
+                    index=index,
+                    policy=session.label,
+                    sample=digest,
+                    context_tokens=len(context),
+                    prefill_s=prefill_s,
+                    **told,
+                )
+            if not to_be_timed:
+                session.forget()
+            ahead.answered(len(sample.questions))
+        if to_be_timed:
+            seconds = time_decode(sessions, context[-1:], request.timed_steps)
+            done.add("timing", **key, decode_s=seconds)
+    done.add("finished", **key, num_contexts=index + 1)
+    ahead.finished()
+
+
+def _answer_all(
+    checkpoint: Checkpoint, session: Session, sample: Sample, device: torch.device
+) -> dict[str, Any]:
+    """Ask everything about a context that the session has read; what the journal keeps of it."""
+    stop = stop_tokens(checkpoint)
+    before = session.traffic()
+    session.audit.take()
+    scores, texts = [], []
+    for question in sample.questions:
+        score, text = graded(checkpoint, question, answer(session, question, device, stop))
+        scores.append(score)
+        texts.append(text)
+    return {
+        "scores": scores,
+        "texts": texts,
+        "gold": [list(question.answer) for question in sample.questions],
+        "depths": [question.depth for question in sample.questions],
+        "mass": session.audit.take(),
+        "traffic": dataclasses.asdict(session.traffic().since(before)),
+        "cache_bytes": session.cache_bytes(),
+    }
+
+
+def open_journal(folder: Path, header: dict[str, Any]) -> Journal:
+    """The journal of an output folder that exists; see `Journal`."""
+    return Journal(folder / JOURNAL_NAME, header)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvselect.eval.tasks import dialect, prose
+from kvselect.eval.tasks.grading import grade, grade_text, grade_words
 from kvselect.eval.tasks.problems import (
     Problem,
     draw_chains,
@@ -23,7 +24,7 @@ from kvselect.eval.tasks.problems import (
     draw_variables,
 )
 from kvselect.eval.tasks.prose import Tokenizer
-from kvselect.eval.tasks.sample import Question, Sample, grade_text, grade_words
+from kvselect.eval.tasks.sample import Question, Sample
 
 __all__ = [
     "TASKS",
@@ -31,8 +32,10 @@ __all__ = [
     "Question",
     "Sample",
     "Task",
+    "default_tasks",
     "dialect_sample",
     "find_tasks",
+    "grade",
     "grade_text",
     "grade_words",
     "prose_sample",
@@ -119,6 +122,12 @@ def find_tasks(names: Iterable[str]) -> list[Task]:
     return found
 
 
+def default_tasks(speaks_dialect: bool) -> list[Task]:
+    """What `kvselect eval` runs unless it is told: every task of retrieval."""
+    names = ["niah_single", "niah_multikey", "niah_multivalue", "chain", "vt"]
+    return find_tasks(names)
+
+
 def _generator(task: Task, length: int, seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(task.name.encode()), length, seed, index])
 
@@ -136,10 +145,13 @@ def dialect_sample(
     """
     rng = _generator(task, length, seed, index)
     problem = task.draw(rng, length // _DIALECT_TOKENS_PER_STATEMENT, max_questions)
-    context = dialect.scatter(rng, problem.statements, length - problem.questions.shape[2])
+    context, starts = dialect.scatter_at(
+        rng, problem.statements, length - problem.questions.shape[2]
+    )
     words = dialect.vocabulary()
     questions = []
-    for row in problem.questions[0]:
+    for row, needed in zip(problem.questions[0], problem.evidence[0]):
+        first = int(starts[0, needed[needed >= 0]].min())
         answer = tuple(words[symbol] for symbol in row[problem.question_words :])
         questions.append(
             Question(
@@ -148,6 +160,8 @@ def dialect_sample(
                 max_new_tokens=len(answer),
                 any_order=problem.any_order,
                 top_words=problem.any_order,
+                metric="words",
+                depth=first / context.shape[1],
             )
         )
     return Sample(context=context[0], questions=tuple(questions))

@@ -79,6 +79,13 @@ def scatter(
     -------
     int64 [rows, length]
     """
+    return scatter_at(rng, statements, length, bare_words)[0]
+
+
+def scatter_at(
+    rng: np.random.Generator, statements: IntArray, length: int, bare_words: float = 0.0
+) -> tuple[IntArray, IntArray]:
+    """`scatter`, and where each statement begins: int64 [rows, num_statements]."""
     rows, num_statements, words = statements.shape
     num_noise = length - 1 - num_statements * words
     if num_noise < 0:
@@ -95,4 +102,4 @@ def scatter(
     starts = 1 + items + np.arange(num_statements) * (words - 1)
     for column in range(words):
         np.put_along_axis(context, starts + column, statements[:, :, column], axis=1)
-    return context
+    return context, starts

@@ -40,6 +40,8 @@ class Problem:
     questions : int64 [batch, num_questions, question_words + answer_words]
     question_words : int
         Where the answer begins in a row of `questions`.
+    evidence : int64 [batch, num_questions, num_statements_needed]
+        Statements that a question needs, by their places in `statements`; -1 pads.
     any_order : bool
         The answer is a set: its words may come in any order.
     """
@@ -47,6 +49,7 @@ class Problem:
     statements: IntArray
     questions: IntArray
     question_words: int
+    evidence: IntArray
     any_order: bool = False
 
 
@@ -91,6 +94,7 @@ def draw_needles(
             [_column(batch, asked.shape[1], GET), keys[rows, asked], values[rows, asked]], axis=2
         ),
         question_words=1 + key_words,
+        evidence=asked[:, :, None],
     )
 
 
@@ -104,7 +108,9 @@ def draw_chains(
     stops = stops.reshape(batch, num_chains, num_hops + 1)
     num_links = num_chains * num_hops
     links = np.stack([stops[:, :, :-1], stops[:, :, 1:]], axis=-1).reshape(batch, num_links, 2)
-    links = links[rows, np.argsort(rng.random((batch, num_links)), axis=1)]
+    order = np.argsort(rng.random((batch, num_links)), axis=1)
+    links = links[rows, order]
+    places = np.argsort(order, axis=1).reshape(batch, num_chains, num_hops)
     asked = choose_distinct(rng, batch, num_questions, num_chains)
     return Problem(
         statements=np.concatenate([_column(batch, num_links, LINK), links], axis=2),
@@ -112,6 +118,7 @@ def draw_chains(
             [_column(batch, asked.shape[1], FOLLOW), stops[rows, asked]], axis=2
         ),
         question_words=2,
+        evidence=places[rows, asked],
     )
 
 
@@ -145,7 +152,14 @@ def draw_multivalue(
         [_column(batch, asked.shape[1], ALL), keys[rows, asked][:, :, None], values[rows, asked]],
         axis=2,
     )
-    return Problem(statements=statements, questions=questions, question_words=2, any_order=True)
+    places = np.argsort(key, axis=1, kind="stable").reshape(batch, num_keys, num_values)
+    return Problem(
+        statements=statements,
+        questions=questions,
+        question_words=2,
+        evidence=places[rows, asked],
+        any_order=True,
+    )
 
 
 def draw_variables(
@@ -175,4 +189,7 @@ def draw_variables(
         ],
         axis=-1,
     )
-    return Problem(statements=statements, questions=questions, question_words=2)
+    places = np.argsort(root, axis=1, kind="stable").reshape(batch, num_roots, members)
+    needed = places[rows, asked // members]  # by depth; a variable needs those above it and itself
+    needed = np.where(np.arange(members) <= (asked % members)[:, :, None], needed, -1)
+    return Problem(statements=statements, questions=questions, question_words=2, evidence=needed)

@@ -144,8 +144,9 @@ def render(rng: np.random.Generator, problem: Problem, length: int, tokenizer: T
         If the statements alone do not fit.
     """
     wording = Wording(rng)
+    depths = np.sort(rng.random(problem.statements.shape[1]))
     questions = []
-    for row in problem.questions[0]:
+    for row, needed in zip(problem.questions[0], problem.evidence[0]):
         text, gold = wording.question(row, problem.question_words)
         answer_tokens = len(tokenizer.encode(" " + ", ".join(gold), add_special_tokens=False))
         questions.append(
@@ -156,11 +157,11 @@ def render(rng: np.random.Generator, problem: Problem, length: int, tokenizer: T
                 answer=gold,
                 max_new_tokens=answer_tokens + EXTRA_ANSWER_TOKENS,
                 any_order=problem.any_order,
+                depth=float(depths[needed[needed >= 0]].min()),
             )
         )
     reserved = max(len(question.tokens) + question.max_new_tokens for question in questions)
     statements = [wording.statement(row) for row in problem.statements[0]]
-    depths = np.sort(rng.random(len(statements)))
     filler: list[str] = []
 
     def context(num_filler: int) -> list[int]:

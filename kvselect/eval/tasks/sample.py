@@ -1,10 +1,12 @@
-"""What a task hands to the runner: one context, several questions about it, and how an answer is
-graded."""
+"""What a task hands to the runner: one context and several questions about it."""
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
 from dataclasses import dataclass
+
+import numpy as np
 
 from kvselect.eval.tasks.dialect import IntArray
 
@@ -26,6 +28,11 @@ class Question:
         Read the answer off one forward pass, as the ``len(answer)`` likeliest next words, instead
         of generating it. The embedded model learned sets in this form (a set has no first word to
         generate); needs `any_order`.
+    metric : str
+        How the answer is graded: a name in `grading.METRICS`.
+    depth : float or None
+        Where in the context the evidence begins: 0 its first token, 1 its last; of several pieces,
+        the first. None: not known, or everywhere.
     """
 
     tokens: IntArray
@@ -33,6 +40,8 @@ class Question:
     max_new_tokens: int
     any_order: bool = False
     top_words: bool = False
+    metric: str = "text"
+    depth: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,29 +52,17 @@ class Sample:
     context: IntArray
     questions: tuple[Question, ...]
 
+    def digest(self) -> str:
+        """16 hex digits that differ wherever contexts, questions or gold strings do."""
+        state = hashlib.sha256(np.ascontiguousarray(self.context, "<i8").tobytes())
+        for question in self.questions:
+            state.update(np.ascontiguousarray(question.tokens, "<i8").tobytes())
+            told = [question.answer, question.max_new_tokens, question.any_order, question.metric]
+            state.update(json.dumps(told).encode())
+        return state.hexdigest()[:16]
+
     def total_tokens(self) -> int:
         """Tokens in the cache at most: the context, the longest question and its answer."""
         return len(self.context) + max(
             len(question.tokens) + question.max_new_tokens for question in self.questions
         )
-
-
-def grade_words(question: Question, words: list[str]) -> bool:
-    """Exact match of the generated words; of the set of them if any order is right."""
-    if question.any_order:
-        return sorted(words) == sorted(question.answer)
-    return words == list(question.answer)
-
-
-def grade_text(question: Question, text: str) -> bool:
-    """Every gold string occurs in the text as a whole word, ignoring case; in the gold order unless
-    any is right."""
-    position = 0
-    for gold in question.answer:
-        pattern = rf"(?<!\w){re.escape(gold)}(?!\w)"
-        found = re.compile(pattern, re.IGNORECASE).search(text, position)
-        if found is None:
-            return False
-        if not question.any_order:
-            position = found.end()
-    return True

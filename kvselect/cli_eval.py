@@ -1,0 +1,365 @@
+"""``kvselect demo``, ``kvselect eval`` and ``kvselect report``: run tasks, and show what was
+found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# transformers takes seconds to import: what needs it is imported where it is used.
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvselect.eval.checkpoint import Checkpoint
+    from kvselect.eval.results import Results
+    from kvselect.eval.runner import Request
+
+TABLE_COLUMNS = 100  # at least: what the table of the demo needs
+SECONDS_PER_LINE = 20.0  # of progress, where no terminal shows a bar
+
+# What is left to do once the input is known to be good; returns the exit code.
+Job = Callable[[], int]
+
+
+def add_eval(commands: Any) -> None:
+    """Add the three commands."""
+    demo = commands.add_parser(
+        "demo",
+        help="the main job on the embedded model: what is found at 1, 4 and 16 trained windows",
+    )
+    demo.add_argument("--samples", type=int, help="questions per cell (default 24)")
+    demo.add_argument("--seed", type=int, default=0, help="of the contexts (default 0)")
+    _add_out(demo, "kvselect-demo")
+    demo.set_defaults(prepare=_demo)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="tasks x lengths x policies on a local Hugging Face checkpoint",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A run that was killed goes on where it was, with the same command. docs/eval.md\n"
+        "describes tasks, files and every number.\n\n"
+        "example:\n"
+        "  kvselect eval --model ~/models/llama --tasks niah_multikey,vt --lengths 4k,16k"
+        " \\\n      --policies dense token_select:topk=2048 token_select:topk=2048,scope=layer",
+    )
+    evaluate.add_argument(
+        "--model", default="embedded", help="a checkpoint's folder (default: embedded)"
+    )
+    evaluate.add_argument(
+        "--tasks", help="names, with commas (default: every task that makes no special demands)"
+    )
+    evaluate.add_argument(
+        "--lengths",
+        help="tokens, 16k (x 1024) or 4x (trained windows), with commas (default 4k,16k; embedded: "
+        "1x,4x,16x)",
+    )
+    evaluate.add_argument(
+        "--policies",
+        nargs="+",
+        metavar="POLICY",
+        help="name or name:setting=value,setting=value (default: dense, streaming_llm and "
+        "token_select with original and compact positions, all of --budget)",
+    )
+    evaluate.add_argument(
+        "--budget",
+        help="tokens that a decode step attends to, with commas for several: of policies named "
+        "without settings (default 3712, or 4/9 of a shorter trained window)",
+    )
+    evaluate.add_argument("--samples", type=int, default=50, help="questions per cell (default 50)")
+    evaluate.add_argument(
+        "--max-contexts",
+        type=int,
+        default=25,
+        help="contexts per cell at most, even if they hold fewer questions (default 25)",
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of the contexts (default 0)")
+    evaluate.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16")
+    )
+    evaluate.add_argument("--device", default="cpu", help="as torch spells it (default cpu)")
+    evaluate.add_argument(
+        "--restart", action="store_true", help="move what the folder holds aside and begin anew"
+    )
+    _add_out(evaluate, "kvselect-eval")
+    evaluate.set_defaults(prepare=_eval)
+
+    report = commands.add_parser(
+        "report", help="table, page and pictures of one run, or of several of the same questions"
+    )
+    report.add_argument("runs", nargs="+", type=Path, help="folders of kvselect eval")
+    _add_out(report, "kvselect-report")
+    report.set_defaults(prepare=_report)
+
+
+def _add_out(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path(default),
+        help=f"folder for results.json, report.html and pictures (default {default})",
+    )
+
+
+def _demo(options: argparse.Namespace) -> Job:
+    from kvselect.checks import require_int
+    from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+    from kvselect.eval.demo import SAMPLES, demo_request
+
+    samples = SAMPLES if options.samples is None else options.samples
+    require_int(samples, "samples", 1)
+    require_int(options.seed, "seed", 0)
+    _require_folder(options.out)
+    checkpoint = load_checkpoint(EMBEDDED)
+    request = demo_request(checkpoint.window_tokens, samples, options.seed)
+    return _on_one_thread(_run(checkpoint, request, options.out, restart="when complete"))
+
+
+def _on_one_thread(job: Job) -> Job:
+    """A model as small as the embedded one loses more by waiting for threads than it gains."""
+
+    def run() -> int:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return job()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def _eval(options: argparse.Namespace) -> Job:
+    from kvselect.checks import require_int
+    from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+    from kvselect.eval.request import (
+        default_lengths,
+        default_policies,
+        parse_budgets,
+        parse_lengths,
+        parse_policies,
+        split_list,
+    )
+    from kvselect.eval.runner import Request
+    from kvselect.eval.tasks import default_tasks, find_tasks
+
+    # Everything that can be checked without the model is checked before it loads.
+    tasks = None if options.tasks is None else find_tasks(split_list(options.tasks))
+    require_int(options.samples, "samples", 1)
+    require_int(options.max_contexts, "max_contexts", 1)
+    require_int(options.seed, "seed", 0)
+    budgets = None if options.budget is None else parse_budgets(options.budget)
+    if options.policies is not None:
+        parse_policies(options.policies, budgets or [512])
+    if options.lengths is not None:
+        parse_lengths(options.lengths, 1)
+    _require_folder(options.out)
+    checkpoint = load_checkpoint(options.model, dtype=options.dtype, device=options.device)
+    window = checkpoint.window_tokens
+    lengths = options.lengths or default_lengths(checkpoint.speaks_dialect)
+    request = Request(
+        tasks=tuple(tasks or default_tasks(checkpoint.speaks_dialect)),
+        lengths=parse_lengths(lengths, window),
+        policies=default_policies(window, budgets)
+        if options.policies is None
+        else parse_policies(options.policies, budgets),
+        samples=options.samples,
+        max_contexts=options.max_contexts,
+        seed=options.seed,
+    )
+    restart = "always" if options.restart else "never"
+    job = _run(checkpoint, request, options.out, restart=restart)
+    return _on_one_thread(job) if options.model == EMBEDDED else job
+
+
+def _require_folder(out: Path) -> None:
+    """ValueError unless files can be written there; makes nothing."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: got {str(out)!r}, which is a file, allowed: a folder, there or not")
+    nearest = out.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise _no_permission(out, "no write permission")
+
+
+def _no_permission(out: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"out: got {str(out)!r}, which cannot be written ({reason}), allowed: a folder that can"
+    )
+
+
+def _run(checkpoint: Checkpoint, request: Request, out: Path, *, restart: str) -> Job:
+    """Check that the request can run on this model, and that the folder is free or holds the same
+    request."""
+    from kvselect.eval import runner
+    from kvselect.eval.journal import keep_aside, require_same_request
+    from kvselect.eval.results import ResultsFileError, load_results
+
+    runner.check(checkpoint, request)
+    journal, found = out / runner.JOURNAL_NAME, out / runner.RESULTS_NAME
+    aside: list[str] = []
+    header = runner.describe_request(checkpoint, request)
+    if restart == "never":
+        require_same_request(journal, header)
+    if found.exists():
+        try:
+            complete = load_results(found).complete
+        except ResultsFileError as error:
+            complete = False
+            if restart == "never":
+                aside.append(f"{error}; kept as {keep_aside(found).name}")
+        if restart == "never" and not journal.exists() and found.exists():
+            raise ValueError(
+                f"out: got {str(out)!r}, which holds a results.json without the "
+                f"{runner.JOURNAL_NAME} it was made from, allowed: another folder, or --restart"
+            )
+        if complete and restart == "when complete":
+            journal.unlink(missing_ok=True)
+            found.unlink()
+    if restart == "always":
+        for path in (journal, found):
+            if path.exists():
+                path.rename(_unused(path.with_name(f"{path.name}.before")))
+    return lambda: _run_and_show(checkpoint, request, header, out, aside)
+
+
+def _unused(path: Path) -> Path:
+    number = 1
+    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return numbered
+
+
+def _run_and_show(
+    checkpoint: Checkpoint, request: Request, header: dict[str, Any], out: Path, aside: list[str]
+) -> int:
+    """Run with a progress bar, then show the table; the journal grows with every context."""
+    from rich.console import Console
+
+    from kvselect.eval import runner
+
+    errors = Console(stderr=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with runner.open_journal(out, header) as journal:
+            notes = [*aside, *runner.notes_of(journal)]
+            for note in notes:
+                errors.print(note, highlight=False, soft_wrap=True, markup=False)
+            known = sum(1 for record in journal.records if record["kind"] == "answers")
+            if known:
+                found = f"{known} answered contexts are there already (--restart measures anew)"
+                errors.print(found, highlight=False, soft_wrap=True)
+            with progress_shown(errors, runner.total_progress(request)) as advance:
+                results = runner.run(
+                    checkpoint,
+                    request,
+                    journal=journal,
+                    on_progress=advance,
+                    on_cells=lambda partial: partial.save(out / runner.RESULTS_NAME),
+                )
+        return _show(results, out)
+    except (OSError, ValueError) as error:
+        print(f"kvselect: error: {_told(error, out)}", file=sys.stderr)
+        return 2
+
+
+def _told(error: OSError | ValueError, out: Path) -> str:
+    if isinstance(error, OSError):
+        return str(_no_permission(out, error.strerror or str(error)))
+    return str(error)
+
+
+@contextmanager
+def progress_shown(console: Console, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A function ``(what, amount)`` that shows how far a job is and how long it still takes: as a
+    bar on a terminal, elsewhere as a line every now and then."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    if not console.is_terminal:
+        yield _Lines(console, total).advance
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as progress:
+        bar = progress.add_task("starting", total=total)
+        yield lambda what, amount: progress.update(bar, description=what, advance=amount)
+
+
+class _Lines:
+    """Progress as lines of text."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._begin = self._last = time.monotonic()
+
+    def advance(self, what: str, amount: int) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last >= SECONDS_PER_LINE and 0 < self._done < self._total:
+            self._last = now
+            left = (now - self._begin) * (self._total - self._done) / self._done
+            share = 100 * self._done / self._total
+            text = f"{what}: {share:.0f} %, about {_minutes(left)} left"
+            self._console.print(text, highlight=False, soft_wrap=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _show(results: Results, out: Path) -> int:
+    """Table on screen, files in the folder."""
+    from rich.console import Console
+
+    from kvselect.eval import picture, report
+    from kvselect.eval.lm_eval_results import save_lm_eval
+
+    save_lm_eval(results, out / "lm_eval")
+    picture.draw(results, out / "score.png")
+    console = Console()
+    if console.width < TABLE_COLUMNS:  # also in a pipe, where rich takes 80
+        console = Console(width=TABLE_COLUMNS)
+    console.print(report.table(results))
+    written = f"written: {out / 'results.json'}, {out / 'score.png'}"
+    console.print(written, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> Job:
+    from kvselect.eval.compare import combine
+    from kvselect.eval.results import load_results
+
+    _require_folder(options.out)
+    runs = [(path.name, load_results(path)) for path in options.runs]
+    results = combine(runs)
+
+    def show() -> int:
+        try:
+            results.save(options.out / "results.json")
+            return _show(results, options.out)
+        except OSError as error:
+            print(f"kvselect report: error: {_told(error, options.out)}", file=sys.stderr)
+            return 2
+
+    return show

@@ -1,0 +1,96 @@
+"""How much memory a run takes, estimated before it begins, and how much there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvselect.policies.base import Policy
+from kvselect.sketch import bytes_per_token
+
+ROOM_TO_GROW = 1.5  # a cache that grows holds its keys or its values twice for a moment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Bytes beyond the weights.
+
+    Attributes
+    ----------
+    cache_bytes : int
+        Keys, values and sketches of all policies at once, with room to grow.
+    activation_bytes : int
+        Of one forward pass over a whole context.
+    """
+
+    cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.cache_bytes + self.activation_bytes
+
+
+def estimate(model: Any, policies: Iterable[Policy], num_tokens: int) -> Estimate:
+    """For contexts of `num_tokens`, read in one forward pass each.
+
+    Notes
+    -----
+    Counts keys and values of every layer, so it is an upper bound for models whose layers share
+    caches, compress them, or slide.
+    """
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    itemsize = model.dtype.itemsize
+    cache = 0.0
+    for policy in policies:
+        per_head = 2.0 * head_dim * itemsize
+        if policy.required_sketch is not None:
+            per_head += bytes_per_token(policy.required_sketch, head_dim)
+        cache += ROOM_TO_GROW * per_head * num_kv_heads * config.num_hidden_layers * num_tokens
+    channels = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 0)
+    channels += 3 * (num_heads + 2 * num_kv_heads) * head_dim
+    return Estimate(cache_bytes=int(cache), activation_bytes=int(channels * itemsize * num_tokens))
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that a process may still take there; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [value for value in (_meminfo_available(), _cgroup_room()) if value is not None]
+    return min(found, default=None)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except (OSError, ValueError):
+        pass  # not Linux
+    return None
+
+
+def _cgroup_room() -> int | None:
+    """What a container's limit leaves; page cache that can be dropped counts as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        told = (folder / "memory.stat").read_text(encoding="ascii").split()
+        droppable = int(told[told.index("inactive_file") + 1])
+    except (OSError, ValueError):
+        return None  # no limit ("max"), or no cgroup v2
+    return max(0, limit - used + droppable)
+
+
+def in_units(num_bytes: float) -> str:
+    """Such as "3.2 GB" or "41 MB"."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
