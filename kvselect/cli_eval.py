@@ -332,17 +332,22 @@ def _show(results: Results, out: Path) -> int:
     """Table on screen, files in the folder."""
     from rich.console import Console
 
-    from kvselect.eval import picture, report
+    from kvselect.eval import report
+    from kvselect.eval.charts import charts, save_pngs
     from kvselect.eval.lm_eval_results import save_lm_eval
+    from kvselect.eval.page import page
+    from kvselect.eval.results import write_whole
 
+    made = charts(results)
+    save_pngs(made, out)
     save_lm_eval(results, out / "lm_eval")
-    picture.draw(results, out / "score.png")
+    write_whole(out / "report.html", page(results, made))
     console = Console()
     if console.width < TABLE_COLUMNS:  # also in a pipe, where rich takes 80
         console = Console(width=TABLE_COLUMNS)
     console.print(report.table(results))
-    written = f"written: {out / 'results.json'}, {out / 'score.png'}"
-    console.print(written, highlight=False, soft_wrap=True)
+    names = ["report.html", "results.json", "lm_eval/", *(f"{chart.name}.png" for chart in made)]
+    console.print(f"written to {out}: {', '.join(names)}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -80,7 +80,8 @@ def test_eval_writes_json_and_picture_and_prints_a_table(
     )
     assert code == 0
     assert sorted(path.name for path in out.iterdir()) == [
-        *("lm_eval", "results.json", "samples.jsonl", "score.png")
+        *("cost.png", "depth.png", "layers.png", "lm_eval", "pareto.png", "report.html"),
+        *("results.json", "samples.jsonl", "score.png"),
     ]
     results = json.loads((out / "results.json").read_text())
     assert results["complete"] and len(results["cells"]) == 4

@@ -13,10 +13,9 @@ from hf_models import config
 from transformers import DynamicCache, LlamaForCausalLM
 
 from kvselect import attach
-from kvselect.eval import picture, report, runner
+from kvselect.eval import report, runner
 from kvselect.eval.audit import Audit, audited
 from kvselect.eval.checkpoint import Checkpoint
-from kvselect.eval.demo import demo_policies
 from kvselect.eval.results import Cell, Length, Results
 from kvselect.eval.runner import Request
 from kvselect.eval.session import Session, answer, share_weights
@@ -260,10 +259,3 @@ def test_the_table_shows_scores_intervals_and_that_it_is_a_demonstration() -> No
         and "2.5" in text
         and "–" in text
     )
-
-
-@pytest.mark.parametrize("tasks", [("vt",), ("niah_single", "chain", "vt")])
-def test_the_picture_is_a_png(tmp_path: Path, tasks: tuple[str, ...]) -> None:
-    path = tmp_path / "new" / "score.png"
-    picture.draw(results_of(list(demo_policies()), tasks, right=1.0), path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 20_000

@@ -15,6 +15,7 @@ from kvselect.eval.session import Traffic
 
 FORMAT = "kvselect-eval-2"
 CLAIM_SAMPLES = 500  # +-2.6 points at a score of .9; with fewer the reports say so
+FAILS_BELOW = 0.1  # a score
 NO_LOSS_POINTS = 1.0  # "no loss": the interval of the difference ends above minus this
 
 
@@ -284,15 +285,18 @@ class Macro:
 
     @property
     def verdict(self) -> str | None:
-        """Against the baseline: "better", "no loss", "loss" or "undecided"; None: nothing to
-        compare with.
+        """Against the baseline: "better", "no loss", "loss", "undecided" or "both fail"; None:
+        nothing to compare with.
 
         "no loss": the 95 % interval of the difference lies above -1 point; "better": above 0;
-        "loss": below -1 point.
+        "loss": below -1 point; "both fail": neither score reaches 10 %, so a difference says
+        nothing about what selection loses.
         """
         if self.difference is None:
             return None
-        _, low, high = self.difference
+        mean, low, high = self.difference
+        if max(self.score, self.score - mean) < FAILS_BELOW:
+            return "both fail"
         if low > 0:
             return "better"
         if 100 * low >= -NO_LOSS_POINTS:
