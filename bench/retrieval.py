@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     request = demo_request(checkpoint.window_tokens, options.samples, options.seed)
     request = dataclasses.replace(
         request,
-        tasks=tuple(TASKS.values()),
+        tasks=tuple(task for task in TASKS.values() if task.draw is not None),
         lengths=(request.lengths[0], request.lengths[-1]),
         max_contexts=options.max_contexts,
         timed_steps=30,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvselect.eval.runner import Request
 
 TABLE_COLUMNS = 100  # at least: what the table of the demo needs
+DEFAULT_SAMPLES, DEFAULT_CONTEXTS = 50, 25
 SECONDS_PER_LINE = 20.0  # of progress, where no terminal shows a bar
 
 # What is left to do once the input is known to be good; returns the exit code.
@@ -52,7 +53,16 @@ def add_eval(commands: Any) -> None:
         "--model", default="embedded", help="a checkpoint's folder (default: embedded)"
     )
     evaluate.add_argument(
-        "--tasks", help="names, with commas (default: every task that makes no special demands)"
+        "--tasks",
+        help="names, with commas; also nt, ruler, minimal (default: minimal; embedded: five tasks "
+        "in its own words)",
+    )
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="files of InfiniteBench, LongBench or RULER; each is a task (default: all of them, in "
+        "full, as long as they are)",
     )
     evaluate.add_argument(
         "--lengths",
@@ -71,12 +81,14 @@ def add_eval(commands: Any) -> None:
         help="tokens that a decode step attends to, with commas for several: of policies named "
         "without settings (default 3712, or 4/9 of a shorter trained window)",
     )
-    evaluate.add_argument("--samples", type=int, default=50, help="questions per cell (default 50)")
+    evaluate.add_argument(
+        "--samples", type=int, help="questions per cell (default 50; with --data all)"
+    )
     evaluate.add_argument(
         "--max-contexts",
         type=int,
-        default=25,
-        help="contexts per cell at most, even if they hold fewer questions (default 25)",
+        help="contexts per cell at most, even if they hold fewer questions (default 25; with "
+        "--samples: as many as it takes)",
     )
     evaluate.add_argument("--seed", type=int, default=0, help="of the contexts (default 0)")
     evaluate.add_argument(
@@ -147,13 +159,25 @@ def _eval(options: argparse.Namespace) -> Job:
         parse_policies,
         split_list,
     )
+    from kvselect.eval.results import Length
     from kvselect.eval.runner import Request
-    from kvselect.eval.tasks import default_tasks, find_tasks
+    from kvselect.eval.tasks import data_tasks, default_tasks, find_tasks
 
     # Everything that can be checked without the model is checked before it loads.
-    tasks = None if options.tasks is None else find_tasks(split_list(options.tasks))
-    require_int(options.samples, "samples", 1)
-    require_int(options.max_contexts, "max_contexts", 1)
+    files = {} if options.data is None else data_tasks(options.data)
+    tasks = list(files.values()) or None
+    if options.tasks is not None:
+        tasks = find_tasks(split_list(options.tasks), files)
+    rows = [len(task.file.rows) for task in tasks or () if task.file is not None]
+    samples = options.samples
+    if samples is None:
+        samples = max(rows, default=DEFAULT_SAMPLES)
+    require_int(samples, "samples", 1)
+    max_contexts = options.max_contexts
+    if max_contexts is None and options.samples is None:
+        max_contexts = DEFAULT_CONTEXTS
+    if max_contexts is not None:
+        require_int(max_contexts, "max_contexts", 1)
     require_int(options.seed, "seed", 0)
     budgets = None if options.budget is None else parse_budgets(options.budget)
     if options.policies is not None:
@@ -163,15 +187,22 @@ def _eval(options: argparse.Namespace) -> Job:
     _require_folder(options.out)
     checkpoint = load_checkpoint(options.model, dtype=options.dtype, device=options.device)
     window = checkpoint.window_tokens
-    lengths = options.lengths or default_lengths(checkpoint.speaks_dialect)
+    tasks = tasks or default_tasks(checkpoint.speaks_dialect)
+    if options.lengths is None and rows and not checkpoint.speaks_dialect:
+        files_only = [task.file for task in tasks if task.file is not None]
+        longest = max(file.total_tokens(checkpoint.tokenizer) for file in files_only)
+        lengths: tuple[Length, ...] = (Length(label="full", tokens=longest),)
+    else:
+        asked = options.lengths or default_lengths(checkpoint.speaks_dialect)
+        lengths = parse_lengths(asked, window)
     request = Request(
-        tasks=tuple(tasks or default_tasks(checkpoint.speaks_dialect)),
-        lengths=parse_lengths(lengths, window),
+        tasks=tuple(tasks),
+        lengths=lengths,
         policies=default_policies(window, budgets)
         if options.policies is None
         else parse_policies(options.policies, budgets),
-        samples=options.samples,
-        max_contexts=options.max_contexts,
+        samples=samples,
+        max_contexts=max_contexts,
         seed=options.seed,
     )
     restart = "always" if options.restart else "never"

@@ -18,6 +18,8 @@ SAME = (
     "questions_per_context",
     "max_contexts",
     "prefill",
+    "data",
+    "prompts",
 )
 
 

@@ -271,8 +271,8 @@ def _cells_table(results: Results) -> str:
                 first = False
     caption = (
         "Score: mean of what each question earned, below it the 95 % interval (Wilson). Mass, "
-        "tokens and bytes are per decode step, mean over layers and heads; hits: lists that the selection "
-        "cache reused; “–”: the policy reuses none, or there is nothing to compare with."
+        "tokens and bytes are per decode step, mean over layers and heads; hits: lists that the "
+        "selection cache reused; “–”: the policy reuses none, or there is nothing to compare with."
     )
     against = f"against {escape(results.baseline or 'a baseline')}"
     head = ["task", "context", "policy", "right", "score %", against, *_COSTS, "context tokens"]

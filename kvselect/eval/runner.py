@@ -78,7 +78,10 @@ def samples(
     """Contexts with, in all, `request.samples` questions, unless `request.max_contexts` ends it
     sooner."""
     remaining, index = request.samples, 0
-    while remaining > 0 and index != request.max_contexts:
+    most_contexts = request.max_contexts
+    if task.file is not None:  # one question each, and no more than there are
+        most_contexts = min(len(task.file.rows), request.samples)
+    while remaining > 0 and index != most_contexts:
         most = min(remaining, request.questions_per_context)
         if checkpoint.speaks_dialect:
             sample = dialect_sample(
@@ -154,6 +157,8 @@ def describe_request(checkpoint: Checkpoint, request: Request) -> dict[str, Any]
         "max_contexts": request.max_contexts,
         "timed_steps": request.timed_steps,
         "tasks": [task.name for task in request.tasks],
+        "data": {task.name: task.file.digest for task in request.tasks if task.file is not None},
+        "prompts": {task.name: task.file.prompt for task in request.tasks if task.file is not None},
         "lengths": {length.label: length.tokens for length in request.lengths},
         "policies": {label: policy.to_dict() for label, policy in request.policies.items()},
         "prefill": "under the policy",

@@ -9,12 +9,16 @@ asked the same questions.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from kvselect.eval.tasks import dialect, prose
+from kvselect.eval.tasks import dialect, long_context, prose, ruler
+from kvselect.eval.tasks import needle_threading as threading
+from kvselect.eval.tasks.data_files import DataFile, load_folder
 from kvselect.eval.tasks.grading import grade, grade_text, grade_words
 from kvselect.eval.tasks.problems import (
     Problem,
@@ -25,13 +29,17 @@ from kvselect.eval.tasks.problems import (
 )
 from kvselect.eval.tasks.prose import Tokenizer
 from kvselect.eval.tasks.sample import Question, Sample
+from kvselect.eval.tasks.written import Draw
 
 __all__ = [
+    "GROUPS",
+    "MINIMAL",
     "TASKS",
     "Problem",
     "Question",
     "Sample",
     "Task",
+    "data_tasks",
     "default_tasks",
     "dialect_sample",
     "find_tasks",
@@ -54,12 +62,19 @@ class Task:
     Attributes
     ----------
     name, summary : str
-    draw : (rng, max_statements, max_questions) -> Problem with a batch of one
+    draw : (rng, max_statements, max_questions) -> Problem with a batch of one, or None
+        For tasks in symbols, which every model can be asked.
+    write : (Draw) -> Sample, or None
+        For tasks that are text from the start: no model of the dialect can be asked them.
+    file : DataFile or None
+        For tasks whose samples a user has.
     """
 
     name: str
     summary: str
-    draw: Callable[[np.random.Generator, int, int], Problem]
+    draw: Callable[[np.random.Generator, int, int], Problem] | None = None
+    write: Callable[[Draw], Sample] | None = None
+    file: DataFile | None = None
 
 
 def _single(rng: np.random.Generator, max_statements: int, max_questions: int) -> Problem:
@@ -100,32 +115,80 @@ TASKS: dict[str, Task] = {
         Task(name="niah_multivalue", summary="all 3 values of a key", draw=_multivalue),
         Task(name="chain", summary="3 hops, one per generated word", draw=_chain),
         Task(name="vt", summary="up to 2 hops inside one forward pass", draw=_variables),
+        Task(name="nt_single", summary="UUID pairs, one key", write=threading.single),
+        Task(name="nt_multiple", summary="UUID pairs, 1 to 25 keys", write=threading.multiple),
+        Task(name="nt_conditional", summary="all keys with a mark", write=threading.conditional),
+        Task(name="nt_threading", summary="2 to 25 links of UUIDs", write=threading.threading),
+        Task(name="nt_multi_threading", summary="2 to 5 threads", write=threading.multi_threading),
+        Task(name="nt_branched", summary="threads that part", write=threading.branched),
+        *(
+            Task(
+                name=f"ruler_{name}",
+                summary="needles, in the manner of RULER",
+                write=partial(ruler.needles, task=task),
+            )
+            for name, task in ruler.NEEDLES.items()
+        ),
+        Task(name="ruler_vt", summary="a chain of 4 hops", write=ruler.variable_tracking),
+        Task(name="ruler_cwe", summary="the ten commonest words", write=ruler.common_words),
+        Task(name="ruler_fwe", summary="the most frequent words", write=ruler.frequent_words),
+        Task(name="json_kv", summary="HELMET's JSON-KV", write=long_context.json_kv),
+        Task(name="icl", summary="labels of 64 classes by example", write=long_context.many_shots),
+        Task(name="two_hop", summary="facts, direct and over a person", write=long_context.two_hop),
     )
 }
 
+# METHODS.md 4.6: what says most in little time, for models that read text.
+MINIMAL = (
+    *("json_kv", "ruler_multikey_3", "ruler_multivalue", "nt_multiple", "nt_conditional"),
+    *("icl", "two_hop"),
+)
+GROUPS = {
+    "nt": tuple(name for name in TASKS if name.startswith("nt_")),
+    "ruler": tuple(name for name in TASKS if name.startswith("ruler_")),
+    "minimal": MINIMAL,
+}
 
-def find_tasks(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names, in this order.
+
+def data_tasks(folder: Path) -> dict[str, Task]:
+    """The tasks whose files a folder holds; see `data_files.load_folder`."""
+    return {
+        name: Task(name=name, summary=f"{file.format}, {file.prompt} prompt", file=file)
+        for name, file in load_folder(folder).items()
+    }
+
+
+def find_tasks(names: Iterable[str], more: Mapping[str, Task] | None = None) -> list[Task]:
+    """The tasks of these names, in this order; a name of `GROUPS` stands for several.
+
+    Parameters
+    ----------
+    names : iterable of str
+    more : mapping or None
+        Tasks that exist besides, by name: those of data files. They come first.
 
     Raises
     ------
     ValueError
         Naming the first unknown or repeated one and all that exist.
     """
+    known = {**TASKS, **(more or {})}
     found: list[Task] = []
-    for name in names:
-        if name not in TASKS or any(task.name == name for task in found):
-            raise ValueError(f"tasks: got {name!r}, allowed: each once of {', '.join(TASKS)}")
-        found.append(TASKS[name])
+    for asked in names:
+        for name in GROUPS.get(asked, (asked,)):
+            if name not in known or any(task.name == name for task in found):
+                allowed = ", ".join([*known, *GROUPS])
+                raise ValueError(f"tasks: got {name!r}, allowed: each once of {allowed}")
+            found.append(known[name])
     if not found:
-        raise ValueError(f"tasks: got none, allowed: at least one of {', '.join(TASKS)}")
+        raise ValueError(f"tasks: got none, allowed: at least one of {', '.join(known)}")
     return found
 
 
 def default_tasks(speaks_dialect: bool) -> list[Task]:
-    """What `kvselect eval` runs unless it is told: every task of retrieval."""
-    names = ["niah_single", "niah_multikey", "niah_multivalue", "chain", "vt"]
-    return find_tasks(names)
+    """What `kvselect eval` runs unless it is told."""
+    dialect_names = ("niah_single", "niah_multikey", "niah_multivalue", "chain", "vt")
+    return find_tasks(dialect_names if speaks_dialect else MINIMAL)
 
 
 def _generator(task: Task, length: int, seed: int, index: int) -> np.random.Generator:
@@ -141,8 +204,14 @@ def dialect_sample(
     Raises
     ------
     ValueError
-        If the statements do not fit into `length`.
+        If the statements do not fit into `length`, or the task is text from the start.
     """
+    if task.draw is None:
+        allowed = ", ".join(name for name, known in TASKS.items() if known.draw is not None)
+        raise ValueError(
+            f"task: got {task.name!r}, text which a model of the dialect cannot read, allowed: "
+            f"{allowed}"
+        )
     rng = _generator(task, length, seed, index)
     problem = task.draw(rng, length // _DIALECT_TOKENS_PER_STATEMENT, max_questions)
     context, starts = dialect.scatter_at(
@@ -184,6 +253,20 @@ def prose_sample(
     ValueError
         If the statements do not fit into `length`.
     """
+    if task.write is not None:
+        return task.write(
+            Draw(
+                length=length,
+                seed=seed + index,
+                max_questions=max_questions,
+                tokenizer=tokenizer,
+                rng=lambda: _generator(task, length, seed, index),
+            )
+        )
+    if task.file is not None:
+        order = _generator(task, 0, seed, 0).permutation(len(task.file.rows))
+        return task.file.sample(int(order[index]), length, tokenizer)
+    assert task.draw is not None
     rng = _generator(task, length, seed, index)
     problem = task.draw(rng, length // _PROSE_TOKENS_PER_STATEMENT, max_questions)
     return prose.render(rng, problem, length, tokenizer)
