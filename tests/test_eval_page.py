@@ -201,6 +201,23 @@ def test_pictures_take_their_colours_from_the_page(results: Results, html: str) 
     assert "--page:" in dark and "--ink:" in dark and "@media print" in dark
 
 
+def test_effective_lengths() -> None:
+    results = results_of(("vt",), (512, 1024, 2048))
+    scores = {"dense": (1.0, 0.75, 0.0), "streaming_llm 227": (0.5, 1.0, 1.0)}
+    results.cells = [
+        dataclasses.replace(cell, outcomes=(scores[cell.policy][place],))
+        for cell in results.cells
+        if cell.policy in scores
+        for place, length in enumerate(results.lengths)
+        if cell.length == length
+    ]
+    assert results.effective_tokens("vt", "dense") == 1024
+    assert results.effective_tokens(None, "dense") == 1024
+    assert results.effective_tokens("vt", "streaming_llm 227") is None
+    assert results.to_dict()["effective_tokens"]["dense"] == {"mean": 1024, "vt": 1024}
+    assert [1024.0, 1024.0] in Structure(page(results, charts(results))).rows
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_run_that_is_not_complete_says_so(results: Results, html: str) -> None:
     partial = dataclasses.replace(results, cells=results.cells[:5], complete=False)

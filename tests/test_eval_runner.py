@@ -254,8 +254,36 @@ def test_the_table_shows_scores_intervals_and_that_it_is_a_demonstration() -> No
     assert "single" in text and "50" in text and "24–76" in text
     assert "a demonstration; a claim needs 500" in " ".join(text.split())
     assert (
-        "10 questions per cell" in " ".join(text.split())
+        "10 questions per task and length" in " ".join(text.split())
         and "25 %" in text
         and "2.5" in text
         and "–" in text
     )
+
+
+def test_many_tasks_have_a_table_of_their_own() -> None:
+    tasks = tuple(f"task_{n}" for n in range(8))
+    text = render(results_of(["A", "B [x]"], tasks), width=100)
+    assert "mean of" in text and "8 tasks" in text and "+0.0 to +0.0" in text
+    assert "Score by task" in text and all(task in text for task in tasks)
+    assert "B [x]" in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_the_selection_cache_is_counted(checkpoint: Checkpoint) -> None:
+    """Answers of several words reuse lists; every list is a hit or a miss, on the device."""
+    reusing = dataclasses.replace(SELECT, similarity_threshold=1e-9, similarity="flat")
+    wanted = request(tasks=(TASKS["chain"],), policies={"Dense": Dense(), "Reuse": reusing})
+    dense, reuse = runner.run(checkpoint, wanted).cells
+    assert dense.hit_rate is None
+    assert reuse.hit_rate is not None and 0.3 < reuse.hit_rate <= 1.0
+
+
+def test_masses_of_heads_average_to_the_mass(checkpoint: Checkpoint) -> None:
+    results = runner.run(checkpoint, request(tasks=(TASKS["vt"],)))
+    assert results.layers == (0, 1, 2)
+    for cell in results.cells:
+        assert [len(heads) for heads in cell.mass_by_head] == [2, 2, 2]
+        mean = sum(map(sum, cell.mass_by_head)) / 6
+        assert cell.kept_mass == pytest.approx(mean)
+    assert results.cells[0].mass_by_head == ((1.0, 1.0),) * 3
+    assert len({mass for heads in results.cells[2].mass_by_head for mass in heads}) == 6

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from kvselect.eval.charts import SERIES, Chart, svg, title_of
-from kvselect.eval.results import CLAIM_SAMPLES, Cell, Length, Macro, Results
+from kvselect.eval.results import CLAIM_SAMPLES, EFFECTIVE_SCORE, Cell, Length, Macro, Results
 
 _LIGHT = {
     "page": "#fefefe",
@@ -93,6 +93,7 @@ def page(results: Results, made: Sequence[Chart]) -> str:
     if not results.complete:
         parts.append('<p class="bad">This run is not complete.</p>')
     parts += ["<h2>At a glance</h2>", _means_table(results)]
+    parts += ["<h2>Effective length</h2>", _effective_table(results)]
     for chart in made:
         parts.append(f"<h2>{escape(chart.title)}</h2>")
         parts.append(
@@ -244,6 +245,20 @@ def _means_table(results: Results) -> str:
     )
     head = ["context", "policy", "verdict", "questions", "score %", f"against {against}", *_COSTS]
     return _table(caption, head, rows, words=3)
+
+
+def _effective_table(results: Results) -> str:
+    rows = []
+    for policy in results.policies:
+        found = [results.effective_tokens(task, policy) for task in (None, *results.tasks)]
+        told = ["none" if tokens is None else _number(tokens, str(tokens)) for tokens in found]
+        rows.append(_row([escape(policy), *told], words=1))
+    caption = (
+        f"Tokens up to which a policy scores at least {100 * EFFECTIVE_SCORE:.0f} %, of the "
+        "lengths that ran; “none”: not even at the shortest."
+    )
+    head = ["policy", "mean of tasks", *(escape(title_of(task)) for task in results.tasks)]
+    return _table(caption, head, rows, words=1)
 
 
 def _cells_table(results: Results) -> str:

@@ -15,6 +15,7 @@ from kvselect.eval.session import Traffic
 
 FORMAT = "kvselect-eval-2"
 CLAIM_SAMPLES = 500  # +-2.6 points at a score of .9; with fewer the reports say so
+EFFECTIVE_SCORE = 0.75
 FAILS_BELOW = 0.1  # a score
 NO_LOSS_POINTS = 1.0  # "no loss": the interval of the difference ends above minus this
 
@@ -213,6 +214,20 @@ class Results:
             cache_bytes=max(cell.cache_bytes for cell in cells),
         )
 
+    def effective_tokens(self, task: str | None, policy: str) -> int | None:
+        """Largest length up to which every score is at least `EFFECTIVE_SCORE`; None: not even the
+        first. Of one task, or of the mean over tasks.
+
+        Source: the 75 % contour of Needle Threading, arXiv:2411.05000.
+        """
+        reached = None
+        for length in sorted(self.lengths, key=lambda length: length.tokens):
+            found = self.macro(length, policy) if task is None else self.cell(task, length, policy)
+            if found is None or found.score < EFFECTIVE_SCORE:
+                break
+            reached = length.tokens
+        return reached
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         macros = [self.macro(length, policy) for length in self.lengths for policy in self.policies]
@@ -229,6 +244,13 @@ class Results:
             "notes": self.notes,
             **self.environment,
             "layers": list(self.layers),
+            "effective_tokens": {
+                policy: {
+                    "mean": self.effective_tokens(None, policy),
+                    **{task: self.effective_tokens(task, policy) for task in self.tasks},
+                }
+                for policy in self.policies
+            },
             "means": [macro.to_dict() for macro in macros if macro is not None],
             "cells": [self._cell_dict(cell) for cell in self.cells],
         }
