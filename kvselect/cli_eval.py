@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvselect.eval.checkpoint import Checkpoint
+    from kvselect.eval.journal import Journal
     from kvselect.eval.results import Results
     from kvselect.eval.runner import Request
 
@@ -126,7 +127,7 @@ def _demo(options: argparse.Namespace) -> Job:
     samples = SAMPLES if options.samples is None else options.samples
     require_int(samples, "samples", 1)
     require_int(options.seed, "seed", 0)
-    _require_folder(options.out)
+    require_folder(options.out)
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, samples, options.seed)
     return _on_one_thread(_run(checkpoint, request, options.out, restart="when complete"))
@@ -184,7 +185,7 @@ def _eval(options: argparse.Namespace) -> Job:
         parse_policies(options.policies, budgets or [512])
     if options.lengths is not None:
         parse_lengths(options.lengths, 1)
-    _require_folder(options.out)
+    require_folder(options.out)
     checkpoint = load_checkpoint(options.model, dtype=options.dtype, device=options.device)
     window = checkpoint.window_tokens
     tasks = tasks or default_tasks(checkpoint.speaks_dialect)
@@ -210,7 +211,7 @@ def _eval(options: argparse.Namespace) -> Job:
     return _on_one_thread(job) if options.model == EMBEDDED else job
 
 
-def _require_folder(out: Path) -> None:
+def require_folder(out: Path) -> None:
     """ValueError unless files can be written there; makes nothing."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: got {str(out)!r}, which is a file, allowed: a folder, there or not")
@@ -256,17 +257,18 @@ def _run(checkpoint: Checkpoint, request: Request, out: Path, *, restart: str) -
             journal.unlink(missing_ok=True)
             found.unlink()
     if restart == "always":
-        for path in (journal, found):
-            if path.exists():
-                path.rename(_unused(path.with_name(f"{path.name}.before")))
+        move_aside(journal, found)
     return lambda: _run_and_show(checkpoint, request, header, out, aside)
 
 
-def _unused(path: Path) -> Path:
-    number = 1
-    while (numbered := path.with_name(f"{path.name}-{number}")).exists():
-        number += 1
-    return numbered
+def move_aside(*paths: Path) -> None:
+    """Rename what is there to NAME.before-1, -2 and so on."""
+    for path in paths:
+        if path.exists():
+            number = 1
+            while (free := path.with_name(f"{path.name}.before-{number}")).exists():
+                number += 1
+            path.rename(free)
 
 
 def _run_and_show(
@@ -278,34 +280,52 @@ def _run_and_show(
     from kvselect.eval import runner
 
     errors = Console(stderr=True)
-    try:
+    for note in aside:
+        errors.print(note, highlight=False, soft_wrap=True, markup=False)
+
+    def job() -> int:
         out.mkdir(parents=True, exist_ok=True)
-        with runner.open_journal(out, header) as journal:
-            notes = [*aside, *runner.notes_of(journal)]
-            for note in notes:
-                errors.print(note, highlight=False, soft_wrap=True, markup=False)
-            known = sum(1 for record in journal.records if record["kind"] == "answers")
-            if known:
-                found = f"{known} answered contexts are there already (--restart measures anew)"
-                errors.print(found, highlight=False, soft_wrap=True)
-            with progress_shown(errors, runner.total_progress(request)) as advance:
-                results = runner.run(
-                    checkpoint,
-                    request,
-                    journal=journal,
-                    on_progress=advance,
-                    on_cells=lambda partial: partial.save(out / runner.RESULTS_NAME),
-                )
+        with (
+            resumed(out / runner.JOURNAL_NAME, header, errors) as journal,
+            progress_shown(errors, runner.total_progress(request)) as advance,
+        ):
+            results = runner.run(
+                checkpoint,
+                request,
+                journal=journal,
+                on_progress=advance,
+                on_cells=lambda partial: partial.save(out / runner.RESULTS_NAME),
+            )
         return _show(results, out)
+
+    return written_to(out, job)
+
+
+def written_to(out: Path, job: Job) -> int:
+    """Do a job that writes there; what keeps it from that is one line and exit code 2."""
+    try:
+        return job()
     except (OSError, ValueError) as error:
-        print(f"kvselect: error: {_told(error, out)}", file=sys.stderr)
+        told: Exception = error
+        if isinstance(error, OSError):
+            told = _no_permission(out, error.strerror or str(error))
+        print(f"kvselect: error: {told}", file=sys.stderr)
         return 2
 
 
-def _told(error: OSError | ValueError, out: Path) -> str:
-    if isinstance(error, OSError):
-        return str(_no_permission(out, error.strerror or str(error)))
-    return str(error)
+@contextmanager
+def resumed(path: Path, header: dict[str, Any], console: Console) -> Iterator[Journal]:
+    """The journal of a request; says what it holds already, and what of it was damaged."""
+    from kvselect.eval.journal import Journal, notes_of
+
+    with Journal(path, header) as journal:
+        for note in notes_of(journal):
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
+        known = sum(1 for record in journal.records if record.get("kind", "answers") == "answers")
+        if known:
+            found = f"{known} answered contexts are there already (--restart measures anew)"
+            console.print(found, highlight=False, soft_wrap=True)
+        yield journal
 
 
 @contextmanager
@@ -359,10 +379,16 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _show(results: Results, out: Path) -> int:
-    """Table on screen, files in the folder."""
+def wide_console() -> Console:
+    """Of at least the width that tables need; a pipe, where rich takes 80 columns, included."""
     from rich.console import Console
 
+    console = Console()
+    return console if console.width >= TABLE_COLUMNS else Console(width=TABLE_COLUMNS)
+
+
+def _show(results: Results, out: Path) -> int:
+    """Table on screen, files in the folder."""
     from kvselect.eval import report
     from kvselect.eval.charts import charts, save_pngs
     from kvselect.eval.lm_eval_results import save_lm_eval
@@ -373,9 +399,7 @@ def _show(results: Results, out: Path) -> int:
     save_pngs(made, out)
     save_lm_eval(results, out / "lm_eval")
     write_whole(out / "report.html", page(results, made))
-    console = Console()
-    if console.width < TABLE_COLUMNS:  # also in a pipe, where rich takes 80
-        console = Console(width=TABLE_COLUMNS)
+    console = wide_console()
     console.print(report.table(results))
     names = ["report.html", "results.json", "lm_eval/", *(f"{chart.name}.png" for chart in made)]
     console.print(f"written to {out}: {', '.join(names)}", highlight=False, soft_wrap=True)
@@ -386,16 +410,12 @@ def _report(options: argparse.Namespace) -> Job:
     from kvselect.eval.compare import combine
     from kvselect.eval.results import load_results
 
-    _require_folder(options.out)
+    require_folder(options.out)
     runs = [(path.name, load_results(path)) for path in options.runs]
     results = combine(runs)
 
     def show() -> int:
-        try:
-            results.save(options.out / "results.json")
-            return _show(results, options.out)
-        except OSError as error:
-            print(f"kvselect report: error: {_told(error, options.out)}", file=sys.stderr)
-            return 2
+        results.save(options.out / "results.json")
+        return _show(results, options.out)
 
-    return show
+    return lambda: written_to(options.out, show)

@@ -22,8 +22,8 @@ COMMANDS = re.findall(r"^kvselect (.*?)(?:\s+#.*)?$", TEXT, re.M)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command: str) -> None:
     options = cli._parser().parse_args(shlex.split(command))
-    if options.command == "eval":
-        if options.tasks:
+    if options.command in ("eval", "perplexity"):
+        if getattr(options, "tasks", None):
             find_tasks(split_list(options.tasks))
         if options.policies:
             parse_policies(options.policies, parse_budgets(options.budget))

@@ -38,7 +38,7 @@ FLOORS = (
     {"integrations"},
     {"eval"},
     {"bench"},
-    {"cli", "cli_break_even", "cli_eval", "doctor", "explain"},
+    {"cli", "cli_break_even", "cli_eval", "cli_perplexity", "doctor", "explain"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

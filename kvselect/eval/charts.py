@@ -530,3 +530,43 @@ def _layers(results: Results) -> Chart | None:
         "tokens, by the exact keys; mean over decode steps and tasks.",
         figure,
     )
+
+
+# ---- perplexity
+
+
+def perplexity_chart(found: dict[str, Any]) -> Chart:
+    """Bits per byte against context length, of what `perplexity.to_dict` gives."""
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for index, policy in enumerate(found["request"]["policies"]):
+        cells = [cell for cell in found["cells"] if cell["policy"] == policy]
+        axes.plot(
+            [cell["length_tokens"] for cell in cells],
+            [cell["bits_per_byte"] for cell in cells],
+            label=policy,
+            linewidth=2.0,
+            markersize=6,
+            zorder=3 + index,
+            **_style(index),
+        )
+    axes.set_xscale("log", base=2)
+    ticks = sorted({cell["length_tokens"] for cell in found["cells"]})
+    axes.set_xticks(ticks, [_tick(Length(label="", tokens=tokens)) for tokens in ticks])
+    axes.minorticks_off()
+    if ticks[0] <= found["window_tokens"] < ticks[-1]:
+        axes.axvline(found["window_tokens"], color=MUTED, lw=1, ls=(0, (3, 3)), zorder=1)
+    axes.set_xlabel("context [tokens]", color=INK)
+    axes.set_ylabel("bits per byte", color=INK)
+    _dress(axes, f"{found['model']}: the same text, with more before it", large=True)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+    )
+    return Chart("perplexity", "Perplexity by context length", "Lower is better.", figure)

@@ -119,6 +119,16 @@ class Journal:
         damaged.close()
 
 
+def notes_of(journal: Journal) -> list[str]:
+    """What a reader must know of how the journal was found."""
+    if journal.kept_aside is None:
+        return []
+    return [
+        f"{journal.num_damaged} lines of {journal.path.name} were damaged; the file is kept as "
+        f"{journal.kept_aside.name}, and what they held was answered again"
+    ]
+
+
 def keep_aside(path: Path) -> Path:
     """Rename a file to a name that nothing has: NAME.damaged-1, -2 and so on."""
     number = 1

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch
 from kvselect.checks import require
 from kvselect.eval.checkpoint import Checkpoint
 from kvselect.eval.identity import TEMPLATES, code_identity, fingerprint
-from kvselect.eval.journal import Journal
+from kvselect.eval.journal import Journal, notes_of
 from kvselect.eval.machine import describe
 from kvselect.eval.memory import available_bytes, estimate, in_units
 from kvselect.eval.results import Length, Results, cell_of
@@ -112,13 +111,9 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
         If a policy does not fit the model, a task does not fit into a length, or the longest
         context does not fit into memory.
     """
-    require_memory(checkpoint, request)
-    view = share_weights(checkpoint.model)
-    for label, policy in request.policies.items():
-        try:
-            attach(view, policy, break_even="off").detach()
-        except ValueError as error:
-            raise type(error)(f"{label}: {error}") from error
+    at_once = len(request.policies)
+    require_memory(checkpoint, request.policies, request.lengths, at_once=at_once)
+    require_policies(checkpoint, request.policies)
     for length in request.lengths:
         for task in request.tasks:
             try:
@@ -127,18 +122,40 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
                 raise ValueError(f"{task.name} at {length.label}: {error}") from error
 
 
-def require_memory(checkpoint: Checkpoint, request: Request) -> None:
-    """ValueError, with the numbers, if the longest context would not fit into memory."""
-    longest = max(request.lengths, key=lambda length: length.tokens)
-    wanted = estimate(checkpoint.model, request.policies.values(), longest.tokens)
-    free = available_bytes(next(checkpoint.model.parameters()).device)
-    if free is not None and wanted.total_bytes > free:
+def require_policies(checkpoint: Checkpoint, policies: Mapping[str, Policy]) -> None:
+    """ValueError that names the first policy that does not fit the model."""
+    view = share_weights(checkpoint.model)
+    for label, policy in policies.items():
+        try:
+            attach(view, policy, break_even="off").detach()
+        except ValueError as error:
+            raise type(error)(f"{label}: {error}") from error
+
+
+def require_memory(
+    checkpoint: Checkpoint,
+    policies: Mapping[str, Policy],
+    lengths: Sequence[Length],
+    *,
+    at_once: int,
+) -> None:
+    """ValueError, with the numbers, if the longest context would not fit into memory.
+
+    `at_once`: policies whose caches live at the same time, the largest of them.
+    """
+    longest = max(lengths, key=lambda length: length.tokens)
+    model = checkpoint.model
+    each = [estimate(model, [policy], longest.tokens) for policy in policies.values()]
+    caches = sorted((one.cache_bytes for one in each), reverse=True)[:at_once]
+    wanted = sum(caches) + each[0].activation_bytes
+    free = available_bytes(next(model.parameters()).device)
+    if free is not None and wanted > free:
         raise ValueError(
-            f"lengths: got {longest.label!r}, which takes about {in_units(wanted.total_bytes)} "
-            f"beside the weights ({in_units(wanted.cache_bytes)} of caches for "
-            f"{len(request.policies)} policies at once, {in_units(wanted.activation_bytes)} of "
-            f"activations), allowed: what fits into the {in_units(free)} that are free (fewer "
-            "policies, shorter contexts, a smaller dtype)"
+            f"lengths: got {longest.label!r}, which takes about {in_units(wanted)} "
+            f"beside the weights ({in_units(sum(caches))} of caches for {len(caches)} policies at "
+            f"once, {in_units(each[0].activation_bytes)} of activations), allowed: what fits into "
+            f"the {in_units(free)} that are free (fewer policies, shorter contexts, a smaller "
+            "dtype)"
         )
 
 
@@ -168,16 +185,6 @@ def describe_request(checkpoint: Checkpoint, request: Request) -> dict[str, Any]
 
 
 JOURNAL_NAME, RESULTS_NAME = "samples.jsonl", "results.json"
-
-
-def notes_of(journal: Journal) -> list[str]:
-    """What a reader must know of how the journal was found."""
-    if journal.kept_aside is None:
-        return []
-    return [
-        f"{journal.num_damaged} lines of {JOURNAL_NAME} were damaged; the file is kept as "
-        f"{journal.kept_aside.name}, and what they held was answered again"
-    ]
 
 
 class _NoJournal:
@@ -452,8 +459,3 @@ def _answer_all(
         "traffic": dataclasses.asdict(session.traffic().since(before)),
         "cache_bytes": session.cache_bytes(),
     }
-
-
-def open_journal(folder: Path, header: dict[str, Any]) -> Journal:
-    """The journal of an output folder that exists; see `Journal`."""
-    return Journal(folder / JOURNAL_NAME, header)
