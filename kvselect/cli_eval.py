@@ -130,7 +130,7 @@ def _demo(options: argparse.Namespace) -> Job:
     require_folder(options.out)
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, samples, options.seed)
-    return _on_one_thread(_run(checkpoint, request, options.out, restart="when complete"))
+    return _on_one_thread(_run(checkpoint, request, options.out, restart="unless interrupted"))
 
 
 def _on_one_thread(job: Job) -> Job:
@@ -232,33 +232,48 @@ def _run(checkpoint: Checkpoint, request: Request, out: Path, *, restart: str) -
     """Check that the request can run on this model, and that the folder is free or holds the same
     request."""
     from kvselect.eval import runner
+
+    runner.check(checkpoint, request)
+    header = runner.describe_request(checkpoint, request)
+    notes = _make_way(out, header, restart)
+    return lambda: _run_and_show(checkpoint, request, header, out, notes)
+
+
+def _make_way(out: Path, header: dict[str, Any], restart: str) -> list[str]:
+    """Refuse a folder that holds another run; what was found damaged, for the user.
+
+    `restart`: "always", "never", or "unless interrupted", which begins anew where the folder holds
+    a complete run or one of another request.
+    """
+    from kvselect.eval import runner
     from kvselect.eval.journal import keep_aside, require_same_request
     from kvselect.eval.results import ResultsFileError, load_results
 
-    runner.check(checkpoint, request)
     journal, found = out / runner.JOURNAL_NAME, out / runner.RESULTS_NAME
-    aside: list[str] = []
-    header = runner.describe_request(checkpoint, request)
-    if restart == "never":
+    if restart == "always":
+        move_aside(journal, found)
+        return []
+    try:
         require_same_request(journal, header)
-    if found.exists():
-        try:
-            complete = load_results(found).complete
-        except ResultsFileError as error:
-            complete = False
-            if restart == "never":
-                aside.append(f"{error}; kept as {keep_aside(found).name}")
-        if restart == "never" and not journal.exists() and found.exists():
+        if not found.exists():
+            return []
+        complete = load_results(found).complete
+        if not journal.exists():
             raise ValueError(
                 f"out: got {str(out)!r}, which holds a results.json without the "
                 f"{runner.JOURNAL_NAME} it was made from, allowed: another folder, or --restart"
             )
-        if complete and restart == "when complete":
-            journal.unlink(missing_ok=True)
-            found.unlink()
-    if restart == "always":
+    except ResultsFileError as error:
+        return [f"{error}; kept as {keep_aside(found).name}"]
+    except ValueError:
+        if restart == "never":
+            raise
         move_aside(journal, found)
-    return lambda: _run_and_show(checkpoint, request, header, out, aside)
+        return []
+    if complete and restart == "unless interrupted":
+        journal.unlink()
+        found.unlink()
+    return []
 
 
 def move_aside(*paths: Path) -> None:
@@ -272,7 +287,7 @@ def move_aside(*paths: Path) -> None:
 
 
 def _run_and_show(
-    checkpoint: Checkpoint, request: Request, header: dict[str, Any], out: Path, aside: list[str]
+    checkpoint: Checkpoint, request: Request, header: dict[str, Any], out: Path, notes: list[str]
 ) -> int:
     """Run with a progress bar, then show the table; the journal grows with every context."""
     from rich.console import Console
@@ -280,7 +295,7 @@ def _run_and_show(
     from kvselect.eval import runner
 
     errors = Console(stderr=True)
-    for note in aside:
+    for note in notes:
         errors.print(note, highlight=False, soft_wrap=True, markup=False)
 
     def job() -> int:

@@ -105,6 +105,25 @@ def test_demo_shows_four_policies(
     assert "Dense" in text and "a demonstration; a claim needs 500" in text
 
 
+def test_demo_begins_anew_where_one_is_complete(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "WINDOWS", (1,))
+    monkeypatch.setattr(demo, "TASKS", ("vt",))
+
+    def times(*arguments: str) -> list[float]:
+        assert run("demo", "--samples", "2", "--out", str(tmp_path), *arguments) == 0
+        cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+        return [cell["decode_ms"] for cell in cells]
+
+    first = times()
+    assert times() != first and not list(tmp_path.glob("*before*"))
+    assert times("--seed", "4")  # another request: a complete one makes way too
+    (tmp_path / "results.json").write_text("damaged")
+    assert times("--seed", "4")
+    assert (tmp_path / "results.json.damaged-1").read_text() == "damaged"
+
+
 def test_eval_asks_other_checkpoints_in_prose(tmp_path: Path) -> None:
     """A random model with a tokenizer of its own: nothing is right, everything is counted."""
     tokenizer = Tokenizer(models.BPE())

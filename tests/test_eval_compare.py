@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +107,22 @@ def test_report_compares_folders(tmp_path: Path, capsys: pytest.CaptureFixture[s
     error = capsys.readouterr().err
     assert error.startswith("kvselect report: error: runs: got 'one' and 'three', which differ in")
     assert error.count("\n") == 1
+
+
+def test_no_display_is_needed(tmp_path: Path) -> None:
+    results_of({"dense": RIGHT, "a": MIXED}).save(tmp_path / "one" / "results.json")
+    environment = os.environ | {"MPLBACKEND": "TkAgg", "TERM": "dumb"}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment.pop("DISPLAY", None)
+    command = ["report", str(tmp_path / "one"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "kvselect", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout and (tmp_path / "out" / "score.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,8 @@ _TITLES = {
     "niah_multivalue": "multi-value",
     "chain": "key-value chains",
     "vt": "variable tracking",
+    "json_kv": "JSON-KV",
+    "icl": "labels by example",
 }
 DEPTH_BINS = 5
 MOST_PANELS = 4  # lengths beside each other: the first, the last, and some between
@@ -183,7 +185,11 @@ def _samples(results: Results) -> str:
 
 def title_of(task: str) -> str:
     """A task's name as people say it."""
-    return _TITLES.get(task, task.replace("_", " "))
+    words = task.replace("_", " ")
+    for short, long in (("nt ", "Needle Threading "), ("ruler ", "RULER ")):
+        if words.startswith(short):
+            words = long + words.removeprefix(short)
+    return _TITLES.get(task, words)
 
 
 # ---- score against length
@@ -321,7 +327,7 @@ def _heat(
 
 
 def _heat_grid(num_panels: int, panel: tuple[float, float]) -> tuple[Any, list[Any]]:
-    columns = min(4, num_panels)
+    columns = max(1, min(4, num_panels, int(10.0 // panel[0])))
     rows = -(-num_panels // columns)
     figure = _figure(max(6.0, panel[0] * columns + 0.5), max(2.2, panel[1] * rows + 0.3))
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -448,8 +454,8 @@ def _costs(results: Results) -> Chart:
     if any(mean is not None and mean.hit_rate is not None for _, mean, _ in means):
         panels.append(
             (
-                "selection cache",
-                "% of lists reused",
+                "lists reused",
+                "%",
                 lambda mean: None if mean.hit_rate is None else 100 * mean.hit_rate,
             )
         )

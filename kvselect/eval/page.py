@@ -168,6 +168,8 @@ def _score(score: float, interval: tuple[float, float]) -> str:
 
 def _length(length: Length) -> str:
     tokens = _number(length.tokens, str(length.tokens))
+    if length.label == str(length.tokens):
+        return tokens
     return f"{escape(length.label)} <small>{tokens}</small>"
 
 
