@@ -327,8 +327,9 @@ def _heat(
 
 
 def _heat_grid(num_panels: int, panel: tuple[float, float]) -> tuple[Any, list[Any]]:
-    columns = max(1, min(4, num_panels, int(10.0 // panel[0])))
+    columns = max(1, min(4, num_panels, int(11.0 // panel[0])))
     rows = -(-num_panels // columns)
+    columns = -(-num_panels // rows)  # rows of equal length
     figure = _figure(max(6.0, panel[0] * columns + 0.5), max(2.2, panel[1] * rows + 0.3))
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = list(grid.ravel())
