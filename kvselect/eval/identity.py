@@ -1,15 +1,17 @@
-"""What makes two runs the same: model, template, seed, samples, policies, versions."""
+"""What makes two runs the same: the model, the wording of tasks, the code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import kvselect
 from kvselect import ops
-from kvselect.eval.machine import commit, version_of
+from kvselect.eval.machine import version_of
 
 TEMPLATES = {"dialect": "dialect-1", "prose": "prose-1"}  # raise when the wording of tasks changes
 _VALUES_PER_TENSOR = 256
@@ -19,7 +21,8 @@ def fingerprint(model: Any) -> str:
     """16 hex digits of a model: its configuration, and of every tensor name, shape, dtype and 256
     values."""
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    for told in ("transformers_version", "dtype"):  # who saved it, and what it was loaded as
+    # Who saved it and how, and what it was loaded as, which the tensors tell.
+    for told in ("transformers_version", "architectures", "dtype"):
         config.pop(told, None)
     state = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
@@ -31,10 +34,17 @@ def fingerprint(model: Any) -> str:
 
 
 def code_identity() -> dict[str, Any]:
-    """Versions, commit and kernels: what may change answers without being asked for."""
+    """Versions, and a digest of kvselect's own files: what may change answers unasked.
+
+    Not the commit: a checkout counts as changed as soon as somebody writes results into it.
+    """
+    root = Path(kvselect.__file__).resolve().parent
+    state = hashlib.sha256()
+    for path in sorted([*root.rglob("*.py"), *root.glob("*.so")]):
+        state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return {
         "kvselect": version_of("kvselect"),
-        "commit": commit(),
+        "files": state.hexdigest()[:16],
         "torch": str(torch.__version__),
         "transformers": version_of("transformers"),
         "cpu_implementation": ops.cpu_implementation(),

@@ -389,7 +389,11 @@ def load_results(path: Path) -> Results:
         ) from error
 
 
-_ENVIRONMENT = ("machine", "versions", "commit", "begun")
+# What `Results.to_dict` writes itself; the rest of a file says where it was made.
+_OWN = {
+    *("format", "model", "window_tokens", "complete", "baseline", "tasks", "lengths", "policies"),
+    *("config", "notes", "layers", "effective_tokens", "means", "cells"),
+}
 
 
 def _results_of(told: dict[str, Any]) -> Results:
@@ -423,7 +427,7 @@ def _results_of(told: dict[str, Any]) -> Results:
         policies=told["policies"],
         baseline=told["baseline"],
         config=told["config"],
-        environment={name: told[name] for name in _ENVIRONMENT if name in told},
+        environment={name: value for name, value in told.items() if name not in _OWN},
         layers=tuple(told["layers"]),
         cells=cells,
         notes=list(told["notes"]),
