@@ -150,12 +150,12 @@ def require_memory(
     wanted = sum(caches) + each[0].activation_bytes
     free = available_bytes(next(model.parameters()).device)
     if free is not None and wanted > free:
+        holders = "one policy" if len(caches) == 1 else f"{len(caches)} policies at once"
         raise ValueError(
             f"lengths: got {longest.label!r}, which takes about {in_units(wanted)} "
-            f"beside the weights ({in_units(sum(caches))} of caches for {len(caches)} policies at "
-            f"once, {in_units(each[0].activation_bytes)} of activations), allowed: what fits into "
-            f"the {in_units(free)} that are free (fewer policies, shorter contexts, a smaller "
-            "dtype)"
+            f"beside the weights ({in_units(sum(caches))} of caches for {holders}, "
+            f"{in_units(each[0].activation_bytes)} of activations), allowed: what fits into the "
+            f"{in_units(free)} that are free (fewer policies, shorter contexts, a smaller dtype)"
         )
 
 
