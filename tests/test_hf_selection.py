@@ -345,6 +345,7 @@ def test_a_crop_voids_what_was_selected() -> None:
         assert torch.equal(got, model(other[:, 80:], past_key_values=fresh).logits)
 
 
+@pytest.mark.filterwarnings("ignore:kvselect. layer . runs dense. padding with holes")
 def test_a_hole_in_the_padding_of_a_single_token_step_counts() -> None:
     model = hf_models.model("llama")
     ids = hf_models.tokens(1, 31)

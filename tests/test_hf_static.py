@@ -122,8 +122,29 @@ def test_chunks_of_a_prompt() -> None:
     """For one row the first chunk is nothing but padding: its sketch begins later."""
     model = hf_models.model("llama")
     for changes in ({}, {"sketch": "int4", "num_recent_tokens": 128, "max_age": 1}):
-        with attach(model, hf_models.listing(**changes)):
+        with attach(model, hf_models.listing(**changes)) as handle:
             assert torch.equal(static(model, prefill_chunk_size=16), dynamic(model))
+            for layer in handle.report().layers:
+                assert not layer.ran_dense and layer.cache_layer == "KVSelectLayer"
+    with attach(model, hf_models.narrow()) as handle:
+        found = static(model, prefill_chunk_size=16)
+        assert handle.report().layers[0].cache_layer == "KVSelectStaticLayer"
+        assert torch.equal(found, dynamic(model, prefill_chunk_size=16))
+
+
+def test_a_static_cache_filled_before_attach_stays_as_it_is() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 20)
+    caches = [StaticCache(config=model.config, max_cache_len=40) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, past_key_values=cache)
+        expected = model(ids[:, :1], past_key_values=caches[0]).logits
+        message = "runs dense: a cache layer StaticLayer"
+        with attach(model, hf_models.narrow()), pytest.warns(UserWarning, match=message):
+            found = model(ids[:, :1], past_key_values=caches[1]).logits
+    assert torch.equal(found, expected)
+    assert type(caches[1].layers[0]) is not KVSelectStaticLayer
 
 
 def test_a_compiled_chunk_is_refused() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from weakref import WeakSet
 
+import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from kvselect.checks import require
@@ -13,6 +15,8 @@ from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.plan import Tier
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
+
+_FILLED: WeakSet[StaticLayer] = WeakSet()  # asked once: the answer lies on their device
 
 NO_TIERS: Mapping[int, Tier] = MappingProxyType({})
 
@@ -57,7 +61,7 @@ def upgrade_cache(
         layer = layers[index]
         if index in foreign_layers or type(layer) not in (DynamicLayer, StaticLayer):
             continue
-        if layer.is_initialized:
+        if layer.is_initialized and not _is_allocated_early(layer):
             continue
         latent, tier = index in latent_layers, tiers.get(index)
         if type(layer) is DynamicLayer:
@@ -71,3 +75,14 @@ def upgrade_cache(
             allowed = "a cache of dynamic layers with keep='cpu' (what moves cannot be captured)"
             require(tier is None, "past_key_values", f"a {type(layer).__name__}", allowed)
             layers[index] = KVSelectStaticLayer(layer.max_cache_len, sketch)
+
+
+def _is_allocated_early(layer: DynamicLayer | StaticLayer) -> bool:
+    """Whether a layer of fixed room has its tensors, but no token: generate makes such ones before
+    it prefills in chunks."""
+    if not isinstance(layer, StaticLayer) or layer in _FILLED or torch.compiler.is_compiling():
+        return False
+    if int(layer.get_seq_length()) == 0:
+        return True
+    _FILLED.add(layer)
+    return False
