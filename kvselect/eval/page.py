@@ -103,14 +103,23 @@ def page(results: Results, made: Sequence[Chart]) -> str:
     parts += ["<h2>Every task</h2>", _cells_table(results)]
     parts += _mass_tables(results)
     parts += ["<h2>How it was made</h2>", _made_table(results)]
-    style = _STYLE.replace("LIGHT", _variables(_LIGHT)).replace("DARK", _variables(_DARK))
-    stored = json.dumps(results.to_dict()).replace("<", "\\u003c")
+    return document(heading, parts, results.to_dict())
+
+
+def document(title: str, parts: Sequence[str], stored: dict[str, Any], style: str = "") -> str:
+    """A page of these elements that needs nothing else: light, dark and printed.
+
+    ``title`` and ``parts``: HTML. ``stored``: kept whole in the script element "results".
+    ``style``: CSS behind that of every page.
+    """
+    common = _STYLE.replace("LIGHT", _variables(_LIGHT)).replace("DARK", _variables(_DARK))
+    kept = json.dumps(stored).replace("<", "\\u003c")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{heading}</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"<title>{title}</title>\n<style>{common}{style}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
-        + f'\n<script type="application/json" id="results">{stored}</script>\n</body>\n</html>\n'
+        + f'\n<script type="application/json" id="results">{kept}</script>\n</body>\n</html>\n'
     )
 
 
@@ -138,17 +147,17 @@ def _about(results: Results) -> str:
 # ---- numbers
 
 
-def _number(value: float | int | None, shown: str) -> str:
+def number(value: float | int | None, shown: str) -> str:
     """A number with all its digits for machines and a few for people."""
     return "–" if value is None else f'<data value="{json.dumps(value)}">{shown}</data>'
 
 
 def _share(value: float | None, digits: int = 1) -> str:
-    return _number(value, "" if value is None else f"{100 * value:.{digits}f}")
+    return number(value, "" if value is None else f"{100 * value:.{digits}f}")
 
 
 def _points(value: float) -> str:
-    return _number(value, f"{100 * value:+.1f}".replace("-", "−"))
+    return number(value, f"{100 * value:+.1f}".replace("-", "−"))
 
 
 def _range(low: float, high: float) -> str:
@@ -167,13 +176,13 @@ def _score(score: float, interval: tuple[float, float]) -> str:
 
 
 def _length(length: Length) -> str:
-    tokens = _number(length.tokens, str(length.tokens))
+    tokens = number(length.tokens, str(length.tokens))
     if length.label == str(length.tokens):
         return tokens
     return f"{escape(length.label)} <small>{tokens}</small>"
 
 
-def _row(cells: Iterable[str], *, words: int, first: bool = False) -> str:
+def row(cells: Iterable[str], *, words: int, first: bool = False) -> str:
     shown = "".join(
         f'<td class="words">{cell}</td>' if index < words else f"<td>{cell}</td>"
         for index, cell in enumerate(cells)
@@ -181,7 +190,7 @@ def _row(cells: Iterable[str], *, words: int, first: bool = False) -> str:
     return f'<tr class="first">{shown}</tr>' if first else f"<tr>{shown}</tr>"
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[str], *, words: int) -> str:
+def table(caption: str, head: Sequence[str], rows: Sequence[str], *, words: int) -> str:
     titles = "".join(
         f'<th class="words">{title}</th>' if index < words else f"<th>{title}</th>"
         for index, title in enumerate(head)
@@ -207,12 +216,12 @@ _COSTS = (
 def _costs(found: Cell | Macro) -> list[str]:
     return [
         _share(found.kept_mass),
-        _number(found.tokens_attended, f"{found.tokens_attended:.0f}"),
+        number(found.tokens_attended, f"{found.tokens_attended:.0f}"),
         _share(found.bytes_ratio),
         _share(found.hit_rate),
-        _number(found.decode_ms, f"{found.decode_ms:.2f}"),
-        _number(found.prefill_s, f"{found.prefill_s:.2f}"),
-        _number(found.cache_bytes, f"{found.cache_bytes / 1e6:.1f}"),
+        number(found.decode_ms, f"{found.decode_ms:.2f}"),
+        number(found.prefill_s, f"{found.prefill_s:.2f}"),
+        number(found.cache_bytes, f"{found.cache_bytes / 1e6:.1f}"),
     ]
 
 
@@ -232,12 +241,12 @@ def _means_table(results: Results) -> str:
                 _length(length) if first else "",
                 escape(policy),
                 f'<span class="{_VERDICTS.get(verdict, "")}">{verdict}</span>',
-                _number(mean.num_samples, str(mean.num_samples)),
+                number(mean.num_samples, str(mean.num_samples)),
                 _score(mean.score, mean.interval),
                 _difference(mean.difference),
                 *_costs(mean),
             ]
-            rows.append(_row(cells, words=3, first=first))
+            rows.append(row(cells, words=3, first=first))
             first = False
     against = escape(results.baseline or "a baseline")
     caption = (
@@ -246,21 +255,21 @@ def _means_table(results: Results) -> str:
         "“loss”: below −1; “both fail”: neither reaches 10 %."
     )
     head = ["context", "policy", "verdict", "questions", "score %", f"against {against}", *_COSTS]
-    return _table(caption, head, rows, words=3)
+    return table(caption, head, rows, words=3)
 
 
 def _effective_table(results: Results) -> str:
     rows = []
     for policy in results.policies:
         found = [results.effective_tokens(task, policy) for task in (None, *results.tasks)]
-        told = ["none" if tokens is None else _number(tokens, str(tokens)) for tokens in found]
-        rows.append(_row([escape(policy), *told], words=1))
+        told = ["none" if tokens is None else number(tokens, str(tokens)) for tokens in found]
+        rows.append(row([escape(policy), *told], words=1))
     caption = (
         f"Tokens up to which a policy scores at least {100 * EFFECTIVE_SCORE:.0f} %, of the "
         "lengths that ran; “none”: not even at the shortest."
     )
     head = ["policy", "mean of tasks", *(escape(title_of(task)) for task in results.tasks)]
-    return _table(caption, head, rows, words=1)
+    return table(caption, head, rows, words=1)
 
 
 def _cells_table(results: Results) -> str:
@@ -277,14 +286,14 @@ def _cells_table(results: Results) -> str:
                     escape(title_of(task)) if first else "",
                     _length(length) if first else "",
                     escape(policy),
-                    f"{_number(right, f'{right:g}')} of "
-                    f"{_number(len(cell.outcomes), str(len(cell.outcomes)))}",
+                    f"{number(right, f'{right:g}')} of "
+                    f"{number(len(cell.outcomes), str(len(cell.outcomes)))}",
                     _score(cell.score, cell.interval),
                     _difference(results.difference(cell)),
                     *_costs(cell),
-                    _number(cell.context_tokens, f"{cell.context_tokens:.0f}"),
+                    number(cell.context_tokens, f"{cell.context_tokens:.0f}"),
                 ]
-                rows.append(_row(cells, words=3, first=first))
+                rows.append(row(cells, words=3, first=first))
                 first = False
     caption = (
         "Score: mean of what each question earned, below it the 95 % interval (Wilson). Mass, "
@@ -293,7 +302,7 @@ def _cells_table(results: Results) -> str:
     )
     against = f"against {escape(results.baseline or 'a baseline')}"
     head = ["task", "context", "policy", "right", "score %", against, *_COSTS, "context tokens"]
-    return _table(caption, head, rows, words=3)
+    return table(caption, head, rows, words=3)
 
 
 def _mass_tables(results: Results) -> list[str]:
@@ -308,14 +317,14 @@ def _mass_tables(results: Results) -> list[str]:
                     " ".join(_share(mass, 0) for mass in heads) for heads in cell.mass_by_head
                 ]
                 told = [escape(title_of(task)), escape(length.label), escape(policy), *layers]
-                rows.append(_row(told, words=3))
+                rows.append(row(told, words=3))
     if not rows:
         return []
     num_layers = max(len(cell.mass_by_head) for cell in results.cells)
     indices = list(results.layers) or list(range(num_layers))
     head = ["task", "context", "policy", *(f"layer {index}" for index in indices)]
     caption = "Kept mass in %, one number per KV head."
-    return ["<h2>Kept mass, every layer and head</h2>", _table(caption, head, rows, words=3)]
+    return ["<h2>Kept mass, every layer and head</h2>", table(caption, head, rows, words=3)]
 
 
 def _made_table(results: Results) -> str:
@@ -333,4 +342,4 @@ def _made_table(results: Results) -> str:
         f'<td class="wrap">{escape(str(value))}</td></tr>'
         for name, value in told
     ]
-    return _table("Request, machine, versions, policies.", ["", ""], rows, words=2)
+    return table("Request, machine, versions, policies.", ["", ""], rows, words=2)

@@ -220,7 +220,7 @@ def dialect_sample(
     words = dialect.vocabulary()
     questions = []
     for row, needed in zip(problem.questions[0], problem.evidence[0]):
-        first = int(starts[0, needed[needed >= 0]].min())
+        pieces = [int(start) for start in starts[0, needed[needed >= 0]]]
         answer = tuple(words[symbol] for symbol in row[problem.question_words :])
         questions.append(
             Question(
@@ -230,7 +230,8 @@ def dialect_sample(
                 any_order=problem.any_order,
                 top_words=problem.any_order,
                 metric="words",
-                depth=first / context.shape[1],
+                depth=min(pieces) / context.shape[1],
+                evidence=tuple((start, start + problem.statements.shape[2]) for start in pieces),
             )
         )
     return Sample(context=context[0], questions=tuple(questions))

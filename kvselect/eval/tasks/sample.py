@@ -33,6 +33,9 @@ class Question:
     depth : float or None
         Where in the context the evidence begins: 0 its first token, 1 its last; of several pieces,
         the first. None: not known, or everywhere.
+    evidence : tuple of (begin, end)
+        Context tokens [begin, end) of every piece that the answer needs, in the order in which it
+        needs them; empty: not known.
     """
 
     tokens: IntArray
@@ -42,6 +45,7 @@ class Question:
     top_words: bool = False
     metric: str = "text"
     depth: float | None = None
+    evidence: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
