@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvselect.checks import require, require_int, require_type
 from kvselect.policies.base import Policy
-from kvselect.reference.rotation import rotate
 from kvselect.rope import Rope
 
 __all__ = ["Explanation", "HeadChoice", "LayerChoice", "StepChoice", "explain"]
@@ -193,8 +192,8 @@ def explain(
 
     Notes
     -----
-    Weights are computed anew in float64 from the keys that the op read, rotated to the rank in
-    their list where positions are compact. Memory: the lists and one float64 per entry.
+    Weights are computed anew in float64 from the keys that the op read, rotated (in float32) to the
+    rank in their list where positions are compact. Memory: the lists and one float64 per entry.
     """
     from kvselect.integrations.hf import attach
 
@@ -270,8 +269,9 @@ def _choices(call: dict[str, Any]) -> tuple[HeadChoice, ...]:
         k = _stored_keys(call, positions, head).double()
         own = q[0, 0, head * group_size : (head + 1) * group_size].double()
         if rope is not None:
-            k = rotate(k, torch.arange(len(positions), device=q.device), rope)
-            own = rotate(own, (positions < seqlen - 1).sum(), rope)
+            places = torch.arange(len(positions), device=q.device)
+            k = rope.rotate(k[:, None], places)[:, 0].double()
+            own = rope.rotate(own, int((positions < seqlen - 1).sum())).double()
         logits = call["softmax_scale"] * (own @ k.mT)
         if softcap := call.get("softcap", 0.0):
             logits = softcap * (logits / softcap).tanh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_passages_are_the_neighbourhoods_of_the_heaviest() -> None:
     for place in mass.topk(3).indices.tolist():
         assert {place - 2, place, place + 2} & set(range(50)) <= shown
     assert len(shown) <= 15
-    for passage, following in zip(found, found[1:]):
+    for passage, following in itertools.pairwise(found):
         assert passage.end < following.begin
     for passage in found:
         assert passage.mass == tuple(mass[passage.begin : passage.end].tolist())

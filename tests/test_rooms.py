@@ -36,9 +36,10 @@ FLOORS = (
     {"break_even"},
     {"reference", "testing"},
     {"integrations"},
+    {"explain"},
     {"eval"},
     {"bench"},
-    {"cli", "cli_break_even", "cli_eval", "cli_perplexity", "doctor", "explain"},
+    {"cli", "cli_break_even", "cli_eval", "cli_explain", "cli_perplexity", "doctor"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
