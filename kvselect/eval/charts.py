@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -138,11 +139,13 @@ def _style(index: int) -> dict[str, Any]:
 
 def _legend(figure: Any, axes: Any, results: Results) -> None:
     handles, labels = axes.get_legend_handles_labels()
+    entry_inches = 0.6 + 0.083 * max((len(label) for label in labels), default=0)
+    fitting = max(1, int(figure.get_figwidth() / entry_inches))
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(4, len(labels)),
+        ncols=min(4, len(labels), fitting),
         frameon=False,
         fontsize=9.5,
         labelcolor=INK,
@@ -348,7 +351,7 @@ def _depths(results: Results) -> Chart | None:
     bins = [f"{low:.0f}–{high:.0f}" for low, high in pairwise(edges)]
     for axes, (policy, (values, _)) in zip(panels, maps.items()):
         _heat(axes, 100 * values, lambda value: f"{value:.0f}", low=0.0, high=100.0)
-        _dress(axes, policy)
+        _dress(axes, textwrap.fill(policy, 18))  # panels are narrow
         axes.grid(False)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
@@ -520,7 +523,7 @@ def _layers(results: Results) -> Chart | None:
     assert longest is not None
     for axes, (policy, (_, values)) in zip(panels, maps.items()):
         _heat(axes, 100 * values, lambda value: f"{value:.0f}", low=0.0, high=100.0)
-        _dress(axes, policy)
+        _dress(axes, textwrap.fill(policy, 18))  # panels are narrow
         axes.grid(False)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.tick_params(length=0)
