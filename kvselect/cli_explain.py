@@ -149,11 +149,11 @@ def _run(
             evidence=evidence,
             title=title,
         )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "explain.json").write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
         console = wide_console()
         explain_page.print_steps(told, console)
-        out.mkdir(parents=True, exist_ok=True)
         (out / "explain.html").write_text(explain_page.page(told), encoding="utf-8")
-        (out / "explain.json").write_text(json.dumps(found.to_dict()) + "\n", encoding="utf-8")
         save_pngs([explain_page.chart(told)], out)
         console.print(
             f"written to {out}: explain.html, explain.json, heat.png",

@@ -188,7 +188,8 @@ def explain(
     Raises
     ------
     ValueError, TypeError, UnsupportedModelError
-        If an argument is none of these, the model is attached already, or cannot be.
+        If an argument is none of these, the model is attached already, or cannot be, or no layer of
+        it selects.
 
     Notes
     -----
@@ -208,14 +209,19 @@ def explain(
     read = [int(token) for token in ids[0]]
     with attach(model, policy, break_even="off") as handle, torch.inference_mode():
         selecting = [layer.index for layer in handle.report().layers if layer.selects]
+        allowed = "at least one that selects (see handle.report())"
+        require(bool(selecting), "layers of the policy", 0, allowed)
         cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         for number in range(num_steps):
             with _ListWatch() as watch:
                 logits = model(ids[:, -1:], past_key_values=cache).logits
-            numbers = selecting if len(selecting) == len(watch.found) else range(len(watch.found))
+            allowed = f"one for each of the {len(selecting)} layers that select"
+            require(
+                len(watch.found) == len(selecting), "attention calls", len(watch.found), allowed
+            )
             layers = tuple(
                 LayerChoice(index, dense, heads)
-                for index, (dense, heads) in zip(numbers, watch.found)
+                for index, (dense, heads) in zip(selecting, watch.found)
             )
             likeliest = int(logits[0, -1].argmax())
             steps.append(StepChoice(len(read) - 1, read[-1], likeliest, layers))

@@ -47,7 +47,8 @@ class FixedKVCache(KVCache):
     Raises
     ------
     ValueError, TypeError
-        As KVCache; an append beyond the room raises in the op.
+        As KVCache; an append beyond the room raises in the op on the CPU. On CUDA, where no host
+        knows the lengths, rows stay full and drop what does not fit.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class FixedKVCache(KVCache):
         require(rows.shape == (self.batch,), "index", tuple(rows.shape), allowed)
         for tensor in self.tensors():
             tensor.copy_(tensor.index_select(0, rows))
+        self._given_starts = None
         self._changed()
 
     def reset(self) -> None:
@@ -141,6 +143,7 @@ class FixedKVCache(KVCache):
         assert self._starts is not None
         for tensor in (self._cache_seqlens, self._num_nonfinite, self._starts):
             tensor.zero_()
+        self._given_starts = None
         self._changed()
 
     def set_starts(self, starts: Sequence[int] | Tensor | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.cache import KVCache
+from kvselect.checks import require
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.selection import Lists
 
@@ -168,9 +169,18 @@ class CapturedSelectionCache(SelectionCache):
             self._followed.followers.add(self)
 
     def prepare(self, cache: FixedKVCache, num_q_heads: int, num_lists: int, room: int) -> None:
-        """Make the tensors, if there are none; a captured step must find them."""
+        """Make the tensors, if there are none; a captured step must find them.
+
+        Raises
+        ------
+        ValueError
+            If there are none inside torch.compile.
+        """
         if self.anchor_query is not None:
             return
+        allowed = "an eager first step, or Policy.prepare_capture before"
+        compiling = torch.compiler.is_compiling()
+        require(not compiling, "selection cache", "a first step inside torch.compile", allowed)
         with torch.inference_mode(False):  # steps of any grad mode write to them
             batch, device = cache.batch, cache.device
             self._allocate(batch, num_q_heads, cache.head_dim, num_lists, device)

@@ -193,6 +193,7 @@ class TieredRows:
 
     def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         with torch.inference_mode(False):
+            self._settle()
             self._host.make_room(lengths, exactly)
             missing = self.capacity - self._window_slot.shape[1]
             if missing <= 0:
@@ -236,6 +237,7 @@ class TieredRows:
 
     def row_keys(self, row: int, begin: int, end: int) -> Tensor:
         """A copy on the device."""
+        self._settle()
         return self._host.row_keys(row, begin, end).to(self._device)
 
     def store(self, k: Tensor, v: Tensor, before: list[int], after: list[int]) -> None:

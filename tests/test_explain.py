@@ -192,3 +192,17 @@ def test_the_command_refuses(
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert not (tmp_path / "new").exists()
+
+
+def test_words_that_look_like_mathematics_are_words() -> None:
+    found = explain(hf_models.model("llama"), Dense(), hf_models.tokens(1, 20))
+    words = tuple("$\\frac$ " for _ in found.tokens)
+    told = explain_page.Told(found, words, ("$$",), (), "a title")
+    assert "frac" in explain_page.page(told)
+
+
+def test_a_policy_that_selects_nowhere_is_refused() -> None:
+    model = hf_models.model("llama")
+    policy = TokenSelect(**SETTINGS, dense_layers=tuple(range(model.config.num_hidden_layers)))
+    with pytest.raises(ValueError, match="layers of the policy: got 0, allowed: at least one"):
+        explain(model, policy, hf_models.tokens(1, 20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -288,3 +289,36 @@ def test_a_copy_of_what_is_remembered_follows_its_own_cache() -> None:
         assert kept.selection_cache is not None
         assert (kept.selection_cache.expected_seqlens >= 0).all() == valid
         assert list(cache.followers) == [kept.selection_cache]
+
+
+def test_starts_are_set_anew_after_a_reset_and_a_reorder() -> None:
+    _, fixed = both()
+    _, k, v = tokens(2, 20)
+    starts = torch.tensor([3, 0], dtype=torch.int32)
+    fixed.append(k, v)
+    fixed.set_starts(starts)
+    fixed.reorder([1, 0])
+    assert fixed.starts.tolist() == [0, 3]
+    fixed.set_starts(starts)
+    assert fixed.starts.tolist() == [3, 0]
+    fixed.reset()
+    assert fixed.starts.tolist() == [0, 0]
+    fixed.set_starts(starts)
+    assert fixed.starts.tolist() == [3, 0]
+
+
+def test_room_is_made_for_the_settled_policy() -> None:
+    """A measured crossover makes longer rows dense than the budget does."""
+    policy = TokenSelect(topk=8, num_sink_tokens=8, num_recent_tokens=128, similarity_threshold=0.5)
+    _, fixed = both()
+    state = policy.new_state(fixed)
+    settled = dataclasses.replace(policy, dense_below_tokens=250)
+    state.decode_policies = {4: settled}
+    q, k, v = tokens(2, 200)
+    fixed.append(k, v)
+    policy.prepare_capture(state, fixed, 4, None)
+    out, info = decode_step(q[:, -1:], fixed, policy, state)
+    assert info.selection is not None and (info.selection.topk_length == 200).all()
+    fresh = policy.new_state(fixed)
+    fresh.decode_policies = {4: settled}
+    assert torch.equal(out, decode_step(q[:, -1:], fixed, policy, fresh)[0])

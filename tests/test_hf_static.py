@@ -273,3 +273,52 @@ def test_latents_run_dense() -> None:
     with attach(model, hf_models.narrow()) as handle:
         assert torch.equal(static(model), expected)
         assert handle.report().layers[0].ran_dense == {"a cache layer StaticLayer": 8}
+
+
+def test_counts_of_every_way_to_step() -> None:
+    """Two caches in turn, a prompt token by token, a short call on a filled cache, two models."""
+    models = [hf_models.build(hf_models.config("llama", num_hidden_layers=1)) for _ in range(2)]
+    ids = hf_models.tokens(1, 60)
+
+    def cache() -> StaticCache:
+        return StaticCache(config=models[0].config, max_cache_len=80)
+
+    with torch.no_grad(), attach(models[0], hf_models.narrow()) as handle:
+        caches = [cache(), cache()]
+        for one in caches:
+            models[0](ids, past_key_values=one)
+        for _ in range(3):
+            for one in caches:
+                models[0](ids[:, :1], past_key_values=one)
+        assert handle.report().layers[0].decode["num_calls"] == 6
+        fed = cache()
+        for place in range(30):
+            models[0](ids[:, place : place + 1], past_key_values=fed)
+        assert handle.report().layers[0].decode["num_calls"] == 6 + 30
+        with attach(models[1], hf_models.narrow()) as other:
+            models[1](ids[:, :1], past_key_values=caches[0])
+            assert other.report().layers[0].decode["num_calls"] == 1
+            assert handle.report().layers[0].decode["num_calls"] == 6 + 30
+    found = []
+    for kind in (None, cache()):
+        with torch.no_grad(), attach(models[0], hf_models.narrow()) as handle:
+            filled = models[0](ids, past_key_values=kind, use_cache=True).past_key_values
+            models[0](ids[:, :3], past_key_values=filled)
+            layer = handle.report().layers[0]
+            counts = ("tokens_visible", "tokens_attended", "tokens_scanned", "num_calls")
+            found.append(([layer.decode[name] for name in counts], layer.tokens_per_step))
+    assert found[0] == found[1]
+
+
+def test_a_reset_cache_of_before_attach_selects() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 30)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with attach(model, hf_models.narrow()):
+            with pytest.warns(UserWarning, match="a cache layer StaticLayer"):
+                model(ids[:, :2], past_key_values=cache)
+            cache.reset()
+            model(ids, past_key_values=cache)
+            assert type(cache.layers[0]) is KVSelectStaticLayer

@@ -84,6 +84,7 @@ inline KvAppendParams read_kv_append(const Tensor& k, const Tensor& v,
     p.num_valid = valid;
     p.seqlens_before = seqlens;
     p.starts = first_real;
+    p.capacity_tokens = keys.capacity_tokens;
     p.k_cache = keys.view;
     p.v_cache = values.view;
     p.sketch = sketch_view;

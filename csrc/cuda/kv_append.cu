@@ -135,7 +135,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t touched = blockIdx.x / p.num_kv_heads % blocks_per_row;
     const int64_t row = blockIdx.x / p.num_kv_heads / blocks_per_row;
     const int64_t before = p.seqlens_before[row];
-    const int64_t after = before + (p.num_valid ? int64_t{p.num_valid[row]} : p.num_new);
+    const int64_t wanted = before + (p.num_valid ? int64_t{p.num_valid[row]} : p.num_new);
+    const int64_t after = wanted < p.capacity_tokens ? wanted : p.capacity_tokens;
     const int64_t start = p.starts ? p.starts[row] : 0;
     // Sketch blocks count from `start`; padding before it lies in blocks of negative index.
     const int64_t block =
@@ -173,12 +174,16 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    advance_seqlens_kernel(int32_t* cache_seqlens, const int32_t* num_valid, int32_t num_new,
-                           int64_t batch) {
+    advance_seqlens_kernel(int32_t* cache_seqlens, const KvAppendParams p) {
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (row < batch) cache_seqlens[row] += num_valid ? num_valid[row] : num_new;
+    if (row >= p.batch) return;
+    const int64_t before = cache_seqlens[row];
+    const int64_t after = before + (p.num_valid ? int64_t{p.num_valid[row]} : p.num_new);
+    if (before < p.capacity_tokens)
+        cache_seqlens[row] =
+            static_cast<int32_t>(after < p.capacity_tokens ? after : p.capacity_tokens);
 }
 
 }  // namespace
@@ -213,10 +218,9 @@ void kv_append(const KvAppendParams& p, const CudaLaunch& where) {
     });
 }
 
-void advance_seqlens(int32_t* cache_seqlens, const int32_t* num_valid, int64_t num_new,
-                     int64_t batch, const CudaLaunch& where) {
-    launch(where, advance_seqlens_kernel, ceil_div(batch, kThreads), 1, kThreads, 0, cache_seqlens,
-           num_valid, static_cast<int32_t>(num_new), batch);
+void advance_seqlens(int32_t* cache_seqlens, const KvAppendParams& p, const CudaLaunch& where) {
+    launch(where, advance_seqlens_kernel, ceil_div(p.batch, kThreads), 1, kThreads, 0,
+           cache_seqlens, p);
 }
 
 }  // namespace kvselect::cuda

@@ -431,7 +431,7 @@ __device__ void merge_warps(Attention<T, kHeadDim>& sum,
         float peak = -INFINITY, total = 0.f;
         for (int i = 0; i < kWarps; ++i) peak = fmaxf(peak, shared.peak[i][thread]);
         for (int i = 0; i < kWarps; ++i)
-            if (shared.peak[i][thread] != -INFINITY)
+            if (shared.total[i][thread] != 0.f)
                 total +=
                     shared.total[i][thread] * ptx::exp2_approximate(shared.peak[i][thread] - peak);
         shared.all_peak[thread] = peak;
@@ -443,10 +443,11 @@ __device__ void merge_warps(Attention<T, kHeadDim>& sum,
 #pragma unroll
             for (int which = 0; which < 2; ++which) {
                 const int r = at.group + 8 * which;
+                // A warp that saw nothing of the row adds nothing, whatever 0 * x would be. Logits
+                // that are NaN leave no peak, but a total.
+                const bool empty = shared.total[warp][r] == 0.f;
                 const float factor =
-                    sum.peak[which] == -INFINITY
-                        ? 0.f
-                        : ptx::exp2_approximate(sum.peak[which] - shared.all_peak[r]);
+                    empty ? 0.f : ptx::exp2_approximate(sum.peak[which] - shared.all_peak[r]);
 #pragma unroll
                 for (int j = 0; j < sum.kValueChunks; ++j)
 #pragma unroll
@@ -454,10 +455,7 @@ __device__ void merge_warps(Attention<T, kHeadDim>& sum,
 #pragma unroll
                         for (int c = 0; c < 2; ++c) {
                             const int channel = (2 * at.quad + c + 8 * j) * kPerChunk + i;
-                            // A row that saw nothing here adds nothing, whatever 0 * x would be.
-                            const float x = sum.peak[which] == -INFINITY
-                                                ? 0.f
-                                                : sum.out[j][i][2 * which + c] * factor;
+                            const float x = empty ? 0.f : sum.out[j][i][2 * which + c] * factor;
                             if (channel < kHeadDim)
                                 shared.out[r][channel] = turn == 0 ? x : shared.out[r][channel] + x;
                         }
@@ -492,7 +490,7 @@ __device__ int prepare(const SparseAttentionParams& p, const Workspace& w,
 // What row `r`'s sums are multiplied by, with its head's sink in the denominator; writes its lse.
 __device__ __forceinline__ float finish_row(const SparseAttentionParams& p, const Unit& unit,
                                             int64_t r, float peak, float total) {
-    const bool empty = peak == -INFINITY;
+    const bool empty = total == 0.f;
     float lse = empty ? -INFINITY : peak + log2f(total), weight = empty ? 0.f : 1.f / total;
     if (p.sink_logits && !empty) {
         const float all = with_sink(lse, p.sink_logits[unit.head_of(r)]);
@@ -549,10 +547,10 @@ __global__ void __launch_bounds__(kThreads)
             for (int64_t s = 0; s < w.num_splits; ++s)
                 peak = fmaxf(peak, __ldcg(&w.peak[(first + s) * kRows + thread]));
             for (int64_t s = 0; s < w.num_splits; ++s) {
-                const float its = __ldcg(&w.peak[(first + s) * kRows + thread]);
-                if (its != -INFINITY)
-                    total += __ldcg(&w.total[(first + s) * kRows + thread]) *
-                             ptx::exp2_approximate(its - peak);
+                const float its = __ldcg(&w.total[(first + s) * kRows + thread]);
+                if (its != 0.f)
+                    total += its * ptx::exp2_approximate(
+                                       __ldcg(&w.peak[(first + s) * kRows + thread]) - peak);
             }
             shared.all_peak[thread] = peak;
             shared.all_total[thread] = total;
@@ -562,8 +560,8 @@ __global__ void __launch_bounds__(kThreads)
             const int r = i / head_dim;
             float x = 0.f;
             for (int64_t s = 0; s < w.num_splits; ++s) {
+                if (__ldcg(&w.total[(first + s) * kRows + r]) == 0.f) continue;
                 const float its = __ldcg(&w.peak[(first + s) * kRows + r]);
-                if (its == -INFINITY) continue;
                 x = fmaf(__ldcg(&w.out[(first + s) * kRows * head_dim + i]),
                          ptx::exp2_approximate(its - shared.all_peak[r]), x);
             }
@@ -639,7 +637,7 @@ Sizes sizes_of(const SparseAttentionParams& p, int64_t longest_list) {
     const int64_t rows = p.blocks.seqlen_q * (p.num_q_heads / p.num_kv_heads);
     // Operands of float32 take twice the room, and three times the products: rows stay few.
     const bool many =
-        rows >= p.blocks.num_blocks * kRowsOfBlock<Common::kTokens> && p.dtype != DType::kFloat32;
+        rows > p.blocks.num_blocks * kRowsOfBlock<Common::kTokens> && p.dtype != DType::kFloat32;
     sizes.common = many ? Common::kTokens : Common::kRows;
     // Blocks of queries may end in a tile of fewer rows each.
     const int64_t tile_rows = many ? kRowsOfBlock<Common::kTokens> : kRowsOfBlock<Common::kRows>;
@@ -648,7 +646,8 @@ Sizes sizes_of(const SparseAttentionParams& p, int64_t longest_list) {
     // A decode query's list is cut so that 8 heads fill a GPU; many rows fill it by themselves.
     const int64_t most = longest_list > 8192 ? 32 : 16;
     const int64_t wanted = ceil_div(longest_list, 2 * kWarps * kTileTokens);
-    sizes.splits = rows > 4 * kRows || wanted < 2 ? 1 : (wanted < most ? wanted : most);
+    const bool fills = rows > kRowsOfBlock<Common::kTokens>;  // where `many`, always
+    sizes.splits = fills || wanted < 2 ? 1 : (wanted < most ? wanted : most);
     return sizes;
 }
 

@@ -300,7 +300,8 @@ def chart(told: Told) -> Chart:
             cmap="cividis",
             norm=LogNorm(LEAST_MASS, 1.0),
         )
-        _dress(axes, f"step {index + 1}: after “{told.words[step.position].strip()}”")
+        read = told.words[step.position].strip().replace("$", r"\$")  # no mathematics
+        _dress(axes, f"step {index + 1}: after “{read}”")
         axes.grid(visible=False)
         axes.set_facecolor(PAGE)
         every = max(1, len(names) // 16)

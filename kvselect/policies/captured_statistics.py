@@ -26,7 +26,7 @@ class CapturedStatistics(PhaseStatistics):
         Whose tokens are counted: its lengths lie on the device.
     """
 
-    __slots__ = ("cache", "counts", "floor", "reuse")
+    __slots__ = ("__weakref__", "cache", "counts", "floor", "reuse")
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__()

@@ -373,7 +373,9 @@ class TokenSelect(Policy):
         reuse = state.selection_cache
         if not isinstance(reuse, CapturedSelectionCache):
             return []
-        longest = max(self.capacity, self.dense_limit(rope))
+        stepping = state.decode_policy(num_q_heads)
+        assert isinstance(stepping, TokenSelect)
+        longest = max(stepping.capacity, stepping.dense_limit(rope))
         room = self._room(longest, cache.capacity)
         reuse.prepare(cache, num_q_heads, self._num_lists(cache), room)
         return reuse.tensors()

@@ -37,6 +37,7 @@ struct Append {
         p.num_kv_heads = cache.num_kv_heads;
         p.head_dim = cache.head_dim;
         p.seqlens_before = before.data();
+        p.capacity_tokens = longest;
         p.k_cache = cache.keys();
         p.v_cache = cache.values();
         p.sketch = SketchView{format == SketchFormat::kNone ? nullptr : sketch.data(), format,
@@ -156,4 +157,39 @@ TEST(kv_append_marks_a_block_whose_range_leaves_float16) {
     EXPECT(std::all_of(append.sketch.begin() + 2, append.sketch.end(),
                        [](uint8_t b) { return b == 0; }));
     EXPECT(append.num_nonfinite[0] == 0);
+}
+
+// On the CPU the binding refuses; a captured step on a GPU has nobody to ask.
+TEST_ONCE(kv_append_on_cuda_drops_what_a_row_has_no_room_for) {
+    Cache cache(DType::kBFloat16, Layout::kHeadMajor, {128, 128}, 2, 64);
+    Append append(cache, SketchFormat::kInt4);
+    append.p.capacity_tokens = 128;
+    NewTokens tokens(cache, 5);
+    for (int64_t i = 0; i < 2 * 5 * tokens.token_stride; ++i)
+        tokens.k.set(i, 1.0), tokens.v.set(i, 1.0);
+    append.p.num_new = 5;
+    append.p.k = tokens.k.data();
+    append.p.v = tokens.v.data();
+    for (int64_t* strides : {append.p.k_strides, append.p.v_strides}) {
+        strides[0] = 5 * tokens.token_stride;
+        strides[1] = tokens.token_stride;
+        strides[2] = cache.head_dim;
+    }
+    append.before = {126, 128};
+    append.p.seqlens_before = append.before.data();
+    const auto k_before = cache.k;
+    const CudaLaunch launch{nullptr, false};
+    cuda::kv_append(append.p, launch);
+    std::vector<int32_t> seqlens = append.before;
+    cuda::advance_seqlens(seqlens.data(), append.p, launch);
+    EXPECT(seqlens == std::vector<int32_t>({128, 128}));
+    for (int64_t row = 0; row < 2; ++row)
+        for (int64_t head = 0; head < 2; ++head)
+            for (int64_t t = 0; t < 128; ++t) {
+                const int64_t at = cache.keys().offset(row, t, head);
+                const double want = row == 0 && t >= 126 ? 1.0 : k_before.get(at);
+                const double got = cache.k.get(at);
+                EXPECT(got == want || (std::isnan(got) && std::isnan(want)), "row ", row,
+                       ", token ", t);
+            }
 }

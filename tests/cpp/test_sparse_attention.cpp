@@ -327,3 +327,43 @@ TEST(sparse_attention_of_nothing_is_zero) {
     attend_and_compare(ops, {.seqlens = {0, 2, 6}, .starts = {0, 0, 6}, .seqlen_q = 4}, __LINE__);
     attend_and_compare(ops, {.seqlens = {0, 6}, .starts = {0, 6}}, __LINE__);
 }
+
+TEST(sparse_attention_shows_defects) {
+    // A NaN key, alone with its part of the list or not, and a NaN query: never a healthy number.
+    for (DType dtype : kDTypes)
+        for (int64_t seqlen_q : {1, 40})
+            for (int64_t bad : {0, 16, 49, 600}) {
+                const int64_t length = 700, head_dim = 64, heads = 4;
+                Random random(static_cast<uint64_t>(bad + seqlen_q));
+                Cache cache(dtype, Layout::kHeadMajor, {static_cast<int32_t>(length)}, 1, head_dim);
+                cache.fill(random);
+                if (bad != 600) cache.k.set(cache.keys().offset(0, bad, 0) + 5, kNaN);
+                const int64_t q_stride = heads * head_dim;
+                Elements q(dtype, seqlen_q * q_stride), out(dtype, seqlen_q * q_stride);
+                for (int64_t i = 0; i < seqlen_q * q_stride; ++i) q.set(i, random.normal());
+                if (bad == 600) q.set((seqlen_q - 1) * q_stride + 3, kNaN);
+                std::vector<float> lse(seqlen_q * heads, 0.f);
+                const std::vector<int32_t> seqlens{static_cast<int32_t>(length)};
+                SparseAttentionParams p{};
+                p.dtype = dtype;
+                p.num_q_heads = heads;
+                p.num_kv_heads = 1;
+                p.head_dim = head_dim;
+                p.blocks = QueryBlocks{
+                    1, 1, seqlen_q, nullptr, seqlens.data(), nullptr, WindowRule::kDecode, 0, 0};
+                p.q = q.data();
+                p.q_strides[0] = seqlen_q * q_stride;
+                p.q_strides[1] = q_stride;
+                p.q_strides[2] = head_dim;
+                p.keys = cache.keys();
+                p.values = cache.values();
+                p.softmax_scale = 0.125f;
+                p.out = out.data();
+                p.lse = lse.data();
+                std::vector<float> scratch(sparse_attention_scratch_floats(p), NAN);
+                ops.sparse_attention(p, AttentionStage::kWhole, 0, 0, 0, nullptr, scratch.data());
+                const int64_t last = (seqlen_q - 1) * heads;
+                EXPECT(std::isnan(lse[last]) && std::isnan(out.get(last * head_dim)), "defect at ",
+                       bad, ", ", seqlen_q, " queries: lse ", lse[last]);
+            }
+}

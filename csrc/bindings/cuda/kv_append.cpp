@@ -5,6 +5,7 @@
 namespace kvselect::bindings::cuda {
 
 // Room is the caller's to make: lengths lie on the device, and KVCache knows them on the host too.
+// Tokens for which a row has no room are dropped: nothing else could be done from a captured step.
 void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
                OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
                StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts) {
@@ -15,8 +16,7 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                        format, num_nonfinite, starts, device.place());
     kvselect::cuda::kv_append(p, device.launch());
     int32_t* seqlens_after = static_cast<int32_t*>(cache_seqlens.mutable_data_ptr());
-    kvselect::cuda::advance_seqlens(seqlens_after, p.num_valid, p.num_new, p.batch,
-                                    device.launch());
+    kvselect::cuda::advance_seqlens(seqlens_after, p, device.launch());
 }
 
 }  // namespace kvselect::bindings::cuda

@@ -17,6 +17,7 @@ struct KvAppendParams {
         num_valid;  // [batch] how many of num_new tokens count (the first ones), or nullptr: all
     const int32_t* seqlens_before;  // [batch]
     const int32_t* starts;  // [batch] first real token: sketch blocks count from it; or nullptr: 0
+    int64_t capacity_tokens;  // of a row; checked on the CPU, what is beyond it is dropped on CUDA
     KVView k_cache, v_cache;
     SketchView sketch;
     int64_t* num_nonfinite;  // [batch, num_kv_heads] += new tokens whose key or value holds NaN or
@@ -57,10 +58,9 @@ using KvAppendFn = void (*)(const KvAppendParams&, int64_t begin, int64_t end);
 namespace cuda {
 // All items.
 void kv_append(const KvAppendParams&, const CudaLaunch&);
-// cache_seqlens[row] += num_valid[row], or num_new without num_valid: after kv_append on the same
-// stream, which reads the lengths of before.
-void advance_seqlens(int32_t* cache_seqlens, const int32_t* num_valid, int64_t num_new,
-                     int64_t batch, const CudaLaunch&);
+// cache_seqlens[row] += num_valid[row], or num_new without num_valid, up to the capacity: after
+// kv_append on the same stream, which reads the lengths of before.
+void advance_seqlens(int32_t* cache_seqlens, const KvAppendParams&, const CudaLaunch&);
 }  // namespace cuda
 
 }  // namespace kvselect

@@ -220,20 +220,21 @@ def _select_static(
     require(num_segments is None, "num_segments", num_segments, allowed)
     allowed = "None with a static cache (whether one is due cannot be captured)"
     require(plan.audit_every is None, "audit_every", plan.audit_every, allowed)
-    captured = layer.captured(plan.index)
-    state = layer.state(plan.index, policy, (plan.statistics[0], captured), {})
+    captured = layer.captured(plan)
+    # The host counts calls of several tokens, for which it reads the lengths.
+    decode = captured if query.shape[2] == 1 else plan.statistics[1]
+    state = layer.state(plan.index, policy, (plan.statistics[0], decode), {})
     call = _Call(cache, state, softmax_scale, options)
-    if query.shape[2] > 1:
-        compiling = torch.compiler.is_compiling()
-        allowed = "calls of one token (disable_compile=True where prefill is chunked)"
-        require(not compiling, "compiled static cache", f"{query.shape[2]} tokens", allowed)
-        plan.nonfinite = cache.num_nonfinite
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        plan.count_later(captured)
         written = policy.prepare_capture(state, cache, query.shape[1], None)
         for tensor in written:
             torch._dynamo.mark_static_address(tensor)
-        if captured not in plan.captured:
-            plan.count_captured()  # of the caches before
-            plan.captured[:] = [captured]
+    if query.shape[2] > 1:
+        allowed = "calls of one token (disable_compile=True where prefill is chunked)"
+        require(not compiling, "compiled static cache", f"{query.shape[2]} tokens", allowed)
+        plan.nonfinite = cache.num_nonfinite
         with cache.known_lengths():
             out = _attend_call(plan, query, call, context, cache.capacity)
     else:

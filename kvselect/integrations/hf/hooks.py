@@ -52,7 +52,14 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers, plan.tiers)
+        upgrade_cache(
+            cache,
+            plan.sketches,
+            plan.foreign_layers,
+            plan.latent_layers,
+            plan.tiers,
+            several_tokens=_num_tokens(args, kwargs) != 1,
+        )
         return None
     use_cache = kwargs.get("use_cache")
     if (
@@ -66,6 +73,13 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}
+
+
+def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Of each row of the call; None: not known."""
+    given = kwargs.get("input_ids", args[0] if args else None)
+    given = kwargs.get("inputs_embeds") if given is None else given
+    return given.shape[1] if isinstance(given, Tensor) and given.ndim >= 2 else None
 
 
 def _require_one_axis(plan: StackPlan, position_ids: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import warnings
 import weakref
@@ -202,6 +203,9 @@ class StackPlan:
         return self._tables[key]
 
 
+_SERIALS = itertools.count()
+
+
 @dataclass(slots=True, eq=False)
 class LayerPlan:
     """What one attention layer does.
@@ -248,8 +252,11 @@ class LayerPlan:
         summed over.
     nonfinite : Tensor, [batch, num_kv_heads], int64, or None
         Counter of the last cache.
-    captured : list of CapturedStatistics
-        Counts of decode steps on static caches, which no host code sees; see `count_captured`.
+    captured, captured_before : list, WeakSet of CapturedStatistics
+        Counts of decode steps on static caches, which no host code sees, of the newest cache and of
+        others in use; see `count_captured`.
+    serial : int
+        Its own among all plans of the process.
     cache_class : str
         Type of the cache layer of the last call.
     runtime_dense : Counter
@@ -284,6 +291,8 @@ class LayerPlan:
     num_lists: int = 0
     nonfinite: Tensor | None = None
     captured: list[CapturedStatistics] = field(default_factory=list)
+    captured_before: weakref.WeakSet[CapturedStatistics] = field(default_factory=weakref.WeakSet)
+    serial: int = field(default_factory=_SERIALS.__next__)
     cache_class: str = ""
     runtime_dense: Counter[str] = field(default_factory=Counter)
 
@@ -312,9 +321,20 @@ class LayerPlan:
             unrotated_phases(policy) if self.layout.num_pairs > 0 else frozenset()
         )
 
+    def count_later(self, captured: CapturedStatistics) -> None:
+        """Have `count_captured` read these counts: of the newest cache, and of older ones that are
+        still in use."""
+        if self.captured[-1:] == [captured]:
+            return
+        if captured not in self.captured_before:
+            self.count_captured()  # before an older cache, and its counts, may go
+        self.captured_before.update(self.captured)
+        self.captured_before.discard(captured)
+        self.captured[:] = [captured]
+
     def count_captured(self) -> None:
         """Add what captured steps counted to ``statistics`` (reads the device)."""
-        for captured in self.captured:
+        for captured in (*self.captured, *self.captured_before):
             self.num_lists += captured.move_to(self.statistics[1])
 
     def ran_dense(self, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from kvselect.fixed_cache import FixedKVCache
 from kvselect.integrations.hf.attached_layer import AttachedLayer, RopeState
 from kvselect.integrations.hf.head_dims import filled_up, require_head_dim
 from kvselect.policies.captured_statistics import CapturedStatistics
+
+if TYPE_CHECKING:
+    from kvselect.integrations.hf.plan import LayerPlan
 
 
 class KVSelectStaticLayer(AttachedLayer, StaticLayer):
@@ -83,22 +86,22 @@ class KVSelectStaticLayer(AttachedLayer, StaticLayer):
             torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
-    def captured(self, reader: int) -> CapturedStatistics:
-        """Counts of decode steps of the attention layer ``reader``, made at its first eager call.
+    def captured(self, plan: LayerPlan) -> CapturedStatistics:
+        """Counts of decode steps of the attention layer of ``plan``, made at its first eager call.
 
         Raises
         ------
         ValueError
             Inside torch.compile, if there was none.
         """
-        if reader not in self._captured:
+        if plan.serial not in self._captured:
             _require_eager()
             assert self.cache is not None
             with torch.inference_mode(False):
-                self._captured[reader] = CapturedStatistics(self.cache)
-            for tensor in self._captured[reader].tensors():
+                self._captured[plan.serial] = CapturedStatistics(self.cache)
+            for tensor in self._captured[plan.serial].tensors():
                 torch._dynamo.mark_static_address(tensor)
-        return self._captured[reader]
+        return self._captured[plan.serial]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from weakref import WeakSet
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
@@ -16,8 +15,6 @@ from kvselect.integrations.hf.plan import Tier
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 
-_FILLED: WeakSet[StaticLayer] = WeakSet()  # asked once: the answer lies on their device
-
 NO_TIERS: Mapping[int, Tier] = MappingProxyType({})
 
 
@@ -27,6 +24,8 @@ def upgrade_cache(
     foreign_layers: frozenset[int] = frozenset(),
     latent_layers: frozenset[int] = frozenset(),
     tiers: Mapping[int, Tier] = NO_TIERS,
+    *,
+    several_tokens: bool = True,
 ) -> None:
     """Replace the empty plain layers of a cache by ours, in place.
 
@@ -45,6 +44,9 @@ def upgrade_cache(
         Layers whose attention makes keys and values of what they hold: they become `LatentLayer`.
     tiers : mapping
         By layer, for those that become `KVSelectTieredLayer`.
+    several_tokens : bool
+        Of the coming call. Only then is a layer of fixed room asked whether it is empty: the answer
+        lies on its device, and a decode step must not wait for it.
 
     Raises
     ------
@@ -61,7 +63,7 @@ def upgrade_cache(
         layer = layers[index]
         if index in foreign_layers or type(layer) not in (DynamicLayer, StaticLayer):
             continue
-        if layer.is_initialized and not _is_allocated_early(layer):
+        if layer.is_initialized and not (several_tokens and _is_allocated_early(layer)):
             continue
         latent, tier = index in latent_layers, tiers.get(index)
         if type(layer) is DynamicLayer:
@@ -79,10 +81,7 @@ def upgrade_cache(
 
 def _is_allocated_early(layer: DynamicLayer | StaticLayer) -> bool:
     """Whether a layer of fixed room has its tensors, but no token: generate makes such ones before
-    it prefills in chunks."""
-    if not isinstance(layer, StaticLayer) or layer in _FILLED or torch.compiler.is_compiling():
+    it prefills in chunks, and a reset leaves them."""
+    if not isinstance(layer, StaticLayer) or torch.compiler.is_compiling():
         return False
-    if int(layer.get_seq_length()) == 0:
-        return True
-    _FILLED.add(layer)
-    return False
+    return int(layer.get_seq_length()) == 0
