@@ -19,7 +19,7 @@ void block_mass_of(const BlockMassParams& p, int64_t item, float* scratch) {
     float* mass = p.mass + item * num_kv_blocks;
     for (int64_t b = limit; b < num_kv_blocks; ++b) mass[b] = 0.f;
     if (limit == 0) return;
-    load_panels<T>(g, r, panels);
+    load_panels<T>(g, r, Upcoming{}, panels);
     for (int64_t i = 0; i < limit * rows; ++i) peaks[i] = -INFINITY, sums[i] = 0.f;
     const int64_t full_end = r.full_end(g.causal);
     for (int64_t b = 0; b < limit; ++b) {
@@ -29,7 +29,9 @@ void block_mass_of(const BlockMassParams& p, int64_t item, float* scratch) {
             const int64_t tokens = stop - at < kTileTokens ? stop - at : kTileTokens;
             int64_t positions[kTileTokens];
             for (int64_t t = 0; t < tokens; ++t) positions[t] = at + t;
-            load_rows<T>(g.keys, r, at, tokens, g.head_dim, keys);
+            const T* from = key_row<T>(g.keys, r.row, at, r.kv_head);
+            for (int64_t t = 0; t < tokens; ++t)
+                load_row(from + t * g.keys.token_stride, g.head_dim, keys + t * g.head_dim);
             for (int64_t first = 0; first < r.count; first += kPanelQueries) {
                 const int64_t width = panel_width(r.count, first);
                 panel_logits(g, r, panels, first, width, keys, tokens,
@@ -58,11 +60,10 @@ void block_mass_of(const BlockMassParams& p, int64_t item, float* scratch) {
     for (int64_t b = 0; b < limit; ++b) {
         float sum = 0.f;
         for (int64_t i = 0; i < r.count; ++i) {
-            // A query that sees nothing, or saw nothing when its lse was taken, counts nothing. The
-            // bound keeps a far too small lse from wrapping around.
+            // A query that sees nothing, or saw nothing when its lse was taken, counts nothing.
             if (lse[i] == -INFINITY || sums[b * rows + i] == 0.f) continue;
             const float exponent = peaks[b * rows + i] - lse[i];
-            sum += sums[b * rows + i] * exp2(exponent > 126.f ? 126.f : exponent);
+            sum += sums[b * rows + i] * (exponent > 126.f ? INFINITY : exp2(exponent));
         }
         mass[b] = sum;
     }

@@ -66,18 +66,70 @@ struct BlockScratch {
     }
 };
 
-// Goes on over the tokens of s.keys and s.values; positions as in panel_logits.
+// Up to kTileTokens kept tokens, ascending.
+template <typename T>
+struct TokenTile {
+    int64_t tokens;
+    bool partial;  // some query does not see all of them
+    int64_t positions[kTileTokens];
+    const T* rows[2 * kTileTokens];  // key and value of each
+};
+
+// Where the next tile begins, in blocks[block..end) of the item's list.
+struct TileCursor {
+    int64_t block, end;
+    int64_t done;  // tokens of the block
+};
+
+template <typename T>
+inline void next_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
+                      const int32_t* blocks, TileCursor* at, TokenTile<T>* tile) {
+    const int64_t size = p.grid.kv_block_size;
+    tile->tokens = 0;
+    while (at->block < at->end && tile->tokens < kTileTokens) {
+        const int64_t first = blocks[at->block] * size, left = r.visible_end - first;
+        const int64_t rest = (left < size ? left : size) - at->done;
+        const int64_t room = kTileTokens - tile->tokens, some = rest < room ? rest : room;
+        const T* key = key_row<T>(p.grid.keys, r.row, first + at->done, r.kv_head);
+        const T* value = key_row<T>(p.values, r.row, first + at->done, r.kv_head);
+        for (int64_t t = 0; t < some; ++t) {
+            const int64_t to = tile->tokens + t;
+            tile->positions[to] = first + at->done + t;
+            tile->rows[2 * to] = key + t * p.grid.keys.token_stride;
+            tile->rows[2 * to + 1] = value + t * p.values.token_stride;
+        }
+        tile->tokens += some;
+        at->done += some;
+        if (some == rest) ++at->block, at->done = 0;
+    }
+}
+
+// Goes on over a tile and fetches the rows of the one behind it.
+template <typename T>
 inline void attend_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
-                        const BlockScratch& s, int64_t tokens, const int64_t* positions) {
+                        const BlockScratch& s, const TokenTile<T>& tile, const Upcoming& upcoming) {
     const BlockGrid& g = p.grid;
-    const int64_t head_dim = g.head_dim;
+    const int64_t head_dim = g.head_dim, tokens = tile.tokens;
+    const bool partial = tile.partial;
+    const int64_t* positions = partial ? tile.positions : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+        load_row(tile.rows[2 * t], head_dim, s.keys + t * head_dim);
+        load_row(tile.rows[2 * t + 1], head_dim, s.values + t * head_dim);
+    }
     // 0 * NaN is NaN: a value that is not finite may only meet the queries that see it.
-    const bool guarded = positions != nullptr && !all_finite(s.values, tokens * head_dim);
+    const bool guarded = partial && !all_finite(s.values, tokens * head_dim);
+    const int64_t panels = (r.count + kPanelQueries - 1) / kPanelQueries;
+    const int64_t steps = panels * matmul_steps(tokens) + matmul_steps(r.count);
+    const int64_t rows_a_step = (upcoming.count + steps - 1) / steps;
+    int64_t fetched = 0;
+    const auto fetch = [&]() {
+        for (int64_t i = 0; i < rows_a_step; ++i) upcoming.fetch(fetched++);
+    };
     for (int64_t first = 0; first < r.count; first += kPanelQueries) {
         const int64_t width = panel_width(r.count, first);
         const int64_t queries = r.count - first < width ? r.count - first : width;
-        if (positions != nullptr && r.blind_to(positions[0]) >= first + queries) continue;
-        panel_logits(g, r, s.panels, first, width, s.keys, tokens, positions, s.logits);
+        if (partial && r.blind_to(positions[0]) >= first + queries) continue;
+        panel_logits(g, r, s.panels, first, width, s.keys, tokens, positions, s.logits, fetch);
         panel_softmax<true>(s.logits, tokens, width, s.peak + first, s.total + first,
                             s.factor + first);
         float* acc = s.acc + first * head_dim;
@@ -89,7 +141,7 @@ inline void attend_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
         }
         if (!guarded) {
             matmul_tall<true, Left::kColumns>(queries, s.logits, width, s.values, head_dim, tokens,
-                                              acc, head_dim);
+                                              acc, head_dim, fetch);
             continue;
         }
         for (int64_t i = 0; i < queries; ++i) {
@@ -101,31 +153,32 @@ inline void attend_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
     }
 }
 
-// Tiles of the tokens of blocks[begin..end) before `stop`.
+// The item's kept blocks: `full` of `num_blocks` need no comparison of positions.
 template <typename T>
 inline void attend_blocks(const BlockSparseAttentionParams& p, const QueryRows& r,
-                          const BlockScratch& s, int64_t begin, int64_t end, int64_t stop,
-                          bool partial) {
-    const BlockGrid& g = p.grid;
-    int64_t positions[kTileTokens], tokens = 0;
-    const auto flush = [&] {
-        if (tokens > 0) attend_tile(p, r, s, tokens, partial ? positions : nullptr);
-        tokens = 0;
-    };
-    for (int64_t i = begin; i < end; ++i) {
-        int64_t at = s.blocks[i] * g.kv_block_size;
-        const int64_t behind = at + g.kv_block_size, last = behind < stop ? behind : stop;
-        while (at < last) {
-            const int64_t room = kTileTokens - tokens, some = last - at < room ? last - at : room;
-            load_rows<T>(g.keys, r, at, some, g.head_dim, s.keys + tokens * g.head_dim);
-            load_rows<T>(p.values, r, at, some, g.head_dim, s.values + tokens * g.head_dim);
-            for (int64_t t = 0; t < some; ++t) positions[tokens + t] = at + t;
-            tokens += some;
-            at += some;
-            if (tokens == kTileTokens) flush();
+                          const BlockScratch& s, int64_t full, int64_t num_blocks) {
+    const int64_t row_bytes = p.grid.head_dim * int64_t{sizeof(T)};
+    TokenTile<T> tiles[2];
+    TileCursor at{0, full, 0};
+    bool partial = false;
+    const auto advance = [&](TokenTile<T>* tile) {
+        next_tile(p, r, s.blocks, &at, tile);
+        if (tile->tokens == 0 && !partial) {
+            partial = true;
+            at = TileCursor{full, num_blocks, 0};
+            next_tile(p, r, s.blocks, &at, tile);
         }
+        tile->partial = partial;
+    };
+    const auto rows_of = [&](const TokenTile<T>& tile) {
+        return Upcoming{as_bytes(tile.rows), 2 * tile.tokens, row_bytes, true};
+    };
+    advance(&tiles[0]);
+    load_panels<T>(p.grid, r, rows_of(tiles[0]), s.panels);
+    for (int64_t turn = 0; tiles[turn].tokens > 0; turn ^= 1) {
+        advance(&tiles[turn ^ 1]);
+        attend_tile(p, r, s, tiles[turn], rows_of(tiles[turn ^ 1]));
     }
-    flush();
 }
 
 template <typename T>
@@ -139,7 +192,6 @@ void attend_item(const BlockSparseAttentionParams& p, int64_t item, float* scrat
     for (int64_t i = 0; i < rows; ++i) s.peak[i] = -INFINITY, s.total[i] = 0.f;
     for (int64_t i = 0; i < r.count * head_dim; i += kLanes) store(s.acc + i, broadcast(0.f));
     if (num_blocks > 0) {
-        load_panels<T>(g, r, s.panels);
         const int64_t full_end = r.full_end(g.causal);
         int64_t full = num_blocks;  // the last one may end with the row: it is short, not partial
         while (full > 0) {
@@ -147,8 +199,7 @@ void attend_item(const BlockSparseAttentionParams& p, int64_t item, float* scrat
             if ((end < r.visible_end ? end : r.visible_end) <= full_end) break;
             --full;
         }
-        attend_blocks<T>(p, r, s, 0, full, r.visible_end, false);
-        attend_blocks<T>(p, r, s, full, num_blocks, r.visible_end, true);
+        attend_blocks<T>(p, r, s, full, num_blocks);
     }
     const int64_t begin = item % g.num_q_blocks() * g.q_block_size;
     const int64_t left = g.seqlen_q - begin, all = left < g.q_block_size ? left : g.q_block_size;

@@ -55,19 +55,29 @@ inline void matmul(int64_t rows, const float* a, int64_t a_stride, const float* 
                                                  c + r * c_stride, c_stride);
 }
 
-// Any number of rows.
-template <bool kAccumulate, Left kLeft>
+struct Nothing {
+    [[gnu::always_inline]] void operator()() const {}
+};
+
+// Any number of rows. `between` is called after each register tile's rows: matmul_steps() times.
+template <bool kAccumulate, Left kLeft, typename Between = Nothing>
 inline void matmul_tall(int64_t rows, const float* a, int64_t a_stride, const float* b,
-                        int64_t width, int64_t depth, float* c, int64_t c_stride) {
+                        int64_t width, int64_t depth, float* c, int64_t c_stride,
+                        const Between& between = {}) {
     const int64_t a_step = kLeft == Left::kRows ? a_stride : 1;
     int64_t r = 0;
-    for (; r + kGemmRows <= rows; r += kGemmRows)
+    for (; r + kGemmRows <= rows; r += kGemmRows, between())
         matmul_rows<kGemmRows, kAccumulate, kLeft>(a + r * a_step, a_stride, b, width, depth,
                                                    c + r * c_stride, c_stride);
-    for (; r + 2 <= rows; r += 2)
+    for (; r + 2 <= rows; r += 2, between())
         matmul_rows<2, kAccumulate, kLeft>(a + r * a_step, a_stride, b, width, depth,
                                            c + r * c_stride, c_stride);
-    if (r < rows)
-        matmul_rows<1, kAccumulate, kLeft>(a + r * a_step, a_stride, b, width, depth,
-                                           c + r * c_stride, c_stride);
+    if (r == rows) return;
+    matmul_rows<1, kAccumulate, kLeft>(a + r * a_step, a_stride, b, width, depth, c + r * c_stride,
+                                       c_stride);
+    between();
+}
+inline int64_t matmul_steps(int64_t rows) {
+    const int64_t rest = rows % kGemmRows;
+    return rows / kGemmRows + rest / 2 + rest % 2;
 }

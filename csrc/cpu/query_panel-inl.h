@@ -54,45 +54,50 @@ inline int64_t panel_width(int64_t count, int64_t first) {
 }
 
 // Scaled queries, panel by panel [head_dim, width], zeros where the last is wider than its queries.
+// Meanwhile the rows of `upcoming` are fetched.
 template <typename T>
-inline void load_panels(const BlockGrid& g, const QueryRows& r, float* out) {
+inline void load_panels(const BlockGrid& g, const QueryRows& r, const Upcoming& upcoming,
+                        float* out) {
+    int64_t fetched = 0;
+    const int64_t steps = whole_lanes(r.count), rows_a_step = (upcoming.count + steps - 1) / steps;
     const F32 scale = broadcast(g.softmax_scale * kLog2E);
     for (int64_t first = 0; first < r.count; first += kPanelQueries) {
         const int64_t width = panel_width(r.count, first);
         float* panel = out + first * g.head_dim;
-        for (int64_t i = 0; i < width; ++i) {
-            float query[kMaxHeadDim];
-            if (first + i >= r.count) {
-                for (int64_t d = 0; d < g.head_dim; ++d) panel[d * width + i] = 0.f;
-                continue;
+        for (int64_t i = 0; i < width; i += kLanes) {  // whole registers of the panel at a time
+            float queries[kLanes][kMaxHeadDim];
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                const int64_t at = first + i + lane;
+                for (int64_t n = 0; n < rows_a_step; ++n) upcoming.fetch(fetched++);
+                const T* from = static_cast<const T*>(g.q) + r.row * g.q_strides[0] +
+                                (r.first + at * r.stride) * g.q_strides[1] +
+                                r.head * g.q_strides[2];
+                for (int64_t d = 0; d < g.head_dim; d += kLanes)
+                    store(queries[lane] + d,
+                          at < r.count ? mul(load(from + d), scale) : broadcast(0.f));
             }
-            const T* from = static_cast<const T*>(g.q) + r.row * g.q_strides[0] +
-                            (r.first + (first + i) * r.stride) * g.q_strides[1] +
-                            r.head * g.q_strides[2];
-            for (int64_t d = 0; d < g.head_dim; d += kLanes)
-                store(query + d, mul(load(from + d), scale));
-            for (int64_t d = 0; d < g.head_dim; ++d) panel[d * width + i] = query[d];
+            for (int64_t d = 0; d < g.head_dim; ++d) {
+                float* to = panel + d * width + i;
+#pragma GCC unroll 16
+                for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = queries[lane][d];
+            }
         }
     }
 }
 
-// Rows of positions [begin, begin + count) as float32, out [count, head_dim].
 template <typename T>
-inline void load_rows(const KVView& view, const QueryRows& r, int64_t begin, int64_t count,
-                      int64_t head_dim, float* out) {
-    const T* from = key_row<T>(view, r.row, begin, r.kv_head);
-    for (int64_t t = 0; t < count; ++t, from += view.token_stride)
-        for (int64_t d = 0; d < head_dim; d += kLanes)
-            store(out + t * head_dim + d, load(from + d));
+inline void load_row(const T* from, int64_t head_dim, float* out) {
+    for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, load(from + d));
 }
 
 // Logits [tokens, width] in units of ln 2 of the panel whose first query is `first`; positions:
-// [tokens] ascending, or nullptr where all queries see all of them.
+// [tokens] ascending, or nullptr where all queries see all of them. `between`: of matmul_tall.
+template <typename Between = Nothing>
 inline void panel_logits(const BlockGrid& g, const QueryRows& r, const float* panels, int64_t first,
                          int64_t width, const float* keys, int64_t tokens, const int64_t* positions,
-                         float* logits) {
+                         float* logits, const Between& between = {}) {
     matmul_tall<false, Left::kRows>(tokens, keys, g.head_dim, panels + first * g.head_dim, width,
-                                    g.head_dim, logits, width);
+                                    g.head_dim, logits, width, between);
     cap_logits(logits, tokens * width, g.softcap);
     if (positions == nullptr) return;
     for (int64_t t = 0; t < tokens; ++t) {
