@@ -17,6 +17,9 @@ from kvselect.block_sparse import BLOCK_SIZES
 from kvselect.testing import TOLERANCE, make_qkv, rel_err
 
 pytestmark = pytest.mark.usefixtures("cpu_implementation")
+PROPERTY = settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 ONE = pytest.mark.parametrize("cpu_implementation", ["scalar"], indirect=True)
 
 
@@ -57,9 +60,7 @@ def test_ragged(row_stride: int) -> None:
     assert (mass[2:] == 0).all()
 
 
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@PROPERTY
 @given(
     seqlen_q=st.integers(1, 140),
     seqlen_k=st.integers(1, 200),

@@ -18,6 +18,9 @@ from kvselect.block_sparse import BLOCK_SIZES
 from kvselect.testing import TOLERANCE, make_qkv, non_contiguous, rel_err
 
 pytestmark = pytest.mark.usefixtures("cpu_implementation")
+PROPERTY = settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 ONE = pytest.mark.parametrize("cpu_implementation", ["scalar"], indirect=True)
 
 
@@ -170,9 +173,7 @@ def test_all_logits_not_a_number() -> None:
     assert out.isnan().all() and lse.isnan().all()
 
 
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@PROPERTY
 @given(
     seqlen_q=st.integers(1, 150),
     seqlen_k=st.integers(1, 200),
