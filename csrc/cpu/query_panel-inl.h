@@ -53,8 +53,8 @@ inline int64_t panel_width(int64_t count, int64_t first) {
     return count - first < kPanelQueries ? whole_lanes(count - first) : kPanelQueries;
 }
 
-// Scaled queries, panel by panel [head_dim, width], zeros where the last is wider than its queries.
-// Meanwhile the rows of `upcoming` are fetched.
+// Scaled queries, panel by panel [head_dim, width], the last query repeated where the last is
+// wider. Meanwhile the rows of `upcoming` are fetched.
 template <typename T>
 inline void load_panels(const BlockGrid& g, const QueryRows& r, const Upcoming& upcoming,
                         float* out) {
@@ -65,21 +65,22 @@ inline void load_panels(const BlockGrid& g, const QueryRows& r, const Upcoming& 
         const int64_t width = panel_width(r.count, first);
         float* panel = out + first * g.head_dim;
         for (int64_t i = 0; i < width; i += kLanes) {  // whole registers of the panel at a time
-            float queries[kLanes][kMaxHeadDim];
+            const T* from[kLanes];
             for (int64_t lane = 0; lane < kLanes; ++lane) {
                 const int64_t at = first + i + lane;
+                const int64_t query = r.first + (at < r.count ? at : r.count - 1) * r.stride;
+                from[lane] = static_cast<const T*>(g.q) + r.row * g.q_strides[0] +
+                             query * g.q_strides[1] + r.head * g.q_strides[2];
                 for (int64_t n = 0; n < rows_a_step; ++n) upcoming.fetch(fetched++);
-                const T* from = static_cast<const T*>(g.q) + r.row * g.q_strides[0] +
-                                (r.first + at * r.stride) * g.q_strides[1] +
-                                r.head * g.q_strides[2];
-                for (int64_t d = 0; d < g.head_dim; d += kLanes)
-                    store(queries[lane] + d,
-                          at < r.count ? mul(load(from + d), scale) : broadcast(0.f));
             }
-            for (int64_t d = 0; d < g.head_dim; ++d) {
-                float* to = panel + d * width + i;
+            for (int64_t d = 0; d < g.head_dim; d += kLanes) {
+                F32 block[kLanes];
 #pragma GCC unroll 16
-                for (int64_t lane = 0; lane < kLanes; ++lane) to[lane] = queries[lane][d];
+                for (int lane = 0; lane < kLanes; ++lane)
+                    block[lane] = mul(load(from[lane] + d), scale);
+                transpose(block);
+#pragma GCC unroll 16
+                for (int j = 0; j < kLanes; ++j) store(panel + (d + j) * width + i, block[j]);
             }
         }
     }
