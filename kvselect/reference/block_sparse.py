@@ -92,18 +92,18 @@ def block_sparse_attention(
                 cache_seqlens=cache_seqlens,
             )
             kv_head = head // (num_q_heads // k.shape[2])
+            values = v[row, : logits.shape[1], kv_head].double()
             blocks_of = torch.arange(logits.shape[1]) // kv_block_size
-            for query in range(logits.shape[0]):
-                block = query // q_block_size
+            for block in range(num_q_blocks):
                 kept = _kept_blocks(block_mask, (row, head, block), (num_q_heads, num_q_blocks))
-                listed = torch.tensor([int(b) in kept for b in blocks_of], dtype=torch.bool)
-                seen = (listed & (logits[query] != -torch.inf)).nonzero()[:, 0]
-                if len(seen) == 0:
-                    continue
-                lse[row, query, head] = logits[query, seen].logsumexp(0)
-                out[row, query, head] = logits[query, seen].softmax(0) @ v[row, seen, kv_head].to(
-                    torch.float64
-                )
+                listed = torch.isin(blocks_of, torch.tensor(sorted(kept), dtype=torch.int64))
+                first = block * q_block_size
+                for query in range(first, min(first + q_block_size, logits.shape[0])):
+                    seen = listed & (logits[query] != -torch.inf)
+                    if not seen.any():
+                        continue
+                    lse[row, query, head] = logits[query, seen].logsumexp(0)
+                    out[row, query, head] = logits[query, seen].softmax(0) @ values[seen]
     return out, lse
 
 
@@ -147,6 +147,7 @@ def block_mass(
                 seqlens_q=seqlens_q,
                 cache_seqlens=cache_seqlens,
             )
+            blocks_of = torch.arange(logits.shape[1]) // kv_block_size
             for query in range(logits.shape[0]):
                 block = query // q_block_size
                 last = min((block + 1) * q_block_size, logits.shape[0]) - 1
@@ -155,6 +156,6 @@ def block_mass(
                 norm = logits[query].logsumexp(0) if lse is None else lse[row, query, head].double()
                 if norm == -torch.inf:
                     continue
-                for i, weight in enumerate((logits[query] - norm).exp()):
-                    mass[row, head, block, i // kv_block_size] += weight
+                weights = (logits[query] - norm).exp()
+                mass[row, head, block].index_add_(0, blocks_of, weights)
     return mass
