@@ -84,13 +84,17 @@ public:
         return grid.causal ? std::max<int64_t>(seqlen_k - seqlen_q + query + 1, 0) : seqlen_k;
     }
     int64_t row_seqlen_q(int64_t row) const { return seqlens_q_[static_cast<size_t>(row)]; }
-    double logit(int64_t row, int64_t query, int64_t head, int64_t position) const {
-        double sum = 0;
-        for (int64_t d = 0; d < grid.head_dim; ++d)
-            sum += q_.get(row * grid.q_strides[0] + query * grid.q_strides[1] +
-                          head * grid.q_strides[2] + d) *
-                   k_.get(key_at(row, position, head) + d);
-        sum *= grid.softmax_scale;
+    double logit(int64_t row, int64_t query, int64_t head, int64_t position) {
+        double& sum = logits_[static_cast<size_t>(
+            ((row * kSeqlenQ + query) * kHeads * kGroup + head) * kSeqlenK + position)];
+        if (std::isnan(sum)) {  // made once
+            sum = 0;
+            for (int64_t d = 0; d < grid.head_dim; ++d)
+                sum += q_.get(row * grid.q_strides[0] + query * grid.q_strides[1] +
+                              head * grid.q_strides[2] + d) *
+                       k_.get(key_at(row, position, head) + d);
+            sum *= grid.softmax_scale;
+        }
         return grid.softcap == 0.f ? sum : grid.softcap * std::tanh(sum / grid.softcap);
     }
     double value(int64_t row, int64_t position, int64_t head, int64_t d) const {
@@ -131,6 +135,8 @@ private:
 
     std::vector<int32_t> seqlens_q_, seqlens_k_;
     Elements q_, k_, v_;
+    std::vector<double> logits_ =
+        std::vector<double>(kBatch * kSeqlenQ * kHeads * kGroup * kSeqlenK, kNaN);
     std::vector<uint8_t> dense_;
     std::vector<int32_t> lists_, indices_;
     std::vector<int64_t> offsets_;

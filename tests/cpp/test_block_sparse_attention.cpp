@@ -25,6 +25,7 @@ void expect_attention(const cpu::Implementation& ops, BlockInputs& in, const Blo
     ops.block_sparse_attention(p, items / 2, items, scratch.data());
 
     double error = 0, norm = 0;
+    bool nonzero = false;  // where nothing is seen
     for (int64_t row = 0; row < g.batch; ++row)
         for (int64_t query = 0; query < g.seqlen_q; ++query)
             for (int64_t head = 0; head < g.num_q_heads; ++head) {
@@ -49,12 +50,13 @@ void expect_attention(const cpu::Implementation& ops, BlockInputs& in, const Blo
                     const double got = out.get(at * g.head_dim + d);
                     error += (got - want) * (got - want);
                     norm += want * want;
-                    if (total == 0) EXPECT(got == 0.0, got);
+                    nonzero = nonzero || (total == 0 && got != 0.0);
                 }
             }
     const double bound = g.dtype == DType::kFloat32   ? 2e-6
                          : g.dtype == DType::kFloat16 ? 2e-3
                                                       : 1.6e-2;
+    EXPECT(!nonzero);
     EXPECT(std::sqrt(error) <= bound * std::sqrt(norm), std::sqrt(error / norm));
 }
 
@@ -63,9 +65,9 @@ void expect_attention(const cpu::Implementation& ops, BlockInputs& in, const Blo
 TEST(block_sparse_attention_equals_plain_loops_for_every_form_of_mask) {
     for (DType dtype : kDTypes)
         for (bool causal : {true, false})
-            for (int64_t head_dim : {32, 80, 96})
+            for (int64_t head_dim : {32, 80})
                 for (int64_t q_block_size : {16, 128})
-                    for (int64_t kv_block_size : {16, 32, 128}) {
+                    for (int64_t kv_block_size : {16, 128}) {
                         BlockInputs in(dtype, head_dim, q_block_size, kv_block_size, causal);
                         expect_attention(ops, in, in.dense());
                         expect_attention(ops, in, in.lists());
