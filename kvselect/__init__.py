@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvselect import reference
 from kvselect.attention import merge_splits, recovered_mass, sparse_attention
+from kvselect.block_sparse import block_mass, block_sparse_attention
 from kvselect.cache import KVCache
 from kvselect.checks import UnsupportedModelError
 from kvselect.decode import DecodeInfo, decode_step
@@ -45,6 +46,8 @@ __all__ = [
     "TokenSelect",
     "UnsupportedModelError",
     "attach",
+    "block_mass",
+    "block_sparse_attention",
     "build_info",
     "cpu_implementation",
     "cpu_implementations",

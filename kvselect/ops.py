@@ -206,6 +206,45 @@ def _recovered_mass(
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+@_fake("block_sparse_attention")
+def _block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    row_offsets: Tensor | None,
+    seqlens_q: Tensor | None,
+    cache_seqlens: Tensor | None,
+    q_block_size: int,
+    kv_block_size: int,
+    causal: bool,
+    softmax_scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@_fake("block_mass")
+def _block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    seqlens_q: Tensor | None,
+    cache_seqlens: Tensor | None,
+    q_block_size: int,
+    kv_block_size: int,
+    causal: bool,
+    row_stride: int,
+    softmax_scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    batch, seqlen_q, num_q_heads, _ = q.shape
+    num_q_blocks = (seqlen_q + q_block_size - 1) // q_block_size
+    num_kv_blocks = (k.shape[1] + kv_block_size - 1) // kv_block_size
+    shape = (batch, num_q_heads, num_q_blocks, num_kv_blocks)
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 @_fake("selection_cache_step")
 def _selection_cache_step(
     q: Tensor,

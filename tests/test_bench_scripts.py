@@ -83,6 +83,14 @@ def test_ops(tmp_path: Path) -> None:
     assert {"scan int4", "select", "decode step, hit"} <= {row["op"] for row in rows}
 
 
+def test_block_sparse(tmp_path: Path) -> None:
+    rows = quick("block_sparse", tmp_path, *SIZES)
+    assert {row["block_size"] for row in rows} == {16, 64}
+    full = [row for row in rows if row["contender"] == "100% of blocks"]
+    assert all(row["over_proportional"] == 1.0 and row["over_sdpa"] > 0 for row in full)
+    assert all(0.04 < row["kept_share"] <= 1.0 for row in rows)
+
+
 def test_prefill_chunk(tmp_path: Path) -> None:
     rows = quick("prefill_chunk", tmp_path, *SIZES, "--dense-kv-heads", "2")
     assert {row["chunk_tokens"] for row in rows} == {256}

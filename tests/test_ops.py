@@ -25,6 +25,8 @@ SCHEMAS = {
     "sparse_attention",
     "merge_splits",
     "recovered_mass",
+    "block_sparse_attention",
+    "block_mass",
     "selection_cache_step",
     "rolling_sweep",
 }
@@ -180,6 +182,31 @@ def sweep_arguments(**cache: Any) -> dict[str, Any]:
     }
 
 
+def block_arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    q = torch.randn(2, 20, 4, HEAD_DIM, dtype=dtype)
+    k, v = torch.randn(2, 2, 40, 2, HEAD_DIM, dtype=dtype)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "block_mask": torch.rand(2, 4, 2, 3) < 0.5,
+        "row_offsets": None,
+        "seqlens_q": None,
+        "cache_seqlens": torch.tensor([40, 17], dtype=torch.int32),
+        "q_block_size": 16,
+        "kv_block_size": 16,
+        "causal": True,
+        "softmax_scale": 0.1,
+    }
+
+
+def block_mass_arguments() -> dict[str, Any]:
+    arguments = block_arguments()
+    for name in ("v", "block_mask", "row_offsets"):
+        del arguments[name]
+    return arguments | {"lse": None, "row_stride": 3}
+
+
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "kv_append": ("kv_append", append_arguments()),
     "kv_append paged bf16": ("kv_append", append_arguments(paged=True, dtype=torch.bfloat16)),
@@ -209,6 +236,17 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
         {"partial_out": torch.randn(3, 2, 4, HEAD_DIM), "partial_lse": torch.randn(3, 2, 4)},
     ),
     "recovered_mass": ("recovered_mass", mass_arguments()),
+    "block_sparse_attention": ("block_sparse_attention", block_arguments()),
+    "block_sparse_attention csr bf16": (
+        "block_sparse_attention",
+        block_arguments(torch.bfloat16)
+        | {
+            "block_mask": torch.tensor([2, 0, 1], dtype=torch.int32),
+            "row_offsets": torch.tensor([0, *[3] * 16]),
+        },
+    ),
+    "block_mass": ("block_mass", block_mass_arguments()),
+    "block_mass lse": ("block_mass", block_mass_arguments() | {"lse": torch.randn(2, 20, 4)}),
     "selection_cache_step": ("selection_cache_step", cache_step_arguments()),
     "rolling_sweep": ("rolling_sweep", sweep_arguments()),
     "rolling_sweep paged bf16": (

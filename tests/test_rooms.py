@@ -23,6 +23,7 @@ FLOORS = (
     {
         "arguments",
         "attention",
+        "block_sparse",
         "fixed_cache",
         "queries",
         "rolling_pools",

@@ -37,6 +37,15 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "Tensor? starts, Tensor indices, Tensor topk_length, Tensor? q_block_offsets, "
         "float softmax_scale, SymInt max_seqlen_k, float softcap=0.0) -> Tensor");
     m.def(
+        "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask, "
+        "Tensor? row_offsets, Tensor? seqlens_q, Tensor? cache_seqlens, int q_block_size, "
+        "int kv_block_size, bool causal, float softmax_scale, float softcap=0.0) -> (Tensor out, "
+        "Tensor lse)");
+    m.def(
+        "block_mass(Tensor q, Tensor k, Tensor? lse, Tensor? seqlens_q, Tensor? cache_seqlens, "
+        "int q_block_size, int kv_block_size, bool causal, int row_stride, float softmax_scale, "
+        "float softcap=0.0) -> Tensor");
+    m.def(
         "selection_cache_step(Tensor q, Tensor cache_seqlens, Tensor? starts, "
         "Tensor num_nonfinite, str similarity, float similarity_threshold, int max_age, "
         "SymInt dense_limit, Tensor(a!) anchor_query, Tensor(b!) age, "
@@ -67,6 +76,8 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
     m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
     m.impl("merge_splits", TORCH_BOX(&merge_splits));
     m.impl("recovered_mass", TORCH_BOX(&recovered_mass));
+    m.impl("block_sparse_attention", TORCH_BOX(&block_sparse_attention));
+    m.impl("block_mass", TORCH_BOX(&block_mass));
     m.impl("selection_cache_step", TORCH_BOX(&selection_cache_step));
     m.impl("rolling_sweep", TORCH_BOX(&rolling_sweep));
 }

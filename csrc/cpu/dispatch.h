@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "kvselect/block_mass.h"
+#include "kvselect/block_sparse_attention.h"
 #include "kvselect/kv_append.h"
 #include "kvselect/merge_splits.h"
 #include "kvselect/recovered_mass.h"
@@ -27,6 +29,8 @@ struct Implementation {
     RecoveredMassFn recovered_mass;
     SelectionCacheStepFn selection_cache_step;
     RollingSweepFn rolling_sweep;
+    BlockSparseAttentionFn block_sparse_attention;
+    BlockMassFn block_mass;
 };
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.

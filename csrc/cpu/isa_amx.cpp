@@ -45,7 +45,9 @@ const Implementation& amx_implementation() {
         amx::merge_splits,
         amx::recovered_mass,
         amx::selection_cache_step,
-        amx::rolling_sweep};
+        amx::rolling_sweep,
+        amx::block_sparse_attention,
+        amx::block_mass};
     return implementation;
 }
 

@@ -38,7 +38,9 @@ const Implementation& avx2_implementation() {
                                                    avx2::merge_splits,
                                                    avx2::recovered_mass,
                                                    avx2::selection_cache_step,
-                                                   avx2::rolling_sweep};
+                                                   avx2::rolling_sweep,
+                                                   avx2::block_sparse_attention,
+                                                   avx2::block_mass};
     return implementation;
 }
 

@@ -39,7 +39,9 @@ const Implementation& avx2_vnni_implementation() {
                                                    avx2_vnni::merge_splits,
                                                    avx2_vnni::recovered_mass,
                                                    avx2_vnni::selection_cache_step,
-                                                   avx2_vnni::rolling_sweep};
+                                                   avx2_vnni::rolling_sweep,
+                                                   avx2_vnni::block_sparse_attention,
+                                                   avx2_vnni::block_mass};
     return implementation;
 }
 

@@ -40,7 +40,9 @@ const Implementation& avx512_implementation() {
                                                    avx512::merge_splits,
                                                    avx512::recovered_mass,
                                                    avx512::selection_cache_step,
-                                                   avx512::rolling_sweep};
+                                                   avx512::rolling_sweep,
+                                                   avx512::block_sparse_attention,
+                                                   avx512::block_mass};
     return implementation;
 }
 

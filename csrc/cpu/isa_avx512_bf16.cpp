@@ -41,7 +41,9 @@ const Implementation& avx512_bf16_implementation() {
                                                    avx512_bf16::merge_splits,
                                                    avx512_bf16::recovered_mass,
                                                    avx512_bf16::selection_cache_step,
-                                                   avx512_bf16::rolling_sweep};
+                                                   avx512_bf16::rolling_sweep,
+                                                   avx512_bf16::block_sparse_attention,
+                                                   avx512_bf16::block_mass};
     return implementation;
 }
 

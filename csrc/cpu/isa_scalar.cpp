@@ -34,7 +34,9 @@ const Implementation& scalar_implementation() {
                                                    scalar::merge_splits,
                                                    scalar::recovered_mass,
                                                    scalar::selection_cache_step,
-                                                   scalar::rolling_sweep};
+                                                   scalar::rolling_sweep,
+                                                   scalar::block_sparse_attention,
+                                                   scalar::block_mass};
     return implementation;
 }
 

@@ -274,54 +274,6 @@ inline void attend_one_query(const SparseAttentionParams& p, const AttentionItem
         store_output<T>(p, a, query, h, all.acc + h * head_dim, all.peak[h], all.total[h]);
 }
 
-// c[r][n] (+)= sum_k a[r][k] * b[k][n], n over kVecs vectors, r over kRows rows.
-template <int kRows, int kVecs, bool kAccumulate>
-inline void matmul_strip(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                         int64_t depth, float* c, int64_t c_stride) {
-    F32 sum[kRows][kVecs];
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v)
-            sum[r][v] = kAccumulate ? load(c + r * c_stride + v * kLanes) : broadcast(0.f);
-    for (int64_t k = 0; k < depth; ++k) {
-        F32 column[kVecs];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) column[v] = load(b + k * b_stride + v * kLanes);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
-            const F32 x = broadcast(a[r * a_stride + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVecs; ++v) sum[r][v] = fma(column[v], x, sum[r][v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
-}
-
-template <int kRows, bool kAccumulate>
-inline void matmul_rows(const float* a, int64_t a_stride, const float* b, int64_t width,
-                        int64_t depth, float* c, int64_t c_stride) {
-    int64_t n = 0;
-    for (; n + kGemmVecs * kLanes <= width; n += kGemmVecs * kLanes)
-        matmul_strip<kRows, kGemmVecs, kAccumulate>(a, a_stride, b + n, width, depth, c + n,
-                                                    c_stride);
-    for (; n < width; n += kLanes)
-        matmul_strip<kRows, 1, kAccumulate>(a, a_stride, b + n, width, depth, c + n, c_stride);
-}
-
-template <bool kAccumulate>
-inline void matmul(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t width,
-                   int64_t depth, float* c, int64_t c_stride) {
-    if (rows == kGemmRows)
-        return matmul_rows<kGemmRows, kAccumulate>(a, a_stride, b, width, depth, c, c_stride);
-    for (int64_t r = 0; r < rows; ++r)
-        matmul_rows<1, kAccumulate>(a + r * a_stride, a_stride, b, width, depth, c + r * c_stride,
-                                    c_stride);
-}
-
 // Queries [first, first + num) of the item, all heads of the group: row r = (query, head),
 // query-major.
 template <typename T>

@@ -71,6 +71,27 @@ inline float reduce_max(F32 a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
+inline void transpose(F32 x[8]) {
+    F32 pairs[8], quads[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // quads[i + j]: columns j and 4 + j of rows i..
+        const F32 a = pairs[i], b = pairs[i + 1], c = pairs[i + 2], d = pairs[i + 3];
+        quads[i] = _mm256_shuffle_ps(a, c, 0x44);
+        quads[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+        quads[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        quads[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        x[j] = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x20);
+        x[4 + j] = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x31);
+    }
+}
 inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     const F32 sums = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));

@@ -88,6 +88,32 @@ inline void reduce_add_4x4(const F32 acc[4][4], float scale, float* out, int64_t
     _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
     _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
 }
+inline void transpose(F32 x[16]) {
+    F32 pairs[16], quads[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        pairs[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // quads[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i..
+        const F32 a = pairs[i], b = pairs[i + 1], c = pairs[i + 2], d = pairs[i + 3];
+        quads[i] = _mm512_shuffle_ps(a, c, 0x44);
+        quads[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+        quads[i + 2] = _mm512_shuffle_ps(b, d, 0x44);
+        quads[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        const F32 a = quads[j], b = quads[4 + j], c = quads[8 + j], d = quads[12 + j];
+        const F32 ab01 = _mm512_shuffle_f32x4(a, b, 0x44), ab23 = _mm512_shuffle_f32x4(a, b, 0xee),
+                  cd01 = _mm512_shuffle_f32x4(c, d, 0x44), cd23 = _mm512_shuffle_f32x4(c, d, 0xee);
+        x[j] = _mm512_shuffle_f32x4(ab01, cd01, 0x88);
+        x[4 + j] = _mm512_shuffle_f32x4(ab01, cd01, 0xdd);
+        x[8 + j] = _mm512_shuffle_f32x4(ab23, cd23, 0x88);
+        x[12 + j] = _mm512_shuffle_f32x4(ab23, cd23, 0xdd);
+    }
+}
 inline __m256 fold_max(F32 a) {
     return _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }

@@ -97,6 +97,15 @@ inline float reduce_max(F32 a) {
     for (int i = 1; i < kLanes; ++i) out = a.lane[i] > out ? a.lane[i] : out;
     return out;
 }
+// Lane j of x[i] and lane i of x[j] change places.
+inline void transpose(F32 x[kLanes]) {
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float below = x[i].lane[j];
+            x[i].lane[j] = x[j].lane[i];
+            x[j].lane[i] = below;
+        }
+}
 inline void reduce_add4(F32 a, F32 b, F32 c, F32 d, float out[4]) {
     out[0] = reduce_add(a), out[1] = reduce_add(b), out[2] = reduce_add(c), out[3] = reduce_add(d);
 }

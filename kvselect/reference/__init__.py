@@ -7,6 +7,7 @@ take any cache that has the attributes of `CacheLike`: a KVCache, or a PlainCach
 """
 
 from kvselect.reference.attention import merge_splits, recovered_mass, sparse_attention
+from kvselect.reference.block_sparse import block_mass, block_sparse_attention
 from kvselect.reference.cache import (
     BLOCK_TOKENS,
     CacheLike,
@@ -39,6 +40,8 @@ __all__ = [
     "StepInfo",
     "SweepState",
     "SweptLists",
+    "block_mass",
+    "block_sparse_attention",
     "decode_block",
     "decode_step",
     "encode_block",

@@ -37,7 +37,9 @@ const cpu::Implementation& scalar_tiles_implementation() {
                                                         cpu::scalar_tiles::merge_splits,
                                                         cpu::scalar_tiles::recovered_mass,
                                                         cpu::scalar_tiles::selection_cache_step,
-                                                        cpu::scalar_tiles::rolling_sweep};
+                                                        cpu::scalar_tiles::rolling_sweep,
+                                                        cpu::scalar_tiles::block_sparse_attention,
+                                                        cpu::scalar_tiles::block_mass};
     return implementation;
 }
 
