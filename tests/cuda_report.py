@@ -24,6 +24,8 @@ SUFFIX = ".ptxas"
 
 # Kernels that may spill, by the start of their readable name, and why that is no loss that counts.
 COLD = {
+    "kv_append_kernel<float, 4>": "float32 caches: 8 bytes, once a block",
+    "kv_append_kernel<float, 8>": "float32 caches: 8 bytes, once a block",
     "attend_few_kernel<float, 64>": "float32 caches: three products for one",
     "attend_few_kernel<float, 128>": "float32 caches: three products for one",
     "attend_few_kernel<float, 256>": "float32 caches: three products for one",

@@ -24,6 +24,8 @@ KVSELECT_STAGES = {
     "kvselect.rolling_sweep": "rolling sweep",
     "kvselect.selection_cache_step": "selection cache",
     "kvselect.recovered_mass": "audit",
+    "kvselect.block_sparse_attention": "attention",
+    "kvselect.block_mass": "audit",
 }
 REST = "rest (Python, small torch ops)"
 
