@@ -179,7 +179,8 @@ class Policy:
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:
-        """Before decode steps are captured: make the tensors that they write to; returns them."""
+        """Before decode steps are captured: make the tensors that they write to, where they are
+        missing; returns those that are new."""
         return []
 
     def update(self, state: PolicyState, cache: KVCache) -> None:

@@ -371,7 +371,7 @@ class TokenSelect(Policy):
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:
         reuse = state.selection_cache
-        if not isinstance(reuse, CapturedSelectionCache):
+        if not isinstance(reuse, CapturedSelectionCache) or reuse.tensors():
             return []
         stepping = state.decode_policy(num_q_heads)
         assert isinstance(stepping, TokenSelect)

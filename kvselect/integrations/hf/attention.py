@@ -20,6 +20,7 @@ from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 from kvselect.policies.base import PolicyState
 from kvselect.prefill import prefill
+from kvselect.rope import Rope
 
 QUERIES_AT_ONCE = 2048
 """Queries that are rotated back at once in prefill: bounds the float32 copies."""
@@ -228,8 +229,7 @@ def _select_static(
     compiling = torch.compiler.is_compiling()
     if not compiling:
         plan.count_later(captured)
-        written = policy.prepare_capture(state, cache, query.shape[1], None)
-        for tensor in written:
+        for tensor in policy.prepare_capture(state, cache, query.shape[1], None):
             torch._dynamo.mark_static_address(tensor)
     if query.shape[2] > 1:
         allowed = "calls of one token (disable_compile=True where prefill is chunked)"
@@ -239,13 +239,13 @@ def _select_static(
             out = _attend_call(plan, query, call, context, cache.capacity)
     else:
         q = filled_up(query.transpose(1, 2), cache.head_dim)
-        rope, q_unrotated = None, None
         if plan.rotates_itself:
-            rope = plan.stack.table(plan, max(policy.capacity, cache.capacity), q.device)
-        elif "decode" in plan.needs_unrotated:
-            assert context.cos is not None and context.sin is not None
-            q_unrotated = plan.stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
-            rope = plan.stack.table(plan, 1, q.device)
+            rope: Rope | None = plan.stack.table(
+                plan, max(policy.capacity, cache.capacity), q.device
+            )
+            q_unrotated = None
+        else:
+            q_unrotated, rope = _before_rotation(plan, q, context)
         out, _ = decode_step(
             q,
             cache,
@@ -278,10 +278,7 @@ def _attend_call(
     if plan.rotates_itself:
         rope = plan.stack.table(plan, max(policy.capacity, room), q.device)
     elif filled and seqlen_q == 1:
-        if "decode" in plan.needs_unrotated:
-            assert context.cos is not None and context.sin is not None
-            q_unrotated = plan.stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
-            rope = plan.stack.table(plan, 1, q.device)
+        q_unrotated, rope = _before_rotation(plan, q, context)
     elif "prefill" in plan.needs_unrotated and not stepwise:
         longest = max(cache.num_real_tokens)
         if not policy.is_dense("prefill", longest - 1, longest, None):
@@ -301,6 +298,17 @@ def _attend_call(
     plan.num_steps += 1
     due = plan.audit_every is not None and plan.num_steps % plan.audit_every == 0
     return decode_step(q, cache, policy, state, audit=due, **options)[0]
+
+
+def _before_rotation(
+    plan: LayerPlan, q: Tensor, context: LayerContext
+) -> tuple[Tensor | None, Rope | None]:
+    """A decode step's query before RoPE and the layer's rotation, if the policy asks for them."""
+    if "decode" not in plan.needs_unrotated:
+        return None, None
+    assert context.cos is not None and context.sin is not None
+    q_unrotated = plan.stack.unrotate(plan, q, context.cos, context.sin).to(q.dtype)
+    return q_unrotated, plan.stack.table(plan, 1, q.device)
 
 
 def _remember_validity(layer: AttachedLayer, keys: KeyRange) -> None:
