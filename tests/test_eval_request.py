@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
 
 from kvselect.eval.demo import demo_policies, demo_request
 from kvselect.eval.request import (
-    MIN_BUDGET,
     default_policies,
-    of_budget,
     parse_budgets,
     parse_lengths,
     parse_policies,
@@ -20,7 +17,6 @@ from kvselect.eval.request import (
     split_policies,
 )
 from kvselect.eval.results import Length
-from kvselect.policies.base import Policy
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
@@ -103,24 +99,6 @@ def test_policies_may_be_joined_by_commas() -> None:
     assert parse_policies(joined) == parse_policies(apart)
     with pytest.raises(ValueError, match="policies: got 'sparse', allowed: dense, "):
         parse_policies(["dense,sparse"])
-
-
-def attended(policy: Policy) -> int:
-    """Tokens of a decode step right after its selection."""
-    if isinstance(policy, StreamingLLM):
-        return policy.num_sink_tokens + policy.num_recent_tokens
-    assert isinstance(policy, TokenSelect)
-    picked = math.ceil(policy.overselect * policy.topk)
-    return policy.num_sink_tokens + policy.num_recent_tokens + picked
-
-
-@pytest.mark.parametrize("budget", [MIN_BUDGET, 227, 1000, 3712, 20_000])
-def test_a_budget_is_what_a_step_attends_to(budget: int) -> None:
-    for name in ("streaming_llm", "token_select"):
-        assert budget - 2 <= attended(of_budget(name, budget)) <= budget
-    default = of_budget("token_select", 3712)
-    assert isinstance(default, TokenSelect)
-    assert (default.topk, default.num_recent_tokens) == (2048, 512)
 
 
 def test_budgets_size_the_policies_that_have_no_settings() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvselect import cli
+from kvselect import StreamingLLM, TokenSelect, cli
 from kvselect.eval import checkpoint, memory, runner
 from kvselect.eval.journal import Journal, keep_aside
 from kvselect.eval.memory import available_bytes, estimate, in_units
@@ -344,10 +344,8 @@ def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_estimate_counts_sketches_and_policies() -> None:
     model = checkpoint.load_checkpoint("embedded").model
-    from kvselect.eval.request import of_budget
-
-    plain = estimate(model, [of_budget("streaming_llm", 227)], 1000)
-    both = [of_budget("streaming_llm", 227), of_budget("token_select", 227)]
+    plain = estimate(model, [StreamingLLM.at_budget(227)], 1000)
+    both = [StreamingLLM.at_budget(227), TokenSelect.at_budget(227)]
     assert plain.cache_bytes == 1.5 * 1000 * 4 * 2 * 2 * 64 * 4
     assert estimate(model, both, 1000).cache_bytes > 2 * plain.cache_bytes
     assert estimate(model, both, 1000).activation_bytes == plain.activation_bytes

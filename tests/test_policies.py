@@ -19,8 +19,12 @@ from kvselect import (
     TokenSelect,
     policy_from_dict,
 )
+from kvselect.decode import decode_step
+from kvselect.eval.request import has_budget, policy_names
 from kvselect.policies import POLICIES
+from kvselect.policies.budgets import MIN_BUDGET
 from kvselect.queries import Queries
+from kvselect.rope import Rope
 
 EXAMPLES: list[Policy] = [
     Dense(),
@@ -112,3 +116,40 @@ def test_import_leaves_transformers_alone() -> None:
 
     code = "import sys, kvselect; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- budgets
+
+SIZED = [POLICIES[method] for name, method in policy_names().items() if has_budget(name)]
+
+
+def test_all_methods_that_leave_tokens_out_have_a_budget() -> None:
+    assert {method.__name__ for method in POLICIES.values()} - {m.__name__ for m in SIZED} == {
+        "Dense"
+    }
+    with pytest.raises(ValueError, match="budget: got 512, allowed: None: Dense has none"):
+        Dense.at_budget(512)
+
+
+@pytest.mark.parametrize("method", SIZED)
+@pytest.mark.parametrize("budget", [MIN_BUDGET, 512, 2000])
+def test_a_step_attends_to_its_budget(method: type[Policy], budget: int) -> None:
+    """Right after its selection; methods that count in blocks may leave out part of one."""
+    policy = method.at_budget(budget)
+    generator = torch.Generator().manual_seed(budget)
+    cache = KVCache(1, 2, 64, sketch=policy.required_sketch)
+    k, v = torch.randn(2, 1, 3000, 2, 64, generator=generator)
+    cache.append(k, v)
+    state = policy.new_state(cache)
+    q = torch.randn(1, 1, 4, 64, generator=generator)
+    rope = Rope.from_frequencies(torch.logspace(0, -3, 32), 4096)
+    decode_step(q, cache, policy, state, q_unrotated=q, rope=rope)
+    lists = 2.0  # KV heads
+    assert 0.85 * budget - 32 <= float(state.decode.tokens_attended) / lists <= budget
+
+
+@pytest.mark.parametrize("budget", [MIN_BUDGET - 1, 0, -5])
+@pytest.mark.parametrize("method", SIZED)
+def test_budgets_that_hold_nothing_are_refused(method: type[Policy], budget: int) -> None:
+    with pytest.raises(ValueError, match=f"budget: got {budget}, allowed: an int >= {MIN_BUDGET}"):
+        method.at_budget(budget)

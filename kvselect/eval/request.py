@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from kvselect.checks import require
 from kvselect.eval.results import Length
 from kvselect.policies.base import POLICIES, Policy, policy_from_dict
+from kvselect.policies.budgets import MIN_BUDGET, share_out
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
@@ -125,13 +126,20 @@ def parse_policies(texts: list[str], budgets: Sequence[int] | None = None) -> di
     policies: dict[str, Policy] = {}
     for text in [policy for entry in texts for policy in split_policies(entry)]:
         named = {text.replace(":", " ").replace(",", " "): parse_policy(text)}
-        if budgets is not None and text in ("token_select", "streaming_llm"):
-            named = {f"{text} {budget}": of_budget(text, budget) for budget in budgets}
+        if budgets is not None and has_budget(text):
+            method = POLICIES[policy_names()[text]]
+            named = {f"{text} {budget}": method.at_budget(budget) for budget in budgets}
         for label, policy in named.items():
             require(policy not in policies.values(), "policies", f"{text} twice", "each once")
             policies[label] = policy
     require(bool(policies), "policies", "none", "at least one")
     return policies
+
+
+def has_budget(name: str) -> bool:
+    """Whether a name as `policy_names` has it is a method that ``--budget`` sizes."""
+    method = POLICIES.get(policy_names().get(name, ""))
+    return method is not None and "at_budget" in vars(method)
 
 
 DEFAULT_BUDGET = 3712  # of TokenSelect() itself
@@ -147,39 +155,8 @@ def parse_budgets(text: str) -> list[int]:
     """
     lengths = parse_lengths(text, 1)
     for length in lengths:
-        allowed = f"an int >= {MIN_BUDGET}, tokens per decode step"
-        require(length.tokens >= MIN_BUDGET, "budget", length.tokens, allowed)
+        share_out(length.tokens)
     return [length.tokens for length in lengths]
-
-
-MIN_BUDGET = 144  # the sketch needs 128 recent tokens
-
-
-def of_budget(
-    name: str, budget: int, positions: Literal["original", "compact"] = "original"
-) -> Policy:
-    """A policy whose decode steps attend to `budget` tokens: sinks, recent ones, and what is left
-    for scores.
-
-    A 29th of the budget are sinks (at most 128), a quarter recent (128 to 512 tokens), as in the
-    defaults of TokenSelect at 3712.
-    """
-    sinks = min(128, budget // 29)
-    if name == "streaming_llm":
-        return StreamingLLM(
-            num_sink_tokens=sinks, num_recent_tokens=budget - sinks, q_block_size=64
-        )
-    recent = min(512, max(128, budget // 4))
-    return TokenSelect(
-        topk=int((budget - sinks - recent) / 1.5),
-        num_sink_tokens=sinks,
-        num_recent_tokens=recent,
-        q_block_size=64,
-        sketch="int4",
-        overselect=1.5,
-        positions=positions,
-        dense_below_tokens=0,
-    )
 
 
 def default_policies(window_tokens: int, budgets: Sequence[int] | None = None) -> dict[str, Policy]:
@@ -191,9 +168,10 @@ def default_policies(window_tokens: int, budgets: Sequence[int] | None = None) -
         budgets = [max(MIN_BUDGET, min(DEFAULT_BUDGET, window_tokens * 4 // 9))]
     policies: dict[str, Policy] = {"dense": Dense()}
     for budget in budgets:
-        policies[f"streaming_llm {budget}"] = of_budget("streaming_llm", budget)
-        policies[f"token_select {budget}"] = of_budget("token_select", budget)
-        compact = of_budget("token_select", budget, "compact")
+        selecting = TokenSelect.at_budget(budget)
+        policies[f"streaming_llm {budget}"] = StreamingLLM.at_budget(budget)
+        policies[f"token_select {budget}"] = selecting
+        compact = dataclasses.replace(selecting, positions="compact")
         policies[f"token_select {budget} compact"] = compact
     return policies
 

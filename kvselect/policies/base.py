@@ -166,6 +166,21 @@ class Policy:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
 
+    @classmethod
+    def at_budget(cls, budget: int) -> Policy:
+        """Settings whose decode steps attend to ``budget`` tokens, sinks and recent ones included.
+
+        What `kvselect eval --budget` and the curves of benches compare methods by; rounded down
+        where a method counts in blocks. A method that can be compared so overrides it.
+
+        Raises
+        ------
+        ValueError
+            If the method has no budget, or not so small a one.
+        """
+        require(False, "budget", budget, f"None: {cls.__name__} has none")
+        raise AssertionError
+
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:

@@ -21,6 +21,7 @@ from kvselect.policies.base import (
     selection_of,
     visible_tokens,
 )
+from kvselect.policies.budgets import share_out
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection, list_width, select_blocks
@@ -81,6 +82,11 @@ class StreamingLLM(Policy):
         require_choice(self.positions, "positions", ("compact", "original"))
         require_int(self.chunk_size, "chunk_size", 1)
         require_int(self.q_block_size, "q_block_size", 1)
+
+    @classmethod
+    def at_budget(cls, budget: int) -> StreamingLLM:
+        sinks = share_out(budget).num_sink_tokens
+        return cls(num_sink_tokens=sinks, num_recent_tokens=budget - sinks, q_block_size=64)
 
     @property
     def reads_unlisted(self) -> None:

@@ -32,6 +32,7 @@ from kvselect.policies.base import (
     selection_of,
     visible_tokens,
 )
+from kvselect.policies.budgets import share_out
 from kvselect.policies.mass_floor import trim_to_mass
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.scoring_vectors import (
@@ -293,6 +294,17 @@ class TokenSelect(Policy):
             "similarity": "flat",
         }
         return cls(**(published | settings))
+
+    @classmethod
+    def at_budget(cls, budget: int) -> TokenSelect:
+        sinks, recent, picked = share_out(budget)
+        return cls(
+            topk=int(picked / 1.5),
+            num_sink_tokens=sinks,
+            num_recent_tokens=recent,
+            q_block_size=64,
+            dense_below_tokens=0,
+        )
 
     @property
     def required_sketch(self) -> str | None:
