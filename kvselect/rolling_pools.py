@@ -120,6 +120,11 @@ class RollingPools:
         """int32 [batch, num_lists]; 1: the list scans everything."""
         return None if self._state is None else self._state.stopped
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pools."""
+        return 0 if self._state is None else self._state.pool.nbytes
+
     def clear(self) -> None:
         """Forget everything: the next step of every list scans everything."""
         self._state, self._version, self.all_stopped = None, None, False

@@ -137,6 +137,12 @@ class SelectionCache:
         self.lists = lists
         self._version = (cache.serial, cache.version)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of lists and anchors; single numbers per list are not counted."""
+        kept = [] if self.lists is None else [self.lists.indices]
+        return sum(part.nbytes for part in (self.anchor_query, *kept) if part is not None)
+
     def clear(self) -> None:
         """Forget everything: the next step misses."""
         self.lists = self.anchor_query = self._version = None

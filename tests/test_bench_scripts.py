@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pretend_gpu
@@ -16,7 +16,7 @@ import torch
 from bench_sizes import SHAPE, SIZES
 
 from kvselect import TokenSelect, crossovers, ops
-from kvselect.bench import decode, prefill
+from kvselect.bench import decode, policies, prefill
 from kvselect.bench.contenders import DisagreementError
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
 from kvselect.bench.results import load, save
@@ -173,6 +173,49 @@ def test_tier(tmp_path: Path) -> None:
 
 
 # ---- the selection cache
+
+
+def test_policies(tmp_path: Path) -> None:
+    small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM")
+    rows = quick("policies", tmp_path, *small)
+    layer = [row for row in rows if row["part"] == "layer"]
+    assert [row["policy"] for row in layer] == [
+        *("Dense", "TokenSelect 512", "TokenSelect 1024"),
+        *("StreamingLLM 512", "StreamingLLM 1024"),
+    ]
+    dense, few, more, window, _ = layer
+    assert dense["kept_mass"] == 1.0 and dense["output_error"] < 1e-4
+    assert window["kept_mass"] < few["kept_mass"] < more["kept_mass"] < 1.0
+    assert dense["output_error"] < more["output_error"] < window["output_error"]
+    assert few["attended_tokens"] <= 512 and few["bytes_ratio"] < more["bytes_ratio"] < 1.0
+    assert few["memory_bytes"] > dense["memory_bytes"]  # the sketch
+    asked = {row["policy"]: row for row in rows if row["part"] == "embedded model"}
+    assert set(asked) == {
+        *("Dense", "TokenSelect 228", "TokenSelect 228 compact"),
+        *("StreamingLLM 228", "StreamingLLM 228 compact"),
+    }
+    assert asked["Dense"]["score"] > 0.9 > asked["StreamingLLM 228"]["score"]
+    assert (tmp_path / "policies.png").stat().st_size > 10_000
+
+
+def test_methods_without_a_budget_are_refused() -> None:
+    message = "policies: got 'Dense', allowed: StreamingLLM"
+    with pytest.raises(ValueError, match=message):
+        policies.budgeted(["Dense"], [512])
+    with pytest.raises(ValueError, match="budget: got 3, allowed: an int >= 144"):
+        policies.budgeted(None, [3])
+
+
+def test_the_quickest_policy_of_a_mass() -> None:
+    found = {"tokens": 9, "kept_mass": 0.5, "decode_ms": 1.0}
+    rows: Any = [
+        SimpleNamespace(**found | {"policy": "a"}),
+        SimpleNamespace(**found | {"policy": "b", "kept_mass": 0.9, "decode_ms": 2.0}),
+        SimpleNamespace(**found | {"policy": "c", "kept_mass": None, "decode_ms": 0.1}),
+        SimpleNamespace(**found | {"policy": "Dense", "kept_mass": 1.0, "decode_ms": 5.0}),
+    ]
+    wins = policies.fastest(rows, [0.1, 0.6, 0.95])
+    assert wins == [(9, 0.1, "a"), (9, 0.6, "b"), (9, 0.95, "Dense")]
 
 
 def test_selection_cache(tmp_path: Path) -> None:

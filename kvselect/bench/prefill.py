@@ -70,6 +70,7 @@ __all__ = [
     "PrefillRequest",
     "PrefillRow",
     "check",
+    "chunk_queries",
     "run",
     "show",
 ]
@@ -148,7 +149,7 @@ class _Bench:
         parts = list(layer.tokens(chunk))
         self.new_k, self.new_v = (torch.cat(part, dim=1) for part in zip(*parts))
         self.cache.append(self.new_k, self.new_v)
-        self.q, self.q_unrotated = _queries(layer, self.cache, chunk)
+        self.q, self.q_unrotated = chunk_queries(layer, self.cache, chunk)
         pairs = shape.head_dim // 2
         inv_freq = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
         self.rope = Rope.from_frequencies(inv_freq, tokens, device=self.cache.device)
@@ -428,7 +429,7 @@ class _Bench:
         return sum(masses) / len(masses), attended, error
 
 
-def _queries(layer: StructuredLayer, cache: KVCache, count: int) -> tuple[Tensor, Tensor]:
+def chunk_queries(layer: StructuredLayer, cache: KVCache, count: int) -> tuple[Tensor, Tensor]:
     """A chunk of drifting queries at the end of ``cache``, rotated and before RoPE."""
     q = layer.draw_query()
     layer.query(q, cache)  # fixes the scale of every head

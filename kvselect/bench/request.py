@@ -95,10 +95,13 @@ def add_sizes(
     tokens: str | None,
     threads: str = "1",
     rounds: int | None = 7,
-    topk: int = 2048,
+    topk: int | None = 2048,
     heads: tuple[int, int, int] = (32, 8, 128),
 ) -> None:
-    """The options that every bench has; None as a default is settled by the caller."""
+    """The options that every bench has; None as a default is settled by the caller.
+
+    Benches that set budgets otherwise have no ``topk`` (None).
+    """
     q_heads, kv_heads, head_dim = heads
     parser.add_argument(
         "--tokens", default=tokens, help="context lengths with commas: 8k, 131072, 1m"
@@ -107,7 +110,8 @@ def add_sizes(
     parser.add_argument("--kv-heads", type=int, default=kv_heads)
     parser.add_argument("--head-dim", type=int, default=head_dim)
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES))
-    parser.add_argument("--topk", type=int, default=topk, help="tokens kept by score")
+    if topk is not None:
+        parser.add_argument("--topk", type=int, default=topk, help="tokens kept by score")
     parser.add_argument(
         "--threads",
         default=threads,

@@ -75,6 +75,12 @@ class PolicyState:
     def statistics(self, phase: Phase) -> PhaseStatistics:
         return self.prefill if phase == "prefill" else self.decode
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is remembered in tensors, statistics and counts aside."""
+        parts = (getattr(self, name.name) for name in dataclasses.fields(self))
+        return sum(part.nbytes for part in parts if hasattr(part, "nbytes"))
+
     def follow(self, policy: Policy, cache: KVCache) -> None:
         """Serve ``policy`` from now on: what was remembered under other settings is void.
 
