@@ -22,7 +22,7 @@ from kvselect.eval.models.retrieval import train
 from kvselect.eval.results import Cell, Length
 from kvselect.eval.tasks import TASKS, dialect, dialect_sample
 from kvselect.eval.trained_keys import capture, rank
-from kvselect.policies import token_select
+from kvselect.policies import soft_vote
 from kvselect.policies.base import Policy
 from kvselect.policies.scoring_vectors import BlockVectors
 from kvselect.policies.token_select import TokenSelect
@@ -248,7 +248,7 @@ def small_budget(
 ) -> Cell:
     with monkeypatch.context() as patched:
         if raw:
-            patched.setattr(token_select, "score_blocks", raw_logits)
+            patched.setattr(soft_vote, "score_blocks", raw_logits)
         return run({"policy": policy}, "vt", WINDOW, 120)["policy"]
 
 

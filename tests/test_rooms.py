@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,49 @@ def test_frameworks_stay_at_the_edge(framework: str, rooms: set[str]) -> None:
         if framework in {name.split(".")[0] for name in imported_modules(path)}
     }
     assert users <= rooms
+
+
+# Lines of code of a file that registers a policy: those with a token of their own. Imports,
+# docstrings and comments aside: a settings table that says what each setting means is long.
+POLICY_LINES = 150
+POLICY_FILES = [
+    path
+    for path in sorted((PACKAGE / "policies").glob("*.py"))
+    if "@register_policy" in path.read_text(encoding="utf-8")
+]
+
+
+def code_lines(path: Path) -> int:
+    """Lines with a token that is no comment, outside of imports and docstrings."""
+    text = path.read_text(encoding="utf-8")
+    aside: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.Import | ast.ImportFrom) or is_text:
+            aside |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in blank and token.type != tokenize.ENDMARKER:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - aside)
+
+
+@pytest.mark.parametrize("path", POLICY_FILES, ids=lambda path: str(path.stem))
+def test_a_policy_is_short_and_owns_no_kernel(path: Path) -> None:
+    assert code_lines(path) <= POLICY_LINES
+    text = path.read_text(encoding="utf-8")
+    assert "torch.ops" not in text and "import triton" not in text
+    assert "kvselect.ops" not in imported_modules(path)
+    assert sum(text.count(mark) for mark in ("@register_policy", "@triton")) == 1
+
+
+def test_every_policy_is_looked_at() -> None:
+    from kvselect.policies import POLICIES
+
+    assert {f"kvselect.policies.{path.stem}" for path in POLICY_FILES} == {
+        policy.__module__ for policy in POLICIES.values()
+    }
 
 
 def includes(path: Path) -> list[str]:
