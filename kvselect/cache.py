@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +31,29 @@ from kvselect.storage import (
     zeros_in_huge_pages,
 )
 
-__all__ = ["KVCache"]
+__all__ = ["CacheChange", "KVCache"]
 
 
 _SERIALS = count()
+_CHANGES_KEPT = 16
+
+
+class CacheChange(NamedTuple):
+    """A change after which what was remembered of the tokens is still true of some of them.
+
+    Attributes
+    ----------
+    version : int
+        The cache's, from then on.
+    rows : Tensor, [new_batch], int64, or None
+        Rows became ``rows[...]``; None: they stayed.
+    num_real_tokens : tuple of int
+        Of each row afterwards, without its left padding: its first ones are as they were.
+    """
+
+    version: int
+    rows: Tensor | None
+    num_real_tokens: tuple[int, ...]
 
 
 class KVCache:
@@ -123,6 +143,7 @@ class KVCache:
         # The tensor that set_starts got and its version then: the same again need not be read.
         self._given_starts: tuple[Tensor, int] | None = None
         self._version = self._num_appended = 0
+        self._changes: deque[CacheChange] = deque(maxlen=_CHANGES_KEPT)
         self._serial = next(_SERIALS)
         shape: tuple[int, ...] = (batch, self._num_kv_heads)
         self._num_nonfinite = torch.zeros(shape, dtype=torch.int64, device=self._device)
@@ -297,6 +318,11 @@ class KVCache:
         """
         return self._version
 
+    def changes_since(self, version: int) -> list[CacheChange] | None:
+        """What led from an older version to this one; None: nothing older is worth keeping."""
+        found = [change for change in self._changes if change.version > version]
+        return found if len(found) == self._version - version else None
+
     @property
     def serial(self) -> int:
         """Which cache of this process it is; a copy has the number of its original."""
@@ -417,6 +443,7 @@ class KVCache:
         self._cache_seqlens = self._cache_seqlens - num_tokens
         self._storage.release(self._lengths)
         self._changed()
+        self._changes.append(CacheChange(self._version, None, self._num_real_tokens))
 
     def reorder(self, index: Sequence[int] | Tensor) -> None:
         """Make the rows ``rows[index]``: beams, dropped or repeated requests; batch may change.
@@ -445,6 +472,7 @@ class KVCache:
         self._cache_seqlens, self._num_nonfinite = cache_seqlens, num_nonfinite
         self._set_lengths(lengths, [self._host_starts[row] for row in rows])
         self._changed()
+        self._changes.append(CacheChange(self._version, picked, self._num_real_tokens))
 
     def reset(self) -> None:
         """Forget every token; the room stays."""

@@ -15,6 +15,7 @@ from kvselect import (
     KVCache,
     Policy,
     PolicyState,
+    Quest,
     StreamingLLM,
     TokenSelect,
     policy_from_dict,
@@ -28,6 +29,8 @@ from kvselect.rope import Rope
 
 EXAMPLES: list[Policy] = [
     Dense(),
+    Quest(),
+    Quest(token_budget=512, page_size=32, dense_layers=()),
     StreamingLLM(),
     StreamingLLM(num_sink_tokens=0, num_recent_tokens=7, positions="original"),
     TokenSelect(),
@@ -51,7 +54,7 @@ def test_what_is_left_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        ({}, ValueError, "policy: got None, allowed: 'Dense' or 'StreamingLLM' or 'TokenSelect'"),
+        ({}, ValueError, "policy: got None, allowed: 'Dense' or .*'Quest' or .*'TokenSelect'"),
         ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: 'Dense' or"),
         ({"policy": 3}, ValueError, "policy: got 3"),
         ({"policy": "Dense", "topk": 3}, ValueError, r"settings of Dense: got \['topk'\]"),

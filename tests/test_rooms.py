@@ -25,7 +25,10 @@ FLOORS = (
     {
         "arguments",
         "attention",
+        "block_lists",
+        "block_scores",
         "block_sparse",
+        "block_statistics",
         "fixed_cache",
         "queries",
         "rolling_pools",

@@ -2,6 +2,7 @@
 
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.dense import Dense
+from kvselect.policies.quest import Quest
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
 
@@ -10,6 +11,7 @@ __all__ = [
     "Dense",
     "Policy",
     "PolicyState",
+    "Quest",
     "StreamingLLM",
     "TokenSelect",
     "policy_from_dict",

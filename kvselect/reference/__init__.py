@@ -7,6 +7,14 @@ take any cache that has the attributes of `CacheLike`: a KVCache, or a PlainCach
 """
 
 from kvselect.reference.attention import merge_splits, recovered_mass, sparse_attention
+from kvselect.reference.block_scores import (
+    block_lse,
+    blocks_of_row,
+    finite_keys,
+    moment_lse,
+    page_bound,
+    quest_pages,
+)
 from kvselect.reference.block_sparse import block_mass, block_sparse_attention
 from kvselect.reference.cache import (
     BLOCK_TOKENS,
@@ -40,13 +48,19 @@ __all__ = [
     "StepInfo",
     "SweepState",
     "SweptLists",
+    "block_lse",
     "block_mass",
     "block_sparse_attention",
+    "blocks_of_row",
     "decode_block",
     "decode_step",
     "encode_block",
+    "finite_keys",
     "kv_append",
     "merge_splits",
+    "moment_lse",
+    "page_bound",
+    "quest_pages",
     "recovered_mass",
     "rolling_sweep",
     "rotate",

@@ -1,0 +1,154 @@
+"""From scores of blocks to lists of tokens: whole blocks, sinks and a window, ascending."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvselect.block_statistics import BlockStatistics
+from kvselect.cache import KVCache
+from kvselect.queries import Queries
+from kvselect.query_blocks import block_range
+from kvselect.selection import Selection, list_width, select_blocks
+
+__all__ = ["BlockChoice", "QueryWindows", "choose_blocks", "query_windows"]
+
+
+class QueryWindows(NamedTuple):
+    """Of each (row, query block), counted from the row's first real token; int32 [batch, n].
+
+    The window is every block with a token in it; candidates are the blocks before it, all of whose
+    tokens lie before the queries.
+    """
+
+    first_block: Tensor  # of the window
+    begin: Tensor  # the queries are [begin, end)
+    end: Tensor
+    most_blocks: int  # that a window has
+
+
+class BlockChoice(NamedTuple):
+    """What was chosen, as tokens and as blocks."""
+
+    selection: Selection
+    picked: Tensor  # [batch, n, num_lists, width] int32: sinks and candidates, ascending, -1 pads
+
+
+def query_windows(
+    queries: Queries, cache: KVCache, block_size: int, num_recent_tokens: int
+) -> QueryWindows:
+    """Windows of the last ``num_recent_tokens`` before each query block, in whole blocks.
+
+    A decode step's own token is one of them; a prefill block's queries come on top.
+    """
+    step = queries.phase == "decode"
+    at = block_range(
+        queries.cache_seqlens,
+        cache.starts,
+        queries.q_block_offsets,
+        queries.seqlen_q,
+        "decode" if step else "block_start",
+        0,
+        num_recent_tokens,
+    )
+    longest = num_recent_tokens
+    if not step:
+        longest += max(b - a for a, b in zip(queries.offsets, queries.offsets[1:]))
+    most = (longest + block_size - 2) // block_size + 1
+    first_block = (at.window_start - at.start) // block_size
+    return QueryWindows(first_block, at.begin - at.start, at.end - at.start, most)
+
+
+def choose_blocks(
+    votes: Tensor,
+    windows: QueryWindows,
+    statistics: BlockStatistics,
+    queries: Queries,
+    cache: KVCache,
+    *,
+    topk_blocks: int,
+    num_sink_tokens: int = 0,
+) -> BlockChoice:
+    """Sinks, the best blocks and the window of every query block, as lists of tokens.
+
+    Parameters
+    ----------
+    votes : Tensor, [batch, num_query_blocks, num_lists, num_blocks], float32
+        ``num_lists`` 1: all heads share a list. A block whose vote is not finite is not picked;
+        votes of sinks and of the window do not matter.
+    topk_blocks : int
+        Picked by (vote descending, position ascending).
+    num_sink_tokens : int
+        Blocks with one of them are always kept.
+
+    Returns
+    -------
+    BlockChoice
+        Tokens whose key is not finite are not listed (with one list for all heads: the key of any
+        head).
+    """
+    size, device = statistics.block_size, votes.device
+    batch, num_query_blocks, num_lists, num_blocks = votes.shape
+    num_sinks = -(-num_sink_tokens // size)
+    votes = votes.flatten(0, 1).unsqueeze(1)
+    if num_sinks:
+        votes = votes.clone()
+        votes[..., :num_sinks] = 0.0
+    first = windows.first_block.flatten().contiguous()
+    most = min(num_sinks + topk_blocks, num_blocks)
+    picked = select_blocks(
+        votes.contiguous(),
+        cache_seqlens=first,
+        starts=None,
+        q_block_offsets=None,
+        seqlen_q=1,
+        window_rule="decode",
+        num_sink_tokens=num_sinks,
+        num_recent_tokens=0,
+        keep=topk_blocks,
+        width=list_width(most),
+    ).indices[:, 0, :, :most]
+
+    end = windows.end.flatten()[:, None, None]
+    window = first[:, None] + torch.arange(windows.most_blocks, dtype=torch.int32, device=device)
+    window = window.masked_fill(window * size >= end[:, 0], -1)[:, None].expand(-1, num_lists, -1)
+    blocks = torch.cat([picked, window], 2)
+    place = blocks[..., None] * size + torch.arange(size, dtype=torch.int32, device=device)
+    listed = (blocks >= 0)[..., None] & (place < end[..., None])
+    listed &= _finite(statistics, blocks, num_query_blocks)
+    start = 0 if cache.starts is None else cache.starts.repeat_interleave(num_query_blocks)
+    if isinstance(start, Tensor):
+        place = place + start[:, None, None, None]
+    indices, count = _packed(place.flatten(2), listed.flatten(2), queries.max_seqlen)
+
+    heads = cache.num_kv_heads
+    shape = (batch, num_query_blocks, heads)
+    indices = indices.expand(-1, heads, -1).view(*shape, -1)
+    count = count.expand(-1, heads).view(shape)
+    if queries.q_block_offsets is None:
+        indices, count = indices.squeeze(1), count.squeeze(1)
+    selection = Selection(indices, count, queries.q_block_offsets)
+    return BlockChoice(selection, picked.view(batch, num_query_blocks, num_lists, -1))
+
+
+def _finite(statistics: BlockStatistics, blocks: Tensor, num_query_blocks: int) -> Tensor:
+    """Which tokens of ``blocks`` [batch * n, num_lists, width] may be listed."""
+    finite = statistics.finite
+    num_lists, heads = blocks.shape[1], finite.shape[1]
+    if num_lists != heads:
+        finite = finite.all(1, keepdim=True)
+    blocks = blocks.clamp(min=0, max=finite.shape[2] - 1).long()
+    blocks = torch.unflatten(blocks, 0, (-1, num_query_blocks)).transpose(1, 2).flatten(2)
+    found = finite.gather(2, blocks[..., None].expand(-1, -1, -1, finite.shape[3]))
+    return torch.unflatten(found, 2, (num_query_blocks, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _packed(tokens: Tensor, listed: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """The listed ones of ascending tokens [rows, num_lists, n], and how many there are."""
+    width = list_width(min(tokens.shape[2], max_seqlen))
+    target = (listed.cumsum(2) - 1).where(listed, width)
+    room = tokens.new_full((*tokens.shape[:2], width + 1), -1)  # what is not listed goes to the end
+    indices = room.scatter_(2, target, tokens.where(listed, -1))[..., :width].contiguous()
+    return indices, listed.sum(2, dtype=torch.int32)

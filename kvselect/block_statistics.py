@@ -1,0 +1,265 @@
+"""BlockStatistics: what stands for the keys of each block of tokens, brought up to date by appends.
+
+Blocks hold ``block_size`` tokens and are counted from a row's first real token.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_int
+from kvselect.fixed_cache import FixedKVCache
+from kvselect.storage import grown
+
+__all__ = ["KINDS", "BlockStatistics"]
+
+KINDS = ("min_max", "moments", "mean_value")
+_TOKENS_AT_ONCE = 8192  # of a row whose keys are gathered: bounds what a long prompt takes
+
+
+class BlockStatistics:
+    """Statistics of the blocks of one layer, per row and KV head; rows follow those of a cache.
+
+    Only finite keys count. A block that changed is computed anew, never widened, so that what is
+    cropped leaves no trace; `received` alone sums what cannot be computed again.
+
+    Parameters
+    ----------
+    block_size : int
+        [tokens]
+    kinds : tuple of str, of `KINDS`
+        "min_max": the largest and the smallest key, channel by channel, in the cache's dtype.
+        "moments": mean and variance of the keys, float32. "mean_value": mean value, float32.
+    received : bool
+        Keep a number per token, which the owner adds to.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a size or kind is not one of these.
+
+    Notes
+    -----
+    Nothing is read back from the device. An append of one token reads one block per row; a crop or
+    a new order of rows costs no more than the blocks that it opens, unless more than a few of them
+    come between two steps, or rows start elsewhere: everything is computed anew then.
+    """
+
+    def __init__(
+        self, block_size: int, kinds: tuple[str, ...] = (), *, received: bool = False
+    ) -> None:
+        require_int(block_size, "block_size", 1)
+        for kind in kinds:
+            require(kind in KINDS, "kinds", kind, " or ".join(map(repr, KINDS)))
+        self._block_size = block_size
+        self._kinds = kinds
+        self._keeps_received = received
+        self._tables: dict[str, Tensor] = {}
+        self._cache: ref[KVCache] | None = None
+        self._seen: tuple[int, int, tuple[int, ...]] | None = None  # serial, version, tokens
+
+    @property
+    def block_size(self) -> int:
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks per row that there is room for."""
+        return self._tables["finite"].shape[2]
+
+    @property
+    def min_max(self) -> Tensor:
+        """Maxima, then minima, [batch, num_kv_heads, num_blocks, 2 * head_dim].
+
+        NaN where a block has no finite key; as in the others, anything beyond the end of a row.
+        """
+        return self._tables["min_max"]
+
+    @property
+    def moments(self) -> Tensor:
+        """Means, then variances (divided by the count), [..., num_blocks, 2 * head_dim] float32."""
+        return self._tables["moments"]
+
+    @property
+    def mean_value(self) -> Tensor:
+        """Of the tokens with finite keys, [..., num_blocks, head_dim] float32."""
+        return self._tables["mean_value"]
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether a token is there and its key finite, bool [..., num_blocks, block_size]."""
+        return self._tables["finite"]
+
+    @property
+    def received(self) -> Tensor:
+        """What the owner added up, [..., num_blocks, block_size] float32; 0 for new tokens."""
+        return self._tables["received"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, with room not yet used."""
+        return sum(table.nbytes for table in self._tables.values())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that steps write to in place: for ``mark_static_address``."""
+        return list(self._tables.values())
+
+    def prepare(self, cache: FixedKVCache) -> None:
+        """Make all room at once, before steps are captured."""
+        self._cache = ref(cache)
+        cache.followers.add(self)
+        self._make_room(cache, -(-cache.capacity // self._block_size))
+
+    def clear(self) -> None:
+        """Compute everything anew, in place: the tokens of a FixedKVCache changed."""
+        cache = None if self._cache is None else self._cache()
+        if cache is None or not self._tables:
+            return
+        if self._keeps_received:
+            self.received.zero_()
+        self._compute(cache, self.num_blocks)
+
+    def follow(self, cache: KVCache) -> None:
+        """Bring the blocks up to date with everything that the cache holds.
+
+        A cache whose lengths the host does not know has got one more token in each row.
+        """
+        if cache.lengths_are_bounds:
+            self._compute(cache, 1)
+            return
+        size, seen = self._block_size, self._replayed(cache)
+        real = cache.num_real_tokens
+        self._seen = cache.serial, cache.version, real
+        if isinstance(cache, FixedKVCache):
+            self.prepare(cache)
+        self._make_room(cache, max((-(-tokens // size) for tokens in real), default=0))
+        touched = [
+            -(-tokens // size) - before // size if tokens > before else 0
+            for tokens, before in zip(real, seen)
+        ]
+        num_blocks = max(touched, default=0)
+        with cache.whole_rows() if num_blocks > 1 else nullcontext():
+            self._compute(cache, num_blocks)
+
+    def _replayed(self, cache: KVCache) -> tuple[int, ...]:
+        """Real tokens of each row that are known, after what happened to the cache."""
+        nothing = (0,) * cache.batch
+        if self._seen is None or self._seen[0] != cache.serial:
+            self._tables = {}
+            return nothing
+        _, version, seen = self._seen
+        changes = cache.changes_since(version)
+        if changes is None:
+            if self._keeps_received:
+                self.received.zero_()
+            if cache.batch != self.finite.shape[0]:
+                self._tables = {}
+            return nothing
+        for change in changes:
+            if change.rows is not None:
+                rows = change.rows
+                with torch.inference_mode(False):
+                    self._tables = {
+                        name: table.index_select(0, rows.clone())
+                        for name, table in self._tables.items()
+                    }
+                seen = tuple(seen[row] for row in rows.tolist())
+            if self._keeps_received:
+                self._forget_received(change.num_real_tokens)
+            seen = tuple(map(self._still_true, seen, change.num_real_tokens))
+        return seen
+
+    def _still_true(self, known: int, left: int) -> int:
+        """Tokens whose blocks stay as they are when a row is cropped to ``left`` of them."""
+        return known if known <= left else left // self._block_size * self._block_size
+
+    def _forget_received(self, num_tokens: tuple[int, ...]) -> None:
+        """Of tokens at or behind ``num_tokens``, one number per row."""
+        flat = self.received.flatten(2)
+        kept = torch.tensor(num_tokens, device=flat.device)[:, None, None]
+        flat.masked_fill_(torch.arange(flat.shape[2], device=flat.device) >= kept, 0.0)
+
+    def _make_room(self, cache: KVCache, num_blocks: int) -> None:
+        room = self.num_blocks if self._tables else 0
+        if room >= num_blocks and self._tables:
+            return
+        # No eighth more for a cache of fixed room: it asks for everything at once.
+        more = num_blocks if isinstance(cache, FixedKVCache) else num_blocks + num_blocks // 8 + 1
+        shape = (cache.batch, cache.num_kv_heads, room)
+        widths = {
+            "min_max": (2 * cache.head_dim, cache.dtype),
+            "moments": (2 * cache.head_dim, torch.float32),
+            "mean_value": (cache.head_dim, torch.float32),
+            "finite": (self._block_size, torch.bool),
+            "received": (self._block_size, torch.float32),
+        }
+        names = [*self._kinds, "finite", *(["received"] if self._keeps_received else [])]
+        with torch.inference_mode(False):  # written to in place by steps of any grad mode
+            for name in names:
+                width, dtype = widths[name]
+                table = self._tables.get(name)
+                if table is None:
+                    table = torch.zeros((*shape, width), dtype=dtype, device=cache.device)
+                self._tables[name] = grown(table, 2, more)
+
+    def _compute(self, cache: KVCache, num_blocks: int) -> None:
+        """The last ``num_blocks`` blocks of each row; of shorter rows, all."""
+        if num_blocks == 0 or cache.max_seqlen == 0:
+            return
+        size, device = self._block_size, cache.device
+        start = 0 if cache.starts is None else cache.starts[:, None, None]
+        real = (cache.cache_seqlens[:, None, None] - start).clamp(min=0)
+        first = ((real + size - 1) // size - num_blocks).clamp(min=0)
+        at_once = max(_TOKENS_AT_ONCE // size, 1)
+        for begin in range(0, num_blocks, at_once):
+            count = min(at_once, num_blocks - begin)
+            block = first + torch.arange(begin, begin + count, device=device)[:, None]
+            place = block * size + torch.arange(size, device=device)
+            self._store(cache, block[..., 0].long(), (place + start).long(), place < real)
+
+    def _store(self, cache: KVCache, block: Tensor, position: Tensor, there: Tensor) -> None:
+        """Statistics of blocks [batch, n] whose tokens are at ``position`` [batch, n, size]."""
+        k = stored(cache.scored_k_pages, cache.block_table, position, there)
+        finite = there[:, None] & k.isfinite().all(-1)
+        count = finite.sum(-1, keepdim=True)
+        index = block[:, None, :, None]
+
+        def write(name: str, values: Tensor) -> None:
+            table = self._tables[name]
+            table.scatter_(2, index.expand(-1, table.shape[1], -1, table.shape[3]), values)
+
+        write("finite", finite)
+        gone, none = ~finite[..., None], count == 0
+        if "min_max" in self._kinds:
+            high = k.masked_fill(gone, -torch.inf).amax(3)
+            low = k.masked_fill(gone, torch.inf).amin(3)
+            write("min_max", torch.cat([high, low], -1).masked_fill(none, torch.nan))
+        if "moments" in self._kinds:
+            keys = k.float().masked_fill(gone, 0.0)
+            mean = keys.sum(3) / count
+            spread = (keys - mean[..., None, :]).masked_fill(gone, 0.0)
+            write("moments", torch.cat([mean, spread.square().sum(3) / count], -1))
+        if "mean_value" in self._kinds:
+            v = stored(cache.v_pages, cache.block_table, position, there).float()
+            write("mean_value", v.masked_fill(gone, 0.0).sum(3) / count)
+
+
+def stored(pages: Tensor, block_table: Tensor | None, position: Tensor, there: Tensor) -> Tensor:
+    """Keys or values at ``position`` [batch, n, size], as [batch, num_kv_heads, n, size, head_dim].
+
+    Anything, without looking, where ``there`` (of the same shape) is False.
+    """
+    row = torch.arange(position.shape[0], device=position.device)[:, None, None]
+    position = position.where(there, 0)
+    page_size = pages.shape[1]
+    if block_table is None:
+        found = pages[row, position]
+    else:
+        page = block_table[row, position // page_size].clamp(min=0).long()
+        found = pages[page, position % page_size]
+    return found.permute(0, 3, 1, 2, 4)
