@@ -16,6 +16,7 @@ from kvselect.ops import (
 )
 from kvselect.policies import (
     Dense,
+    Landmark,
     Policy,
     PolicyState,
     Quest,
@@ -37,6 +38,7 @@ __all__ = [
     "DecodeInfo",
     "Dense",
     "KVCache",
+    "Landmark",
     "Policy",
     "PolicyState",
     "Quest",

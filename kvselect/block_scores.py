@@ -9,7 +9,7 @@ from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.checks import HEAD_DIMS
 from kvselect.sketch import op_format
 
-__all__ = ["block_logits", "signed_parts", "soft_votes"]
+__all__ = ["attend_blocks", "block_logits", "moment_logits", "signed_parts", "soft_votes"]
 
 
 def signed_parts(q: Tensor) -> Tensor:
@@ -36,6 +36,55 @@ def block_logits(q: Tensor, table: Tensor, scale: float, softcap: float = 0.0) -
     rows = grouped.flatten(2, 3).float() @ table.float().mT
     logits = torch.unflatten(rows * scale, 2, grouped.shape[2:4])
     return softcap * (logits / softcap).tanh() if softcap else logits
+
+
+def moment_logits(
+    q: Tensor, moments: Tensor, count: Tensor, order: int, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Estimates of ``log sum_j exp(scale * q . k_j)`` over each block, from moments of its keys.
+
+    ``scale * q . mean + log count``, with order 2 ``+ scale^2 / 2 * sum_d q_d^2 * variance_d``: the
+    first terms of the cumulants of the logits, had they independent channels.
+
+    Parameters
+    ----------
+    q : Tensor, [batch, n, num_q_heads, head_dim]
+    moments, count : Tensor, [batch, num_kv_heads, num_blocks, 2 * head_dim or 1], float32
+        As `BlockStatistics` has them.
+
+    Returns
+    -------
+    Tensor, [batch, num_kv_heads, n, group_size, num_blocks], float32; NaN where nothing counts
+    """
+    q = q.float()
+    if order == 1:
+        moments = moments[..., : q.shape[3]]
+    else:
+        q = torch.cat([q, 0.5 * scale * q.square()], -1)
+    return block_logits(q, moments, scale, softcap) + count.squeeze(-1).log()[:, :, None, None]
+
+
+def attend_blocks(logits: Tensor, values: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to one pseudo-token per block.
+
+    Parameters
+    ----------
+    logits : Tensor, [batch, num_kv_heads, n, group_size, num_blocks], float32
+    values : Tensor, [batch, num_kv_heads, num_blocks, head_dim], float32
+    attended : Tensor, bool, that broadcasts to ``logits``
+
+    Returns
+    -------
+    out : Tensor, [batch, n, num_q_heads, head_dim], float32; 0 where nothing is attended to
+    lse : Tensor, [batch, n, num_q_heads], float32; -inf there
+    """
+    attended = attended & ~logits.isnan()
+    logits = logits.masked_fill(~attended, -torch.inf)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+    out = weights.flatten(2, 3) @ values.nan_to_num(0.0)
+    out = torch.unflatten(out, 2, weights.shape[2:4]).transpose(1, 2).flatten(2, 3)
+    return out, lse.transpose(1, 2).flatten(2)
 
 
 def soft_votes(

@@ -15,6 +15,7 @@ from kvselect.cache import KVCache
 from kvselect.checks import require, require_int
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.storage import grown
+from kvselect.tiered_cache import TieredKVCache
 
 __all__ = ["KINDS", "BlockStatistics"]
 
@@ -96,6 +97,11 @@ class BlockStatistics:
         return self._tables["finite"]
 
     @property
+    def num_finite(self) -> Tensor:
+        """Tokens that count, float32 [..., num_blocks, 1]."""
+        return self._tables["num_finite"]
+
+    @property
     def received(self) -> Tensor:
         """What the owner added up, [..., num_blocks, block_size] float32; 0 for new tokens."""
         return self._tables["received"]
@@ -143,7 +149,9 @@ class BlockStatistics:
             for tokens, before in zip(real, seen)
         ]
         num_blocks = max(touched, default=0)
-        with cache.whole_rows() if num_blocks > 1 else nullcontext():
+        # An append of several tokens has brought whole rows to the device, for the attention after.
+        absent = isinstance(cache, TieredKVCache) and not cache.has_whole_rows
+        with cache.whole_rows() if num_blocks > 1 and absent else nullcontext():
             self._compute(cache, num_blocks)
 
     def _replayed(self, cache: KVCache) -> tuple[int, ...]:
@@ -196,9 +204,15 @@ class BlockStatistics:
             "moments": (2 * cache.head_dim, torch.float32),
             "mean_value": (cache.head_dim, torch.float32),
             "finite": (self._block_size, torch.bool),
+            "num_finite": (1, torch.float32),
             "received": (self._block_size, torch.float32),
         }
-        names = [*self._kinds, "finite", *(["received"] if self._keeps_received else [])]
+        names = [
+            *self._kinds,
+            "finite",
+            "num_finite",
+            *(["received"] if self._keeps_received else []),
+        ]
         with torch.inference_mode(False):  # written to in place by steps of any grad mode
             for name in names:
                 width, dtype = widths[name]
@@ -234,6 +248,7 @@ class BlockStatistics:
             table.scatter_(2, index.expand(-1, table.shape[1], -1, table.shape[3]), values)
 
         write("finite", finite)
+        write("num_finite", count.float())
         gone, none = ~finite[..., None], count == 0
         if "min_max" in self._kinds:
             high = k.masked_fill(gone, -torch.inf).amax(3)

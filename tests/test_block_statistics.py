@@ -34,6 +34,7 @@ def check(statistics: BlockStatistics, cache: KVCache) -> None:
                 listed = statistics.finite[row, head, number]
                 assert listed[: len(block)].tolist() == finite.tolist()
                 assert not listed[len(block) :].any()
+                assert statistics.num_finite[row, head, number, 0] == finite.sum()
                 values = cache.v[row, list(block), head].double()[finite]
                 keys = keys[finite]
                 found = [x[row, head, number] for x in (statistics.min_max, statistics.moments)]
@@ -217,4 +218,4 @@ def test_it_says_how_much_it_holds() -> None:
     statistics.follow(cache)
     rows = statistics.num_blocks
     assert 100 <= rows <= 114
-    assert statistics.nbytes == HEADS * rows * (2 * DIM * 4 + 16)
+    assert statistics.nbytes == HEADS * rows * (2 * DIM * 4 + 16 + 4)

@@ -13,6 +13,7 @@ import kvselect
 from kvselect import (
     Dense,
     KVCache,
+    Landmark,
     Policy,
     PolicyState,
     Quest,
@@ -29,6 +30,8 @@ from kvselect.rope import Rope
 
 EXAMPLES: list[Policy] = [
     Dense(),
+    Landmark(),
+    Landmark(order=1, scope="layer", attention="residual", dense_layers=(1,)),
     Quest(),
     Quest(token_budget=512, page_size=32, dense_layers=()),
     StreamingLLM(),

@@ -2,6 +2,7 @@
 
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.dense import Dense
+from kvselect.policies.landmark import Landmark
 from kvselect.policies.quest import Quest
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
@@ -9,6 +10,7 @@ from kvselect.policies.token_select import TokenSelect
 __all__ = [
     "POLICIES",
     "Dense",
+    "Landmark",
     "Policy",
     "PolicyState",
     "Quest",

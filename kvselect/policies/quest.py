@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
-
-from torch import Tensor
 
 from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_scores import signed_parts, soft_votes
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
 from kvselect.checks import require_int, require_type
-from kvselect.crossovers import Crossover
-from kvselect.fixed_cache import FixedKVCache
-from kvselect.policies.base import (
-    Policy,
-    PolicyState,
-    longest_block,
-    register_policy,
-    visible_tokens,
-)
+from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
+from kvselect.policies.block_policy import BlockPolicy, BlockState
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
@@ -31,16 +21,9 @@ __all__ = ["Quest"]
 MIN_PAGES = 3
 
 
-@dataclass(slots=True, eq=False)
-class QuestState(PolicyState):
-    """`PolicyState` and the largest and smallest key of each page."""
-
-    pages: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
-
-
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quest(Policy):
+class Quest(BlockPolicy):
     """The pages that may hold the largest logits, and the last one; decode only.
 
     ``bound[h, P] = softmax_scale * sum_d max(q[h, d] * low[P, d], q[h, d] * high[P, d])``, which no
@@ -97,30 +80,15 @@ class Quest(Policy):
     def reads_unlisted(self) -> str | None:
         return "its pages are brought up to date from keys that may lie outside of the window"
 
-    def new_state(
-        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
-    ) -> QuestState:
-        pages = BlockStatistics(self.page_size, ("min_max",))
-        return QuestState(self, crossovers=crossovers, pages=pages)
-
-    def prepare_capture(
-        self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
-    ) -> list[Tensor]:
-        assert isinstance(state, QuestState)
-        known = state.pages.tensors()
-        state.pages.prepare(cache)
-        return state.pages.tensors() if not known else []
-
-    def update(self, state: PolicyState, cache: KVCache) -> None:
-        assert isinstance(state, QuestState)
-        state.pages.follow(cache)
+    def new_statistics(self) -> BlockStatistics:
+        return BlockStatistics(self.page_size, ("min_max",))
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
         return phase == "prefill" or end <= self.capacity
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """The best pages and the last one; None where that is all."""
-        assert isinstance(state, QuestState)
+        assert isinstance(state, BlockState)
         visible, statistics = visible_tokens(queries, cache), state.statistics(queries.phase)
         if self.is_dense(queries.phase, *longest_block(queries, cache), queries.rope):
             statistics.record_dense(visible)
@@ -128,7 +96,7 @@ class Quest(Policy):
         windows = query_windows(queries, cache, self.page_size, 1)
         votes = soft_votes(
             signed_parts(queries.q),
-            state.pages.min_max,
+            state.blocks.min_max,
             windows.first_block,
             -(-queries.max_seqlen // self.page_size),
             scale=queries.softmax_scale,
@@ -136,7 +104,7 @@ class Quest(Policy):
             sink_logits=queries.sink_logits,
         )
         chosen = choose_blocks(
-            votes, windows, state.pages, queries, cache, topk_blocks=self.num_pages - 1
+            votes, windows, state.blocks, queries, cache, topk_blocks=self.num_pages - 1
         )
         statistics.record_selection(chosen.selection, visible, scored=False)
         return chosen.selection

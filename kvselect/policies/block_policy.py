@@ -1,0 +1,115 @@
+"""What policies that pick whole blocks share: statistics that follow the cache, sinks, a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from kvselect.block_statistics import BlockStatistics
+from kvselect.cache import KVCache
+from kvselect.checks import require_int, require_type
+from kvselect.crossovers import Crossover
+from kvselect.fixed_cache import FixedKVCache
+from kvselect.policies.base import Policy, PolicyState, require_listed_reads
+from kvselect.queries import Phase
+from kvselect.rope import Rope
+
+__all__ = ["BlockPolicy", "BlockState", "WindowedBlocks"]
+
+
+@dataclass(slots=True, eq=False)
+class BlockState(PolicyState):
+    """`PolicyState` and what stands for the keys of each block."""
+
+    blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPolicy(Policy):
+    """A policy that says which statistics it wants of its blocks."""
+
+    def new_statistics(self) -> BlockStatistics:
+        """Statistics of no tokens."""
+        raise NotImplementedError
+
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> BlockState:
+        if cache.keep is not None:
+            require_listed_reads(self)
+        return BlockState(self, crossovers=crossovers, blocks=self.new_statistics())
+
+    def prepare_capture(
+        self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
+    ) -> list[Tensor]:
+        assert isinstance(state, BlockState)
+        known = state.blocks.tensors()
+        state.blocks.prepare(cache)
+        return [] if known else state.blocks.tensors()
+
+    def update(self, state: PolicyState, cache: KVCache) -> None:
+        assert isinstance(state, BlockState)
+        state.blocks.follow(cache)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowedBlocks(BlockPolicy):
+    """Sinks, the ``topk_blocks`` best blocks, and a window, all in whole blocks."""
+
+    # Every method declares fields of these names.
+    @property
+    def topk_blocks(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def block_size(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_sink_tokens(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_recent_tokens(self) -> int:
+        raise NotImplementedError
+
+    def require_counts(self) -> None:
+        """TypeError, ValueError unless the counts of tokens, blocks and layers are some."""
+        for name in ("topk_blocks", "block_size", "num_recent_tokens", "chunk_size"):
+            require_int(getattr(self, name), name, 1)
+        require_int(self.q_block_size, "q_block_size", 1)
+        require_int(self.num_sink_tokens, "num_sink_tokens", 0)
+        require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
+        for layer in self.dense_layers:
+            require_int(layer, "dense_layers", 0, "layer indices >= 0")
+
+    @property
+    def num_sink_blocks(self) -> int:
+        """Blocks with a sink in them."""
+        return -(-self.num_sink_tokens // self.block_size)
+
+    @property
+    def capacity(self) -> int:
+        """Sinks, picked blocks, and the window of a query block, in whole blocks."""
+        longest = self.num_recent_tokens + self.q_block_size
+        window = (longest + self.block_size - 2) // self.block_size + 1
+        return (self.num_sink_blocks + self.topk_blocks + window) * self.block_size
+
+    @property
+    def reads_unlisted(self) -> str | None:
+        if self.num_recent_tokens < self.block_size:
+            return "num_recent_tokens < block_size: the last block outgrows the window"
+        return None
+
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> BlockState:
+        cache.require_window(self.num_sink_tokens, self.num_recent_tokens)
+        return super(WindowedBlocks, self).new_state(cache, crossovers)
+
+    def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
+        before_window = (end if phase == "decode" else begin) - self.num_recent_tokens
+        candidates = max(before_window, 0) // self.block_size
+        return candidates <= self.num_sink_blocks + self.topk_blocks
