@@ -16,6 +16,7 @@ from kvselect.ops import (
 )
 from kvselect.policies import (
     Dense,
+    InfLLM,
     Landmark,
     Policy,
     PolicyState,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DecodeInfo",
     "Dense",
+    "InfLLM",
     "KVCache",
     "Landmark",
     "Policy",

@@ -13,7 +13,14 @@ from kvselect.queries import Queries
 from kvselect.query_blocks import block_range
 from kvselect.selection import Selection, list_width, select_blocks
 
-__all__ = ["BlockChoice", "QueryWindows", "choose_blocks", "query_windows"]
+__all__ = [
+    "BlockChoice",
+    "QueryWindows",
+    "choose_blocks",
+    "first_blocks",
+    "query_windows",
+    "split_lists",
+]
 
 
 class QueryWindows(NamedTuple):
@@ -59,6 +66,18 @@ def query_windows(
     most = (longest + block_size - 2) // block_size + 1
     first_block = (at.window_start - at.start) // block_size
     return QueryWindows(first_block, at.begin - at.start, at.end - at.start, most)
+
+
+def first_blocks(
+    queries: Queries, cache: KVCache, part: int, block_size: int, num_recent_tokens: int
+) -> tuple[int, ...] | None:
+    """`QueryWindows.first_block` of one query block for every row; None: the host does not know."""
+    if cache.lengths_are_bounds:
+        return None
+    step = queries.phase == "decode"
+    ahead = queries.seqlen_q - queries.offsets[part + 1 if step else part]
+    anchors = (real - queries.num_later_tokens - ahead for real in cache.num_real_tokens)
+    return tuple(max(anchor - num_recent_tokens, 0) // block_size for anchor in anchors)
 
 
 def choose_blocks(
@@ -131,6 +150,30 @@ def choose_blocks(
         indices, count = indices.squeeze(1), count.squeeze(1)
     selection = Selection(indices, count, queries.q_block_offsets)
     return BlockChoice(selection, picked.view(batch, num_query_blocks, num_lists, -1))
+
+
+def split_lists(
+    selection: Selection, windows: QueryWindows, cache: KVCache, block_size: int
+) -> tuple[Selection, Selection]:
+    """The tokens of each list that lie before its window, and those in it."""
+    indices, count = selection.with_blocks()
+    begin = windows.first_block * block_size
+    if cache.starts is not None:
+        begin = begin + cache.starts[:, None]
+    far = ((indices >= 0) & (indices < begin[..., None, None])).sum(3, dtype=torch.int32)
+    place = torch.arange(indices.shape[3], dtype=torch.int32, device=indices.device)
+    before = indices.masked_fill(place >= far[..., None], -1)
+    width = list_width(min(indices.shape[3], windows.most_blocks * block_size))
+    near = count - far
+    place = place[:width].expand(*indices.shape[:3], -1)
+    behind = indices.gather(3, (place + far[..., None]).clamp(max=indices.shape[3] - 1).long())
+    behind = behind.masked_fill(place >= near[..., None], -1)
+    parts = []
+    for entries, length in ((before, far), (behind, near)):
+        if selection.q_block_offsets is None:
+            entries, length = entries.squeeze(1), length.squeeze(1)
+        parts.append(Selection(entries.contiguous(), length, selection.q_block_offsets))
+    return parts[0], parts[1]
 
 
 def _finite(statistics: BlockStatistics, blocks: Tensor, num_query_blocks: int) -> Tensor:

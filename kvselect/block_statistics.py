@@ -6,6 +6,7 @@ Blocks hold ``block_size`` tokens and are counted from a row's first real token.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from weakref import ref
 
 import torch
@@ -36,8 +37,9 @@ class BlockStatistics:
     kinds : tuple of str, of `KINDS`
         "min_max": the largest and the smallest key, channel by channel, in the cache's dtype.
         "moments": mean and variance of the keys, float32. "mean_value": mean value, float32.
-    received : bool
-        Keep a number per token, which the owner adds to.
+    representatives : int
+        Keys of a block that stand for it when `represent` is told to: those that received most, of
+        a number per token which the owner adds to. 0: none.
 
     Raises
     ------
@@ -52,17 +54,19 @@ class BlockStatistics:
     """
 
     def __init__(
-        self, block_size: int, kinds: tuple[str, ...] = (), *, received: bool = False
+        self, block_size: int, kinds: tuple[str, ...] = (), *, representatives: int = 0
     ) -> None:
         require_int(block_size, "block_size", 1)
         for kind in kinds:
             require(kind in KINDS, "kinds", kind, " or ".join(map(repr, KINDS)))
         self._block_size = block_size
         self._kinds = kinds
-        self._keeps_received = received
+        require_int(representatives, "representatives", 0)
+        self._num_representatives = representatives
         self._tables: dict[str, Tensor] = {}
         self._cache: ref[KVCache] | None = None
         self._seen: tuple[int, int, tuple[int, ...]] | None = None  # serial, version, tokens
+        self._represented: tuple[int, ...] = ()  # blocks of each row, the first ones
 
     @property
     def block_size(self) -> int:
@@ -107,6 +111,11 @@ class BlockStatistics:
         return self._tables["received"]
 
     @property
+    def representatives(self) -> Tensor:
+        """Mean of the keys that stand for a block, [..., num_blocks, head_dim] float32."""
+        return self._tables["representatives"]
+
+    @property
     def nbytes(self) -> int:
         """Bytes held, with room not yet used."""
         return sum(table.nbytes for table in self._tables.values())
@@ -126,9 +135,13 @@ class BlockStatistics:
         cache = None if self._cache is None else self._cache()
         if cache is None or not self._tables:
             return
-        if self._keeps_received:
+        if self._num_representatives:
             self.received.zero_()
         self._compute(cache, self.num_blocks)
+        # What received nothing stands by all of its keys.
+        if self._num_representatives:
+            end = torch.full_like(cache.cache_seqlens, self.num_blocks)
+            self.represent(cache, end, None, self.num_blocks)
 
     def follow(self, cache: KVCache) -> None:
         """Bring the blocks up to date with everything that the cache holds.
@@ -154,16 +167,65 @@ class BlockStatistics:
         with cache.whole_rows() if num_blocks > 1 and absent else nullcontext():
             self._compute(cache, num_blocks)
 
+    def represent(
+        self, cache: KVCache, end: Tensor, ends: tuple[int, ...] | None, most: int
+    ) -> None:
+        """Find the representatives of the blocks before ``end`` that have none yet.
+
+        The keys that received most (the first of equals); a block none of whose tokens received
+        anything stands by all of its keys.
+
+        Parameters
+        ----------
+        end : Tensor, [batch], int32
+            Blocks; what their tokens received is final.
+        ends : tuple of int, [batch], or None
+            The same, where the host knows it; None: ``most`` blocks of each row may be new.
+        """
+        if ends is None:
+            num_blocks = min(most, self.num_blocks)
+        else:
+            known = self._represented or (0,) * len(ends)
+            num_blocks = max((b - a for a, b in zip(known, ends)), default=0)
+            self._represented = ends  # a crop may have moved the window back
+        size, device = self._block_size, cache.device
+        at_once = max(_TOKENS_AT_ONCE // size, 1)
+        for begin in range(0, num_blocks, at_once):
+            count = torch.arange(begin, min(begin + at_once, num_blocks), device=device)
+            block = (end[:, None] - num_blocks).clamp(min=0).long() + count
+            place = block[..., None] * size + torch.arange(size, device=device)
+            finite, received = (
+                table.gather(2, block[:, None, :, None].expand(-1, table.shape[1], -1, size))
+                for table in (self.finite, self.received)
+            )
+            if cache.starts is not None:
+                place = place + cache.starts[:, None, None]
+            there = finite.any(1)
+            k = stored(cache.scored_k_pages, cache.block_table, place, there).float()
+            ranked = received.masked_fill(~finite, -1.0).sort(dim=-1, descending=True, stable=True)
+            first = ranked.indices[..., : self._num_representatives]
+            best = torch.zeros_like(finite).scatter_(3, first, True)
+            best = (best | (received.sum(-1, keepdim=True) <= 0)) & finite
+            total = k.masked_fill(~best[..., None], 0.0).sum(3)
+            self._write("representatives", block, total / best.sum(-1, keepdim=True))
+
+    def _write(self, name: str, block: Tensor, values: Tensor) -> None:
+        """Values [batch, num_kv_heads, n, width] of blocks [batch, n]."""
+        table = self._tables[name]
+        index = block[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3])
+        table.scatter_(2, index, values)
+
     def _replayed(self, cache: KVCache) -> tuple[int, ...]:
         """Real tokens of each row that are known, after what happened to the cache."""
         nothing = (0,) * cache.batch
         if self._seen is None or self._seen[0] != cache.serial:
-            self._tables = {}
+            self._tables, self._represented = {}, ()
             return nothing
         _, version, seen = self._seen
         changes = cache.changes_since(version)
         if changes is None:
-            if self._keeps_received:
+            self._represented = ()
+            if self._num_representatives:
                 self.received.zero_()
             if cache.batch != self.finite.shape[0]:
                 self._tables = {}
@@ -176,10 +238,16 @@ class BlockStatistics:
                         name: table.index_select(0, rows.clone())
                         for name, table in self._tables.items()
                     }
-                seen = tuple(seen[row] for row in rows.tolist())
-            if self._keeps_received:
+                order = rows.tolist()
+                seen = tuple(seen[row] for row in order)
+                if self._represented:
+                    self._represented = tuple(self._represented[row] for row in order)
+            if self._num_representatives:
                 self._forget_received(change.num_real_tokens)
-            seen = tuple(map(self._still_true, seen, change.num_real_tokens))
+            left = change.num_real_tokens
+            seen = tuple(map(self._still_true, seen, left))
+            ends = (tokens // self._block_size for tokens in left)
+            self._represented = tuple(map(min, self._represented, ends))
         return seen
 
     def _still_true(self, known: int, left: int) -> int:
@@ -206,13 +274,11 @@ class BlockStatistics:
             "finite": (self._block_size, torch.bool),
             "num_finite": (1, torch.float32),
             "received": (self._block_size, torch.float32),
+            "representatives": (cache.head_dim, torch.float32),
         }
-        names = [
-            *self._kinds,
-            "finite",
-            "num_finite",
-            *(["received"] if self._keeps_received else []),
-        ]
+        names = [*self._kinds, "finite", "num_finite"]
+        if self._num_representatives:
+            names += ["received", "representatives"]
         with torch.inference_mode(False):  # written to in place by steps of any grad mode
             for name in names:
                 width, dtype = widths[name]
@@ -241,27 +307,22 @@ class BlockStatistics:
         k = stored(cache.scored_k_pages, cache.block_table, position, there)
         finite = there[:, None] & k.isfinite().all(-1)
         count = finite.sum(-1, keepdim=True)
-        index = block[:, None, :, None]
-
-        def write(name: str, values: Tensor) -> None:
-            table = self._tables[name]
-            table.scatter_(2, index.expand(-1, table.shape[1], -1, table.shape[3]), values)
-
-        write("finite", finite)
-        write("num_finite", count.float())
+        write = partial(self._write, block=block)
+        write("finite", values=finite)
+        write("num_finite", values=count.float())
         gone, none = ~finite[..., None], count == 0
         if "min_max" in self._kinds:
             high = k.masked_fill(gone, -torch.inf).amax(3)
             low = k.masked_fill(gone, torch.inf).amin(3)
-            write("min_max", torch.cat([high, low], -1).masked_fill(none, torch.nan))
+            write("min_max", values=torch.cat([high, low], -1).masked_fill(none, torch.nan))
         if "moments" in self._kinds:
             keys = k.float().masked_fill(gone, 0.0)
             mean = keys.sum(3) / count
             spread = (keys - mean[..., None, :]).masked_fill(gone, 0.0)
-            write("moments", torch.cat([mean, spread.square().sum(3) / count], -1))
+            write("moments", values=torch.cat([mean, spread.square().sum(3) / count], -1))
         if "mean_value" in self._kinds:
             v = stored(cache.v_pages, cache.block_table, position, there).float()
-            write("mean_value", v.masked_fill(gone, 0.0).sum(3) / count)
+            write("mean_value", values=v.masked_fill(gone, 0.0).sum(3) / count)
 
 
 def stored(pages: Tensor, block_table: Tensor | None, position: Tensor, there: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -215,13 +215,13 @@ def explain(
         for number in range(num_steps):
             with _ListWatch() as watch:
                 logits = model(ids[:, -1:], past_key_values=cache).logits
-            allowed = f"one for each of the {len(selecting)} layers that select"
-            require(
-                len(watch.found) == len(selecting), "attention calls", len(watch.found), allowed
-            )
+            calls = len(watch.found) // len(selecting)
+            allowed = f"as many for each of the {len(selecting)} layers that select"
+            whole = calls >= 1 and len(watch.found) == calls * len(selecting)
+            require(whole, "attention calls", len(watch.found), allowed)
             layers = tuple(
-                LayerChoice(index, dense, heads)
-                for index, (dense, heads) in zip(selecting, watch.found)
+                _layer_choice(index, watch.found[place * calls : (place + 1) * calls])
+                for place, index in enumerate(selecting)
             )
             likeliest = int(logits[0, -1].argmax())
             steps.append(StepChoice(len(read) - 1, read[-1], likeliest, layers))
@@ -237,23 +237,53 @@ def explain(
     )
 
 
+class _HeadLogits(NamedTuple):
+    """What one attention call read for a KV head, before the softmax."""
+
+    positions: Tensor  # [num_listed], ascending
+    logits: Tensor  # [group_size, num_listed] float64
+    sinks: Tensor | None  # [group_size] float64: one more logit each
+
+
+class _Call(NamedTuple):
+    """One attention call of one query."""
+
+    dense: bool
+    heads: list[_HeadLogits]
+
+
+def _layer_choice(layer: int, calls: list[_Call]) -> LayerChoice:
+    """What a layer attended to by one call, or by several over parts of its list."""
+    heads = []
+    for parts in zip(*(call.heads for call in calls)):
+        positions, order = torch.cat([part.positions for part in parts]).sort()
+        logits = torch.cat([part.logits for part in parts], -1)[:, order]
+        lse = logits.logsumexp(-1)
+        for part in parts:
+            if part.sinks is not None:
+                lse = lse.logaddexp(part.sinks)
+        mass = (logits - lse[:, None]).exp().mean(0)
+        heads.append(HeadChoice(positions.cpu(), mass.cpu()))
+    return LayerChoice(layer, all(call.dense for call in calls), tuple(heads))
+
+
 class _ListWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While entered: what every call of `sparse_attention` of one query attends to."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[tuple[bool, tuple[HeadChoice, ...]]] = []
+        self.found: list[_Call] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.kvselect.sparse_attention.default:
             named = {x.name: value for x, value in zip(func._schema.arguments, args)}
-            self.found.append((named["indices"] is None, _choices(named)))
+            self.found.append(_Call(named["indices"] is None, _choices(named)))
         return func(*args, **(kwargs or {}))
 
 
-def _choices(call: dict[str, Any]) -> tuple[HeadChoice, ...]:
+def _choices(call: dict[str, Any]) -> list[_HeadLogits]:
     """What each KV head of a call of one query attends to."""
     q, keys = call["q"], call["k_cache"]
     num_kv_heads = keys.shape[2]
@@ -281,13 +311,11 @@ def _choices(call: dict[str, Any]) -> tuple[HeadChoice, ...]:
         logits = call["softmax_scale"] * (own @ k.mT)
         if softcap := call.get("softcap", 0.0):
             logits = softcap * (logits / softcap).tanh()
-        lse = logits.logsumexp(-1)
+        sinks = None
         if call.get("sink_logits") is not None:
-            sinks = call["sink_logits"][head * group_size : (head + 1) * group_size]
-            lse = lse.logaddexp(sinks.double())
-        mass = (logits - lse[:, None]).exp().mean(0)
-        found.append(HeadChoice(positions.cpu(), mass.cpu()))
-    return tuple(found)
+            sinks = call["sink_logits"][head * group_size : (head + 1) * group_size].double()
+        found.append(_HeadLogits(positions, logits, sinks))
+    return found
 
 
 def _stored_keys(call: dict[str, Any], positions: Tensor, head: int) -> Tensor:

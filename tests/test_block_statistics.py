@@ -117,7 +117,7 @@ def test_a_crop_and_a_new_order_read_only_what_they_open(monkeypatch: Any) -> No
 
 
 def test_received_follows_rows_and_forgets_what_is_cropped() -> None:
-    cache, statistics = KVCache(2, HEADS, DIM, sketch=None), BlockStatistics(16, received=True)
+    cache, statistics = KVCache(2, HEADS, DIM, sketch=None), BlockStatistics(16, representatives=2)
     cache.append(*tokens(2, 40))
     statistics.follow(cache)
     assert not statistics.received.any()

@@ -30,6 +30,7 @@ FLOORS = (
         "block_sparse",
         "block_statistics",
         "fixed_cache",
+        "local_mass",
         "queries",
         "rolling_pools",
         "score",

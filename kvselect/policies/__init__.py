@@ -2,6 +2,7 @@
 
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.dense import Dense
+from kvselect.policies.infllm import InfLLM
 from kvselect.policies.landmark import Landmark
 from kvselect.policies.quest import Quest
 from kvselect.policies.streaming_llm import StreamingLLM
@@ -10,6 +11,7 @@ from kvselect.policies.token_select import TokenSelect
 __all__ = [
     "POLICIES",
     "Dense",
+    "InfLLM",
     "Landmark",
     "Policy",
     "PolicyState",

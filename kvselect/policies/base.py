@@ -120,8 +120,23 @@ class Policy:
 
     # A method that has one of these settings declares a field of its name.
     @property
-    def positions(self) -> Literal["original", "compact"]:
+    def positions(self) -> Literal["original", "compact", "clamp"]:
         return "original"
+
+    @property
+    def caches_unrotated(self) -> bool:
+        """Whether keys are cached before RoPE, and rotated where they are read."""
+        return self.positions != "original"
+
+    @property
+    def num_positions(self) -> int:
+        """Most positions that a call uses where keys are cached before RoPE."""
+        return self.capacity
+
+    @property
+    def num_margin_tokens(self) -> int:
+        """Tokens before the window whose keys decode steps read as well."""
+        return 0
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -222,7 +237,7 @@ class Policy:
         self, queries: Queries, cache: KVCache, selection: Selection | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over what was selected: ``(out, lse)`` as `sparse_attention` gives them."""
-        rope = queries.rope if self.positions == "compact" else None
+        rope = queries.rope if self.caches_unrotated else None
         return attend_queries(queries, cache, selection, rope)
 
     def audit(

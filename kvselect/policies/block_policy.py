@@ -106,7 +106,8 @@ class WindowedBlocks(BlockPolicy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> BlockState:
-        cache.require_window(self.num_sink_tokens, self.num_recent_tokens)
+        num_recent_tokens = self.num_recent_tokens + self.num_margin_tokens
+        cache.require_window(self.num_sink_tokens, num_recent_tokens)
         return super(WindowedBlocks, self).new_state(cache, crossovers)
 
     def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:

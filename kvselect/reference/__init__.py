@@ -11,9 +11,11 @@ from kvselect.reference.block_scores import (
     block_lse,
     blocks_of_row,
     finite_keys,
+    local_mass,
     moment_lse,
     page_bound,
     quest_pages,
+    representative,
 )
 from kvselect.reference.block_sparse import block_mass, block_sparse_attention
 from kvselect.reference.cache import (
@@ -57,11 +59,13 @@ __all__ = [
     "encode_block",
     "finite_keys",
     "kv_append",
+    "local_mass",
     "merge_splits",
     "moment_lse",
     "page_bound",
     "quest_pages",
     "recovered_mass",
+    "representative",
     "rolling_sweep",
     "rotate",
     "score_query_blocks",

@@ -80,3 +80,47 @@ def quest_pages(
     known = [page for page, vote in enumerate(votes) if math.isfinite(vote)]
     best = sorted(known, key=lambda page: (-votes[page], page))[: num_pages - 1]
     return [*sorted(best), len(pages) - 1]
+
+
+def local_mass(
+    logits: Tensor, first_query: int, first_key: int, finite: Tensor | None = None
+) -> Tensor:
+    """Attention that each key gets from queries which see it and those before it in a window.
+
+    Parameters
+    ----------
+    logits : Tensor, [num_heads, num_queries, num_keys]
+        Of queries at positions ``first_query ..`` and keys at ``first_key ..``.
+    finite : Tensor, [num_keys], bool, or None
+        Keys that count; None: all.
+
+    Returns
+    -------
+    Tensor, [num_keys], float64
+    """
+    heads, num_queries, num_keys = logits.shape
+    total = torch.zeros(num_keys, dtype=torch.float64)
+    for head in range(heads):
+        for query in range(num_queries):
+            seen = [
+                key
+                for key in range(num_keys)
+                if first_key + key <= first_query + query and (finite is None or finite[key])
+            ]
+            if seen:
+                total[seen] += logits[head, query, seen].double().softmax(0)
+    return total
+
+
+def representative(keys: Tensor, received: Tensor, count: int) -> Tensor:
+    """Mean of the ``count`` keys that received most, the first of equals; of all, if none did.
+
+    Parameters
+    ----------
+    keys : Tensor, [n, head_dim]
+    received : Tensor, [n]
+    """
+    if not received.any():
+        return keys.double().mean(0)
+    order = sorted(range(len(keys)), key=lambda key: (-float(received[key]), key))
+    return keys[order[:count]].double().mean(0)

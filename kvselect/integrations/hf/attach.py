@@ -223,11 +223,12 @@ def attach(
     )
     require_masks_left_alone(model, modules)
     length = trained_length(config)
-    if policy.positions == "compact":
+    if policy.caches_unrotated:
         allowed = (
-            f"at most {length}, the trained length of {type(model).__name__} (positions='compact')"
+            f"at most {length}, the trained length of {type(model).__name__} "
+            f"(positions={policy.positions!r})"
         )
-        require(policy.capacity <= length, "policy.capacity", policy.capacity, allowed)
+        require(policy.num_positions <= length, "policy.capacity", policy.num_positions, allowed)
 
     plan = StackPlan(weakref.ref(stack), policy, length, implementation_keys(model, config))
     plan.layers = [plan_layer(module, config, plan) for module in modules]
@@ -336,7 +337,7 @@ def _decide(
     for layer in plan.layers:
         if layer.selects and layer.index in problems:
             layer.reason = problems[layer.index].text
-    if plan.policy.positions == "compact":
+    if plan.policy.caches_unrotated:
         _settle_shared_keys(plan)
     selecting = [layer for layer in plan.layers if layer.selects]
     read = {layer.index: layer.source for layer in plan.layers}

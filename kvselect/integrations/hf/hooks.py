@@ -84,8 +84,12 @@ def _num_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
 
 def _require_one_axis(plan: StackPlan, position_ids: Tensor | None) -> None:
     """Compact positions count tokens one after another; those of images differ by axis (M-RoPE)."""
-    compact = plan.policy.positions == "compact"
-    if not compact or position_ids is None or position_ids.ndim < 3 or position_ids.shape[-1] == 1:
+    if (
+        not plan.policy.caches_unrotated
+        or position_ids is None
+        or position_ids.ndim < 3
+        or position_ids.shape[-1] == 1
+    ):
         return
     axes = position_ids[-3:]  # a first row of text positions may come before the three axes
     allowed = "the same on every axis (positions='compact': text only, no images)"

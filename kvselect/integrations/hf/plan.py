@@ -307,14 +307,12 @@ class LayerPlan:
     def rotates_itself(self) -> bool:
         """Whether keys are cached un-rotated and our kernels rotate them."""
         return (
-            self.reason is None
-            and self.stack.policy.positions == "compact"
-            and self.layout.num_pairs > 0
+            self.reason is None and self.stack.policy.caches_unrotated and self.layout.num_pairs > 0
         )
 
     def use(self, policy: Policy) -> None:
         """Run ``policy`` from the next call on."""
-        if policy.positions == "compact" and self.layout.num_pairs == 0:
+        if policy.caches_unrotated and self.layout.num_pairs == 0:
             policy = dataclasses.replace(policy, positions="original")  # type: ignore[call-arg]
         self.policy = policy
         self.needs_unrotated = (
@@ -364,7 +362,7 @@ def unrotated_phases(policy: Policy) -> frozenset[Phase]:
 
     Prefill averages them over query blocks; in decode the selection cache compares them.
     """
-    if policy.positions != "original":
+    if policy.caches_unrotated:
         return frozenset()
     phases: set[Phase] = set()
     selects = not getattr(policy, "dense_prefill", False)

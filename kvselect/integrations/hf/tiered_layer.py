@@ -80,11 +80,11 @@ def make_tiers(plan: StackPlan, policy: Policy, resident_tokens: int) -> dict[in
     settings: Any = policy
     sizes = (
         settings.num_sink_tokens,
-        settings.num_recent_tokens,
+        settings.num_recent_tokens + policy.num_margin_tokens,
         max(resident_tokens, _longest_list(policy)),
     )
     return {source: Tier(*sizes) for source, select in readers.items() if all(select)}
 
 
 def _longest_list(policy: Policy) -> int:
-    return max(policy.capacity, policy.dense_below_tokens or 0)
+    return max(policy.capacity, policy.dense_below_tokens or 0) + policy.num_margin_tokens

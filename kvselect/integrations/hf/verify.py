@@ -132,8 +132,6 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
         forms["dense"] = {"topk": length, "overselect": 1.0}
     elif "token_budget" in fields:
         forms["dense"] = {"token_budget": length + QUERY_BLOCK}  # whole pages of it
-    elif "topk_blocks" in fields:
-        forms["dense"] = {"topk_blocks": length}
     elif "num_recent_tokens" in fields:
         forms["dense"] = {"num_recent_tokens": length}
     if {"topk", "overselect", "num_sink_tokens", "num_recent_tokens", "q_block_size"} <= fields:
