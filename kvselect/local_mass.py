@@ -45,7 +45,7 @@ def add_local_mass(
     cache: KVCache,
     windows: QueryWindows,
     part: int,
-    rope: Rope | None,
+    rotates: bool,
 ) -> None:
     """Add to ``blocks.received`` what the queries of one query block pay to their window's tokens.
 
@@ -56,15 +56,15 @@ def add_local_mass(
     ----------
     part : int
         Which query block. Its window begins at ``windows.first_block``.
-    rope : Rope or None
-        Given, queries and keys are un-rotated, and turned to their place in the window.
+    rotates : bool
+        Queries and keys are un-rotated: ``queries.rope`` turns them to their place in the window.
 
     Notes
     -----
     Cost: as much as attention to the window without its values; a single query goes through the
     scan of `score_tokens`.
     """
-    size = blocks.block_size
+    size, rope = blocks.block_size, queries.rope if rotates else None
     start = 0 if cache.starts is None else cache.starts
     first = windows.first_block[:, part] * size
     place = first[:, None] + torch.arange(windows.most_blocks * size, device=cache.device)
@@ -139,7 +139,7 @@ def _block_mass(
     rope: Rope | None,
 ) -> Tensor:
     """Of the last queries before ``end``, over window keys [batch, num_kv_heads, n, head_dim]."""
-    batch, length, heads, dim = q.shape
+    batch, length, heads, _ = q.shape
     num_kv_heads, num_keys = k.shape[1], k.shape[2]
     query_place = (end - length)[:, None] + torch.arange(length, device=q.device)
     if rope is not None:

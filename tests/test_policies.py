@@ -12,6 +12,7 @@ import torch
 import kvselect
 from kvselect import (
     Dense,
+    InfLLM,
     KVCache,
     Landmark,
     Policy,
@@ -30,6 +31,8 @@ from kvselect.rope import Rope
 
 EXAMPLES: list[Policy] = [
     Dense(),
+    InfLLM(),
+    InfLLM(topk_blocks=3, positions="compact", scope="kv_head", num_representatives=1),
     Landmark(),
     Landmark(order=1, scope="layer", attention="residual", dense_layers=(1,)),
     Quest(),

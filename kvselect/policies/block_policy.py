@@ -99,7 +99,7 @@ class WindowedBlocks(BlockPolicy):
 
     @property
     def reads_unlisted(self) -> str | None:
-        if self.num_recent_tokens < self.block_size:
+        if self.num_recent_tokens + self.num_margin_tokens < self.block_size:
             return "num_recent_tokens < block_size: the last block outgrows the window"
         return None
 

@@ -38,14 +38,12 @@ class InfLLM(WindowedBlocks):
 
     Parameters
     ----------
-    topk_blocks, block_size, num_sink_tokens, num_recent_tokens : int
-        Blocks picked, tokens of one, tokens kept at either end (up to whole blocks).
-    num_representatives : int
+    topk_blocks, block_size, num_sink_tokens, num_recent_tokens, num_representatives : int
+        Blocks picked, tokens of one, tokens kept at either end (up to whole blocks), keys.
     scope : "layer" or "kv_head", who shares one list
     positions : "clamp", "compact" or "original"
-        "clamp": true distances inside the window, ``num_recent_tokens - 1`` to all before it.
-        "compact": ranks in the list. "original": as the model has them. But for the last, blocks
-        are scored as if all were at the distance of "clamp".
+        "clamp": true distances inside the window, ``num_recent_tokens - 1`` to all before it, at
+        which blocks are scored with "compact" too (ranks in the list).
     chunk_size, q_block_size, dense_layers : as `TokenSelect` has them
 
     Raises
@@ -95,10 +93,6 @@ class InfLLM(WindowedBlocks):
     def num_margin_tokens(self) -> int:
         return 2 * self.block_size  # of a block that has just left the window
 
-    @property
-    def reads_unlisted(self) -> str | None:
-        return None
-
     def new_statistics(self) -> BlockStatistics:
         return BlockStatistics(self.block_size, representatives=self.num_representatives)
 
@@ -131,8 +125,7 @@ class InfLLM(WindowedBlocks):
                 if self.scope == "layer":
                     vote = sum_over_ranks(vote.sum(1, keepdim=True), queries.process_group)
                 votes.append(vote)
-            rope = queries.rope if self.caches_unrotated else None
-            add_local_mass(blocks, queries, cache, windows, part, rope)
+            add_local_mass(blocks, queries, cache, windows, part, self.caches_unrotated)
         if dense:
             statistics.record_dense(visible)
             return None
