@@ -71,7 +71,10 @@ def query_windows(
 def first_blocks(
     queries: Queries, cache: KVCache, part: int, block_size: int, num_recent_tokens: int
 ) -> tuple[int, ...] | None:
-    """`QueryWindows.first_block` of one query block for every row; None: the host does not know."""
+    """`QueryWindows.first_block` of one query block for every row; None: the host does not know.
+
+    ``part`` may be the number of blocks: of the queries that come next.
+    """
     if cache.lengths_are_bounds:
         return None
     step = queries.phase == "decode"

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
-from kvselect.block_lists import QueryWindows
+from kvselect.block_lists import QueryWindows, first_blocks
 from kvselect.block_statistics import BlockStatistics, stored
 from kvselect.cache import KVCache
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.sketch import op_format
 
-__all__ = ["add_local_mass", "mean_query"]
+__all__ = ["add_local_mass", "mean_query", "represent_blocks"]
 
 _LOGITS_AT_ONCE = 1 << 24  # of one product: bounds the memory of a prefill block
 
@@ -37,6 +37,28 @@ def mean_query(queries: Queries, windows: QueryWindows, part: int, distance: int
         return rope.rotate_at(mean, distance)
     middle = (windows.begin[:, part] + windows.end[:, part] - 1) // 2
     return rope.rotate_at(mean, middle.clamp(min=0)[:, None])
+
+
+def represent_blocks(
+    blocks: BlockStatistics,
+    queries: Queries,
+    cache: KVCache,
+    windows: QueryWindows,
+    part: int,
+    num_recent_tokens: int,
+) -> None:
+    """Find representatives of all blocks before a query block's window.
+
+    ``part`` may be the number of query blocks: before the window of the queries that come next.
+    """
+    size = blocks.block_size
+    if part < queries.num_blocks:
+        end = windows.first_block[:, part]
+    else:
+        end = (windows.end[:, -1] - num_recent_tokens).clamp(min=0) // size
+    ends = first_blocks(queries, cache, part, size, num_recent_tokens)
+    # Where no host counts, every call is one step: its window moved by one block, if at all.
+    blocks.represent(cache, end, ends, 2)
 
 
 def add_local_mass(

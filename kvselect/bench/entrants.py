@@ -350,7 +350,8 @@ def _policy_entrant(
     return Entrant(
         method=name,
         call=lambda: decode_step(q, cache, policy, state)[0],
-        bytes_must_read=int(state.decode.bytes_read(cache.head_dim, itemsize, wanted)),
+        bytes_must_read=int(state.decode.bytes_read(cache.head_dim, itemsize, wanted))
+        + state.scored_nbytes,
         selection=selection,
         budget_tokens=budget,
         sketch_over_kv=share,

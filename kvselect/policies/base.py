@@ -55,6 +55,11 @@ class PolicyState:
     crossovers: Mapping[int, Crossover] | None = None
     _offsets: tuple[tuple[int, ...], Tensor] | None = None
 
+    @property
+    def scored_nbytes(self) -> int:
+        """Bytes of its own that a step reads to score by: not those of keys or a sketch."""
+        return 0
+
     def offsets_on(self, device: torch.device, offsets: tuple[int, ...]) -> Tensor:
         """Offsets as kernels read them, int32; those of the last call are kept.
 

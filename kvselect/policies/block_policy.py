@@ -25,6 +25,10 @@ class BlockState(PolicyState):
 
     blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
 
+    @property
+    def scored_nbytes(self) -> int:
+        return self.blocks.scored_nbytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockPolicy(Policy):

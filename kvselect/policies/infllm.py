@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kvselect.arguments import require_compact_rope
-from kvselect.block_lists import choose_blocks, first_blocks, query_windows
+from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_scores import block_logits
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
 from kvselect.checks import require_choice, require_int
-from kvselect.local_mass import add_local_mass, mean_query
+from kvselect.local_mass import add_local_mass, mean_query, represent_blocks
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
 from kvselect.policies.block_policy import BlockState, WindowedBlocks
 from kvselect.policies.clamped_attention import attend_clamped
@@ -115,9 +115,7 @@ class InfLLM(WindowedBlocks):
         num_blocks, votes = -(-queries.max_seqlen // self.block_size), []
         distance = self.num_recent_tokens - 1 if self.caches_unrotated else None
         for part in range(queries.num_blocks):
-            ends = first_blocks(queries, cache, part, self.block_size, self.num_recent_tokens)
-            most = self.q_block_size // self.block_size + 2
-            blocks.represent(cache, windows.first_block[:, part], ends, most)
+            represent_blocks(blocks, queries, cache, windows, part, self.num_recent_tokens)
             if not dense:
                 q = mean_query(queries, windows, part, distance)
                 found = block_logits(q, blocks.representatives[:, :, :num_blocks], 1.0)
@@ -126,6 +124,9 @@ class InfLLM(WindowedBlocks):
                     vote = sum_over_ranks(vote.sum(1, keepdim=True), queries.process_group)
                 votes.append(vote)
             add_local_mass(blocks, queries, cache, windows, part, self.caches_unrotated)
+        if queries.phase == "prefill":  # ahead of the next step, while all keys are at hand
+            last = queries.num_blocks
+            represent_blocks(blocks, queries, cache, windows, last, self.num_recent_tokens)
         if dense:
             statistics.record_dense(visible)
             return None
@@ -140,11 +141,6 @@ class InfLLM(WindowedBlocks):
         """Attention over the lists; "clamp": over window and the rest apart, then merged."""
         if self.positions != "clamp" or selection is None:
             return super(InfLLM, self).attend(queries, cache, selection)
-        return attend_clamped(
-            queries,
-            cache,
-            selection,
-            query_windows(queries, cache, self.block_size, self.num_recent_tokens),
-            block_size=self.block_size,
-            distance=self.num_recent_tokens - 1,
-        )
+        windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
+        sizes = {"block_size": self.block_size, "distance": self.num_recent_tokens - 1}
+        return attend_clamped(queries, cache, selection, windows, **sizes)
