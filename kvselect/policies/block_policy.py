@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -13,10 +14,34 @@ from kvselect.checks import require_int, require_type
 from kvselect.crossovers import Crossover
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, require_listed_reads
+from kvselect.policies.budgets import share_out
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 
-__all__ = ["BlockPolicy", "BlockState", "WindowedBlocks"]
+__all__ = ["BlockPolicy", "BlockState", "WindowedBlocks", "share_out_blocks"]
+
+
+_MIN_BLOCK, _MAX_RECENT = 16, 512
+
+
+def share_out_blocks(budget: int, largest: int) -> dict[str, Any]:
+    """Settings of `WindowedBlocks` that attend to at most ``budget`` tokens, two blocks less at
+    least.
+
+    Blocks hold a 32nd of the budget, a power of two from 16 to ``largest``; a quarter of it is the
+    window (at most 512 tokens), and sinks are what other methods have, in whole blocks.
+    """
+    sinks = share_out(budget).num_sink_tokens
+    size = min(max(1 << (budget // 32).bit_length() - 1, _MIN_BLOCK), largest)
+    recent = min(_MAX_RECENT, budget // 4)
+    picked = (budget - -(-sinks // size) * size - recent - (size - 1)) // size
+    return {
+        "topk_blocks": picked,
+        "block_size": size,
+        "num_sink_tokens": sinks,
+        "num_recent_tokens": recent,
+        "q_block_size": 64,
+    }
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ from kvselect.cache import KVCache
 from kvselect.checks import require_choice, require_int
 from kvselect.local_mass import add_local_mass, mean_query, represent_blocks
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
-from kvselect.policies.block_policy import BlockState, WindowedBlocks
+from kvselect.policies.block_policy import BlockState, WindowedBlocks, share_out_blocks
 from kvselect.policies.clamped_attention import attend_clamped
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
@@ -78,6 +78,10 @@ class InfLLM(WindowedBlocks):
         require_int(self.num_representatives, "num_representatives", 1)
         require_choice(self.scope, "scope", ("layer", "kv_head"))
         require_choice(self.positions, "positions", ("clamp", "compact", "original"))
+
+    @classmethod
+    def at_budget(cls, budget: int) -> InfLLM:
+        return cls(**share_out_blocks(budget, 128))
 
     @property
     def average_queries(self) -> str:

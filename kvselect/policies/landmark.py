@@ -15,7 +15,7 @@ from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_choice
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
-from kvselect.policies.block_policy import BlockState, WindowedBlocks
+from kvselect.policies.block_policy import BlockState, WindowedBlocks, share_out_blocks
 from kvselect.policies.residual_blocks import SelectionWithRest, merge_rest, with_rest
 from kvselect.queries import Queries
 from kvselect.selection import Selection
@@ -80,6 +80,10 @@ class Landmark(WindowedBlocks):
         require_choice(self.attention, "attention", ("joint", "residual"))
         allowed = "'original' (stingy slots need keys that are rotated anew for every query block)"
         require(self.positions == "original", "positions", self.positions, allowed)
+
+    @classmethod
+    def at_budget(cls, budget: int) -> Landmark:
+        return cls(**share_out_blocks(budget, 64))
 
     @property
     def reads_unlisted(self) -> str | None:

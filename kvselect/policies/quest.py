@@ -12,6 +12,7 @@ from kvselect.cache import KVCache
 from kvselect.checks import require_int, require_type
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
 from kvselect.policies.block_policy import BlockPolicy, BlockState
+from kvselect.policies.budgets import share_out
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
@@ -66,6 +67,11 @@ class Quest(BlockPolicy):
         require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
         for layer in self.dense_layers:
             require_int(layer, "dense_layers", 0, "layer indices >= 0")
+
+    @classmethod
+    def at_budget(cls, budget: int) -> Quest:
+        share_out(budget)  # for its bounds
+        return cls(token_budget=budget, dense_layers=())  # every layer is compared
 
     @property
     def num_pages(self) -> int:
