@@ -636,3 +636,12 @@ def test_real_rows_hold_what_targets_ask_for(
 
 def test_quick_budgets_are_some_of_all() -> None:
     assert set(decode.QUICK_BUDGETS) < set(decode.BUDGETS)
+
+
+def test_block_memory_stays_flat_on_the_device(tmp_path: Path) -> None:
+    rows = quick("block_memory", tmp_path)
+    assert [row["tokens"] for row in rows] == [2048, 4096]
+    assert rows[0]["device_bytes"] == rows[1]["device_bytes"]
+    assert rows[1]["host_bytes"] > 1.8 * rows[0]["host_bytes"]
+    assert all(0.5 < row["hit_rate"] <= 1 for row in rows)
+    assert all(row["fetched_bytes_per_step"] < row["listed_bytes_per_step"] for row in rows)

@@ -10,8 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import StaticCache
 
-from kvselect import KVCache, Quest, attach, decode_step, prefill, recovered_mass, reference
+from kvselect import (
+    InfLLM,
+    KVCache,
+    Landmark,
+    Policy,
+    Quest,
+    attach,
+    decode_step,
+    prefill,
+    recovered_mass,
+    reference,
+)
 from kvselect.block_scores import block_logits, signed_parts, soft_votes
 from kvselect.block_statistics import BlockStatistics
 from kvselect.fixed_cache import FixedKVCache
@@ -280,6 +292,39 @@ def test_through_attach() -> None:
     counts = layers[1]["decode"]
     assert counts["num_calls"] == 3 * 7 and counts["num_dense_calls"] == 0
     assert counts["tokens_attended"] <= 48 * 2 * 3 * 7 < counts["tokens_visible"]
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Quest(token_budget=48, dense_layers=()),
+        Landmark(topk_blocks=3, block_size=16, num_recent_tokens=32, q_block_size=16),
+        InfLLM(
+            topk_blocks=2,
+            block_size=16,
+            num_sink_tokens=4,
+            num_recent_tokens=24,
+            positions="original",
+        ),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_captured_steps(policy: Policy) -> None:
+    """All block policies: a graph of a step without a break gives what eager steps give."""
+    model = hf_models.build(hf_models.config("llama", num_hidden_layers=1))
+    ids = hf_models.tokens(1, 100)
+    with attach(model, policy) as handle, torch.no_grad():
+        caches = [StaticCache(config=model.config, max_cache_len=140) for _ in range(2)]
+        for cache in caches:
+            model(ids[:, :90], past_key_values=cache)
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        for at in range(90, 96):
+            token = ids[:, at : at + 1]
+            found = run(token, past_key_values=caches[0]).logits
+            assert torch.equal(found, model(token, past_key_values=caches[1]).logits)
+        decode = handle.report().to_dict()["layers"][0]["decode"]
+        assert decode["num_calls"] == 12 and decode["num_dense_calls"] == 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
