@@ -156,10 +156,15 @@ class BlockStatistics:
     def follow(self, cache: KVCache) -> None:
         """Bring the blocks up to date with everything that the cache holds.
 
-        A cache whose lengths the host does not know has got one more token in each row.
+        Of a cache whose lengths the host does not know, with all that its last append brought:
+        follow it after every one.
         """
         if cache.lengths_are_bounds:
-            self._compute(cache, 1)
+            if not self._tables:
+                assert isinstance(cache, FixedKVCache)
+                self.prepare(cache)
+            several = cache.num_appended // self._block_size + 2
+            self._compute(cache, min(several, self.num_blocks) if cache.num_appended > 1 else 1)
             return
         size, seen = self._block_size, self._replayed(cache)
         real = cache.num_real_tokens

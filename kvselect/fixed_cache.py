@@ -121,6 +121,7 @@ class FixedKVCache(KVCache):
             self._num_nonfinite,
             self._starts,
         )
+        self._num_appended = k.shape[1]
 
     def crop(self, num_tokens: int) -> None:
         """Drop the last ``num_tokens`` tokens of every row, or what it has."""

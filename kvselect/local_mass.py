@@ -57,8 +57,8 @@ def represent_blocks(
     else:
         end = (windows.end[:, -1] - num_recent_tokens).clamp(min=0) // size
     ends = first_blocks(queries, cache, part, size, num_recent_tokens)
-    # Where no host counts, every call is one step: its window moved by one block, if at all.
-    blocks.represent(cache, end, ends, 2)
+    # Where no host counts: as many as the queries before may have moved the window by.
+    blocks.represent(cache, end, ends, 2 if queries.phase == "decode" else windows.most_blocks)
 
 
 def add_local_mass(

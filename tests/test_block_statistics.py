@@ -158,7 +158,7 @@ def test_keys_that_are_not_finite_do_not_count() -> None:
 
 def test_a_fixed_cache_by_single_tokens() -> None:
     """The host never learns the lengths; changes are followed at once."""
-    cache, statistics = FixedKVCache(2, HEADS, DIM, capacity=100, sketch=None), BlockStatistics(16)
+    cache = FixedKVCache(2, HEADS, DIM, capacity=120, sketch=None)
     statistics = BlockStatistics(16, KINDS)
     cache.append(*tokens(2, 30), torch.tensor([30, 21], dtype=torch.int32))
     with cache.known_lengths():
@@ -173,6 +173,11 @@ def test_a_fixed_cache_by_single_tokens() -> None:
     cache.reorder(torch.tensor([1, 0]))
     for step in range(3):
         cache.append(*tokens(2, 1, 50 + step))
+        statistics.follow(cache)
+    with cache.known_lengths():
+        check(statistics, cache)
+    for count in (17, 40):
+        cache.append(*tokens(2, count, count))
         statistics.follow(cache)
     with cache.known_lengths():
         check(statistics, cache)

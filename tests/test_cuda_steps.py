@@ -12,7 +12,10 @@ from transformers import StaticCache
 
 import kvselect
 from kvselect import (
+    InfLLM,
     KVCache,
+    Landmark,
+    Quest,
     Rope,
     StreamingLLM,
     TieredKVCache,
@@ -57,6 +60,20 @@ POLICIES: dict[str, tuple[Any, list[str]]] = {
     ),
     "mass floor": (TokenSelect(**SMALL, mass_target=0.9, topk_max=128), STEP),
     "streaming": (StreamingLLM(num_sink_tokens=16, num_recent_tokens=128), ["sparse_attention"]),
+    "quest": (Quest(token_budget=64), STEP),
+    "landmark": (Landmark(num_recent_tokens=64), ["select_tokens", "sparse_attention"]),
+    "landmark, residual": (
+        Landmark(num_recent_tokens=64, attention="residual"),
+        ["select_tokens", "sparse_attention", "merge_splits"],
+    ),
+    "infllm, original": (
+        InfLLM(topk_blocks=1, num_recent_tokens=64, positions="original"),
+        STEP,
+    ),
+    "infllm, clamp": (
+        InfLLM(topk_blocks=1, num_recent_tokens=64),
+        [*STEP, "sparse_attention", "merge_splits"],
+    ),
 }
 
 
@@ -72,7 +89,7 @@ def test_a_decode_step_waits_for_nothing_and_copies_nothing(
         k = torch.randn(batch, 500, 2, 64, dtype=torch.bfloat16, device="cuda")
         q = torch.randn(batch, 500, 8, 64, dtype=torch.bfloat16, device="cuda")
         rope = None
-        if getattr(chosen, "positions", None) == "compact":
+        if chosen.caches_unrotated:
             angles = torch.zeros(1024, 32, device="cuda")
             rope = Rope(angles.cos(), angles.sin())
         state = chosen.new_state(cache)
