@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rich.console import Console
 from rich.progress import Progress
@@ -75,15 +75,16 @@ def layer_table(rows: Sequence[policies.PolicyRow], tokens: int) -> None:
 
 
 def with_compact(found: Mapping[str, Policy]) -> dict[str, Policy]:
-    """The policies, and those that have a setting ``positions`` in both forms."""
+    """The policies, and those that have a setting ``positions`` in all forms that it has."""
     both: dict[str, Policy] = {}
     for label, policy in found.items():
         both[label] = policy
-        if "positions" in {setting.name for setting in dataclasses.fields(policy)}:
-            settings: Any = {"positions": "original"}
-            both[label] = dataclasses.replace(policy, **settings)
-            settings = {"positions": "compact"}
-            both[f"{label} compact"] = dataclasses.replace(policy, **settings)
+        fields = {setting.name for setting in dataclasses.fields(policy)}
+        forms = get_args(get_type_hints(type(policy))["positions"]) if "positions" in fields else ()
+        for form in forms:
+            settings: Any = {"positions": form}
+            name = label if form == "original" else f"{label} {form}"
+            both[name] = dataclasses.replace(policy, **settings)
     return both
 
 
