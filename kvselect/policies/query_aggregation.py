@@ -6,17 +6,21 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
+from kvselect.policies.probe_query import QueryMoments, probe_query
 from kvselect.policies.scoring_vectors import (
+    Average,
     BlockVectors,
     compact_decode_vectors,
     compact_vectors,
+    group_means,
     original_vectors,
 )
 from kvselect.policies.token_lists import token_range
 from kvselect.policies.token_settings import VoteSettings
 from kvselect.queries import Queries
+from kvselect.query_blocks import BlockRange
 
-__all__ = ["scoring_vectors"]
+__all__ = ["probes", "scoring_vectors"]
 
 
 def scoring_vectors(settings: VoteSettings, queries: Queries, cache: KVCache) -> list[BlockVectors]:
@@ -31,11 +35,37 @@ def scoring_vectors(settings: VoteSettings, queries: Queries, cache: KVCache) ->
             q, q_local = compact_decode_vectors(q.float(), rope, settings.num_recent_tokens, rank)
         return [BlockVectors(0, queries.num_blocks, q, q_local)]
     at = token_range(settings, queries, cache)
-    groups = 1 if settings.aggregate == "mean" else settings.query_groups
+    if settings.aggregate == "probe":
+        average = probes(queries, at, 1 if settings.scope == "layer" else cache.num_kv_heads)
+    else:
+        average = group_means(1 if settings.aggregate == "mean" else settings.query_groups)
     first = settings.average_queries == "before_rope"
     if settings.positions == "original":
-        return original_vectors(queries, at, groups, first)
-    return compact_vectors(queries, at, settings.keep, settings.num_recent_tokens, groups, first)
+        return original_vectors(queries, at, average, first)
+    return compact_vectors(queries, at, settings.keep, settings.num_recent_tokens, average, first)
+
+
+def probes(
+    queries: Queries, at: BlockRange, num_probes: int, moments: QueryMoments | None = None
+) -> Average:
+    """`probe_query` of every block.
+
+    Parameters
+    ----------
+    num_probes : int
+        As `probe_query` takes it.
+    moments : QueryMoments or None
+        Takes in the blocks, which must come in their order; None: statistics of each block alone.
+    """
+
+    def average(blocks: Tensor, first: int, last: int) -> Tensor:
+        length = blocks.shape[2]
+        place = torch.arange(-length, 0, device=blocks.device)
+        real = place >= -(at.end - at.begin)[:, first:last, None]  # padding comes first
+        statistics = None if moments is None else moments.add(blocks, real)
+        return probe_query(blocks, real, num_probes, statistics)
+
+    return average
 
 
 def _decode_rank(settings: VoteSettings, queries: Queries, cache: KVCache) -> Tensor | int:
