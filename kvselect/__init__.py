@@ -15,6 +15,7 @@ from kvselect.ops import (
     set_cpu_implementation,
 )
 from kvselect.policies import (
+    ActQKV,
     Dense,
     InfLLM,
     Landmark,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from kvselect.integrations.hf import attach
 
 __all__ = [
+    "ActQKV",
     "DecodeInfo",
     "Dense",
     "InfLLM",

@@ -11,6 +11,7 @@ import torch
 
 import kvselect
 from kvselect import (
+    ActQKV,
     Dense,
     InfLLM,
     KVCache,
@@ -30,6 +31,8 @@ from kvselect.queries import Queries
 from kvselect.rope import Rope
 
 EXAMPLES: list[Policy] = [
+    ActQKV(),
+    ActQKV(topk_blocks=3, scope="kv_head", layer_budget="fixed", question_weight=4.0),
     Dense(),
     InfLLM(),
     InfLLM(topk_blocks=3, positions="compact", scope="kv_head", num_representatives=1),
@@ -60,8 +63,8 @@ def test_what_is_left_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        ({}, ValueError, "policy: got None, allowed: 'Dense' or .*'Quest' or .*'TokenSelect'"),
-        ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: 'Dense' or"),
+        ({}, ValueError, "policy: got None, allowed: .*'Dense' or .*'Quest' or .*'TokenSelect'"),
+        ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: .*'Dense' or"),
         ({"policy": 3}, ValueError, "policy: got 3"),
         ({"policy": "Dense", "topk": 3}, ValueError, r"settings of Dense: got \['topk'\]"),
         ({"policy": "TokenSelect", "topk": 0}, ValueError, "topk: got 0"),

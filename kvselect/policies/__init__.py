@@ -1,5 +1,6 @@
 """Selection methods, one file each; `POLICIES` knows them by name."""
 
+from kvselect.policies.act_qkv import ActQKV
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.dense import Dense
 from kvselect.policies.infllm import InfLLM
@@ -10,6 +11,7 @@ from kvselect.policies.token_select import TokenSelect
 
 __all__ = [
     "POLICIES",
+    "ActQKV",
     "Dense",
     "InfLLM",
     "Landmark",

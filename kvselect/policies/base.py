@@ -202,6 +202,12 @@ class Policy:
         return 16
 
     @property
+    def num_question_tokens(self) -> int:
+        """Prefill: queries at the end of a call that select for all of it, before they are reached;
+        0: none do. Reports call such a policy question-aware."""
+        return 0
+
+    @property
     def required_sketch(self) -> str | None:
         """Sketch format that the cache must have; None: any, or none."""
         return None

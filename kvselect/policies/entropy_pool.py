@@ -127,7 +127,8 @@ def pool_counts(
 
     Returns
     -------
-    Tensor, [batch, num_blocks], int64, on the device; at most ``num_units``
+    Tensor, [batch, num_blocks], int64, on the device; at most ``num_units``, and all of them where
+    there are no more than ``topk``
 
     Notes
     -----
@@ -140,7 +141,8 @@ def pool_counts(
     device, num_layers = entropy.device, stack.num_layers
     history = stack.rows("entropy_pool", lambda: EntropyHistory(batch, num_layers, device))
     before, sampled = history.means(), history.count
-    mean, count = history.add(layer, entropy.float(), num_units > 0)
+    competes = num_units > topk  # otherwise all fit, as they do in a batch that is dense
+    mean, count = history.add(layer, entropy.float(), competes)
     below = before[:, layer + 1 :].sum(1, keepdim=True)
     ready = (sampled[:, layer + 1 :] >= NUM_SAMPLES).all(1, keepdim=True)
     ready = ready & (sampled[:, :layer] >= NUM_SAMPLES).all(1, keepdim=True)
@@ -155,6 +157,7 @@ def pool_counts(
     least = min(granule * ceil(FLOOR_SHARE * topk / granule), topk)
     most = (pool - least * (num_layers - 1 - layer)).clamp(min=least, max=2 * topk)
     wanted = granule * (share * pool / granule).round().long()
-    counts = wanted.clamp(min=least).minimum(most).minimum(num_units.long())
+    counts = wanted.clamp(min=least).minimum(most).where(competes, topk)
+    counts = counts.minimum(num_units.long())
     stack.carry("entropy_pool", layer, queries, pool - counts)
     return counts

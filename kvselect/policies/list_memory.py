@@ -109,6 +109,9 @@ def _pooled_counts(
     place = torch.arange(vote.scores.shape[3], device=vote.scores.device)
     candidate = (place >= at.sink_end[..., None]) & (place < at.window_start[..., None])
     votes = vote.scores.nan_to_num(0.0, 0.0, 0.0).sum(2).where(candidate, 0.0)
+    dense = at.end - at.start <= settings.dense_limit(queries.rope)
+    # Such a row alone would not get here: it takes no part in the pool.
+    num_candidates = num_candidates.where(~dense, num_candidates.clamp(max=settings.topk))
     entropy = normalised_entropy(votes, num_candidates)
     counts = pool_counts(
         state.shared(cache), state.layer, queries, entropy, num_candidates, topk=settings.topk

@@ -24,6 +24,7 @@ __all__ = [
     "BlockVectors",
     "compact_decode_vectors",
     "compact_vectors",
+    "equal_blocks",
     "group_means",
     "original_vectors",
 ]
@@ -72,7 +73,7 @@ def original_vectors(
         q = queries.q_unrotated
     parts = []
     middle = ((at.begin + at.end - 1) // 2 - at.start).clamp(min=0)
-    for first, last, blocks in _equal_blocks(q, queries.offsets):
+    for first, last, blocks in equal_blocks(q, queries.offsets):
         mean = average(blocks, first, last)
         if average_first and rope is not None:
             mean = rope.rotate_at(mean, middle[:, first:last, None])
@@ -104,7 +105,7 @@ def compact_vectors(
     num_candidates = at.window_start - at.sink_end
     window_rank = at.sink_end - at.start + num_candidates.clamp(max=keep) - at.window_start
     parts = []
-    for first, last, blocks in _equal_blocks(queries.q, queries.offsets):
+    for first, last, blocks in equal_blocks(queries.q, queries.offsets):
         if average_first:
             mean = average(blocks, first, last)
             middle = (at.begin + at.end - 1) // 2
@@ -141,7 +142,7 @@ def compact_decode_vectors(
     return rope.rotate(q, num_recent_tokens), rope.rotate(q, rank[..., None])
 
 
-def _equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
+def equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
     """Runs of blocks of equal length: first, last, their queries in float32.
 
     Queries are [batch, last - first, length, num_q_heads, head_dim].

@@ -28,6 +28,12 @@ from kvselect.reference.cache import (
     sketched_keys,
 )
 from kvselect.reference.decode import DecodeState, StepInfo, decode_step
+from kvselect.reference.layer_budgets import (
+    cosine_score,
+    normalised_entropy,
+    pool_count,
+    probe_query,
+)
 from kvselect.reference.query_blocks import WINDOW_RULES, BlockRange, QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
@@ -54,6 +60,7 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "blocks_of_row",
+    "cosine_score",
     "decode_block",
     "decode_step",
     "encode_block",
@@ -62,7 +69,10 @@ __all__ = [
     "local_mass",
     "merge_splits",
     "moment_lse",
+    "normalised_entropy",
     "page_bound",
+    "pool_count",
+    "probe_query",
     "quest_pages",
     "recovered_mass",
     "representative",
