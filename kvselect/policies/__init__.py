@@ -6,6 +6,7 @@ from kvselect.policies.dense import Dense
 from kvselect.policies.infllm import InfLLM
 from kvselect.policies.landmark import Landmark
 from kvselect.policies.quest import Quest
+from kvselect.policies.spatten import SpAtten
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
 
@@ -18,6 +19,7 @@ __all__ = [
     "Policy",
     "PolicyState",
     "Quest",
+    "SpAtten",
     "StreamingLLM",
     "TokenSelect",
     "policy_from_dict",

@@ -12,7 +12,7 @@ from kvselect.arguments import require_compact_rope
 from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_choice, require_float, require_int, require_type
+from kvselect.checks import require, require_choice, require_float, require_int
 from kvselect.crossovers import Crossover
 from kvselect.policies.base import (
     Policy,
@@ -26,6 +26,7 @@ from kvselect.policies.budgets import share_out
 from kvselect.policies.pooled_blocks import candidate_blocks, cosine_scores, only_best, pooled
 from kvselect.policies.probe_query import QueryMoments
 from kvselect.policies.query_aggregation import probe_vectors
+from kvselect.policies.token_settings import require_layers
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
@@ -116,9 +117,7 @@ class ActQKV(Policy):
         require_choice(self.positions, "positions", ("original", "compact"))
         weight = require_float(self.question_weight, "question_weight", "a float >= 0")
         require(weight >= 0.0, "question_weight", self.question_weight, "a float >= 0")
-        require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
-        for layer in self.dense_layers:
-            require_int(layer, "dense_layers", 0, "layer indices >= 0")
+        require_layers(self.dense_layers)
 
     @classmethod
     def at_budget(cls, budget: int) -> ActQKV:

@@ -24,6 +24,7 @@ __all__ = [
     "ListSettings",
     "TokenSettings",
     "VoteSettings",
+    "require_layers",
     "require_token_settings",
     "window_rule",
 ]
@@ -179,9 +180,7 @@ def require_token_settings(settings: TokenSettings) -> None:
     if settings.rolling_audit_interval is not None:
         allowed = "None or an int >= 1"
         require_int(settings.rolling_audit_interval, "rolling_audit_interval", 1, allowed)
-    require_type(settings.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
-    for layer in settings.dense_layers:
-        require_int(layer, "dense_layers", 0, "layer indices >= 0")
+    require_layers(settings.dense_layers)
 
     if settings.sketch is not None:
         allowed = f"an int >= {BLOCK_TOKENS} with a sketch (its blocks; sketch=None has no bound)"
@@ -199,6 +198,14 @@ def require_token_settings(settings: TokenSettings) -> None:
         require(
             settings.similarity_on == "unrotated", "similarity_on", settings.similarity_on, allowed
         )
+
+
+def require_layers(dense_layers: object) -> None:
+    """TypeError, ValueError unless it is a tuple of layer indices."""
+    require_type(dense_layers, tuple, "dense_layers", "a tuple of layer indices")
+    assert isinstance(dense_layers, tuple)
+    for layer in dense_layers:
+        require_int(layer, "dense_layers", 0, "layer indices >= 0")
 
 
 PUBLISHED: dict[str, Any] = {

@@ -27,6 +27,7 @@ from kvselect.reference.cache import (
     kv_append,
     sketched_keys,
 )
+from kvselect.reference.cascade import cascade_keep, heaviest, token_sums
 from kvselect.reference.decode import DecodeState, StepInfo, decode_step
 from kvselect.reference.layer_budgets import (
     cosine_score,
@@ -60,11 +61,13 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "blocks_of_row",
+    "cascade_keep",
     "cosine_score",
     "decode_block",
     "decode_step",
     "encode_block",
     "finite_keys",
+    "heaviest",
     "kv_append",
     "local_mass",
     "merge_splits",
@@ -85,4 +88,5 @@ __all__ = [
     "selection_cache_step",
     "sketched_keys",
     "sparse_attention",
+    "token_sums",
 ]
