@@ -74,7 +74,7 @@ def measure(shape: Shape, tokens: int, rounds: int) -> list[Row]:
     layer = StructuredLayer(shape)
     cache = shape.new_cache(tokens, "int4")
     layer.fill([cache], tokens)
-    queries = [layer.query(layer.draw_query(), tokens - 1) for _ in range(rounds)]
+    queries = [layer.query(layer.draw_query(), cache)[0] for _ in range(rounds)]
     settings: dict[str, Any] = {"mean_pruned": 0.0}
     sweep = [("values", mass, SpAtten(**settings, value_mass=mass)) for mass in MASSES]
     sweep += [("bits", tau, SpAtten(**settings, refine_below=tau)) for tau in TAUS]
@@ -109,10 +109,10 @@ def measure(shape: Shape, tokens: int, rounds: int) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__, __file__)
-    add_sizes(parser, tokens="16k", rounds=8)
+    add_sizes(parser, tokens="8k", rounds=4, topk=None)
     options = parse(parser, arguments, quick={"tokens": "2k", "rounds": 2})
     tokens, shape = parse_counts(options.tokens, "tokens"), shape_of(options)
-    check_sizes(tokens, (1,), topk=options.topk, rounds=options.rounds, shortest=128)
+    check_sizes(tokens, (1,), topk=1, rounds=options.rounds, shortest=128)
     rows: list[Row] = []
     with torch.inference_mode():
         for count in tokens:
