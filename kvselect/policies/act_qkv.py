@@ -30,6 +30,7 @@ from kvselect.policies.token_settings import require_layers
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
 __all__ = ["ActQKV"]
 
@@ -198,6 +199,9 @@ class ActQKV(Policy):
         if vectors.shape[2] > 1:
             asked = cosine_scores(vectors[:, :, 1], table, self.scope)
             votes = votes + self.question_weight * asked
+        if self.scope == "layer":
+            group = queries.process_group
+            votes = sum_over_ranks(votes, group) / num_ranks(group)
         candidate = candidate_blocks(windows, num_blocks, self.num_sink_blocks)
         if self.layer_budget == "entropy_pool":
             stack, best = state.shared(cache), {"topk": self.topk_blocks, "granule": GRANULE}

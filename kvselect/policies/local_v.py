@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvselect.attention import attend_queries
 from kvselect.cache import KVCache
 from kvselect.policies.listed_weights import (
     Listed,
@@ -18,7 +19,7 @@ from kvselect.policies.listed_weights import (
     step_logits,
 )
 from kvselect.queries import Queries
-from kvselect.selection import Selection
+from kvselect.selection import Selection, list_width
 
 __all__ = ["StepCounts", "WeightedSelection", "attend_weighted", "weigh_step"]
 
@@ -62,6 +63,8 @@ class WeightedSelection(Selection):
         Positions in the same order; whose values are read.
     renormalise : bool
         Whether the weights of these are made to add up to those of all.
+    by_keys : bool
+        Whether the weights are those of the keys themselves, so that the kernel finds them again.
     """
 
     weights: Tensor | None = None
@@ -69,6 +72,7 @@ class WeightedSelection(Selection):
     values: Tensor | None = None
     chosen: Tensor | None = None
     renormalise: bool = True
+    by_keys: bool = True
 
     def column_sums(self, num_tokens: int) -> Tensor:
         """As `listed_weights.column_sums`, [batch, 1, num_tokens]."""
@@ -153,6 +157,7 @@ def weigh_step(
         values=listed.positions[:, None].expand(-1, order.shape[1], -1).gather(2, order),
         chosen=chosen,
         renormalise=settings.renormalise,
+        by_keys=settings.refine_below is None,
     )
 
 
@@ -168,14 +173,26 @@ def attend_weighted(
     """
     weights, lse, values, chosen = step.weights, step.lse, step.values, step.chosen
     assert weights is not None and lse is not None and values is not None and chosen is not None
-    index = values.where(chosen, 0)
     own = weights.where(chosen[:, :, None], 0.0)
+    read = own.sum(3)
+    total = weights.sum(3) if step.renormalise else read
+    if step.by_keys:
+        n = cache.max_seqlen
+        positions = values.where(chosen, n).sort(2).values.int()
+        room = list_width(positions.shape[2]) - positions.shape[2]
+        indices = torch.nn.functional.pad(positions.where(positions < n, -1), (0, room), value=-1)
+        part = Selection(indices, chosen.sum(2, dtype=torch.int32), queries.q_block_offsets)
+        if queries.q_block_offsets is not None:
+            part.indices, part.topk_length = part.with_blocks()
+        # Sinks have their part in the total already.
+        out, _ = attend_queries(replace(queries, sink_logits=None), cache, part, None)
+        scale = total.flatten(1, 2)[:, None, :, None]
+        return (out.float() * scale).to(out.dtype), lse.flatten(1, 2)[:, None]
     v = cache.v.transpose(1, 2)  # [batch, num_kv_heads, n, head_dim]
+    index = values.where(chosen, 0)
     rows = v.gather(2, index[..., None].expand(-1, -1, -1, v.shape[3])).float()
     rows = rows.where(chosen[..., None], 0.0)  # of a place that is not read: it may hold anything
-    if step.renormalise:
-        own = own * (weights.sum(3, keepdim=True) / own.sum(3, keepdim=True).clamp(min=1e-30))
-    out = torch.einsum("bghw,bgwd->bghd", own, rows)
+    out = torch.einsum("bghw,bgwd->bghd", own * (total / read.clamp(min=1e-30))[..., None], rows)
     return out.flatten(1, 2)[:, None].to(queries.q.dtype), lse.flatten(1, 2)[:, None]
 
 

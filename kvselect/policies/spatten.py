@@ -26,6 +26,7 @@ from kvselect.policies.token_settings import require_layers
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tensor_parallel import sum_over_ranks
 
 __all__ = ["SpAtten"]
 
@@ -183,6 +184,7 @@ class SpAtten(Policy):
             found, sums = weighed, weighed.column_sums(queries.max_seqlen)
         else:
             sums = column_sums(queries, cache, found)
+        sums = sum_over_ranks(sums, queries.process_group)
         cascade_record(self, *shared, found, sums)
         if found is None:
             statistics.record_dense(visible)
