@@ -99,10 +99,11 @@ def test_decode_is_that_of_the_reference(group: int) -> None:
                 scores[token] += weight
 
 
+@pytest.mark.parametrize("pruned", [(0.6, 0.3), (0.4, 0.7)])  # the second would let some back in
 @pytest.mark.parametrize("cascade", ["soft", "hard"])
-def test_what_one_layer_leaves_out_no_layer_below_attends_to(cascade: Any) -> None:
+def test_what_one_layer_leaves_out_no_layer_below_attends_to(cascade: Any, pruned: Any) -> None:
     """Works when (METHODS 3.6): nesting, in prefill and steps, after crop and reorder."""
-    policy = SpAtten(**SMALL, cascade=cascade, mean_pruned=0.6, first_pruned=0.3)
+    policy = SpAtten(**SMALL, cascade=cascade, mean_pruned=pruned[0], first_pruned=pruned[1])
     all_q, caches = stack((150, 90, 60), seqlen_q=150)
     states = policy.new_states(caches)
     lists: list[list[Any]] = []
