@@ -15,12 +15,14 @@ from kvselect.ops import (
     set_cpu_implementation,
 )
 from kvselect.policies import (
+    ActQKV,
     Dense,
     InfLLM,
     Landmark,
     Policy,
     PolicyState,
     Quest,
+    SpAtten,
     StreamingLLM,
     TokenSelect,
     policy_from_dict,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from kvselect.integrations.hf import attach
 
 __all__ = [
+    "ActQKV",
     "DecodeInfo",
     "Dense",
     "InfLLM",
@@ -47,6 +50,7 @@ __all__ = [
     "Rope",
     "Selection",
     "SelectionCache",
+    "SpAtten",
     "StreamingLLM",
     "TieredKVCache",
     "TokenSelect",

@@ -105,6 +105,10 @@ def prefill(
         phase, offsets = "decode", tuple(range(seqlen_q + 1))
         policy = state.decode_policy(q.shape[2])
 
+    question = None
+    if policy.num_question_tokens:
+        question = (q if q_unrotated is None else q_unrotated)[:, -policy.num_question_tokens :]
+
     outs, lses = [], []
     with cache.whole_rows():
         for first, last in _runs(offsets, longest - seqlen_q, policy, phase, rope):
@@ -128,6 +132,7 @@ def prefill(
                 softcap=cap,
                 sink_logits=sink_logits,
                 process_group=process_group,
+                question=question,
             )
             selection = policy.select(state, queries, cache)
             out, lse = policy.attend(queries, cache, selection)

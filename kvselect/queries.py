@@ -50,6 +50,9 @@ class Queries:
     process_group : ProcessGroup or None
         Ranks that hold the layer's other heads (tensor parallel): with scope "layer" their votes
         are added.
+    question : Tensor, [batch, n, num_q_heads, head_dim], or None
+        Prefill, for policies with ``num_question_tokens``: the last queries of the whole call,
+        before RoPE where those are known.
     """
 
     q: Tensor
@@ -65,6 +68,7 @@ class Queries:
     softcap: float = 0.0
     sink_logits: Tensor | None = None
     process_group: ProcessGroup | None = None
+    question: Tensor | None = None
 
     @property
     def seqlen_q(self) -> int:

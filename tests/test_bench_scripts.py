@@ -98,6 +98,17 @@ def test_prefill_chunk(tmp_path: Path) -> None:
     assert {row["contender"] for row in rows} == {*prefill.TORCH, OUR_DENSE, SELECT_INT4}
 
 
+def test_cascade(tmp_path: Path) -> None:
+    rows = quick("cascade", tmp_path, *SIZES)
+    values = [row for row in rows if row["part"] == "values"]
+    errors, read = [row["output_error"] for row in values], [row["value_share"] for row in values]
+    assert errors == sorted(errors, reverse=True) and read == sorted(read) and read[0] < 0.5
+    bits = [row for row in rows if row["part"] == "bits"]
+    rates = [row["refine_rate"] for row in bits]
+    assert rates == sorted(rates) and rates[0] < rates[-1]
+    assert bits[-1]["output_error"] <= bits[0]["output_error"] and bits[0]["overlap"] > 0.5
+
+
 # ---- scaling
 
 

@@ -158,7 +158,7 @@ EMBEDDED = ("--model", "embedded")
     [
         (("--model", "/no/such/place"), "model: got '/no/such/place', which is not a folder"),
         ((*EMBEDDED, "--tasks", "niah"), "tasks: got 'niah', allowed: each once of niah_single"),
-        ((*EMBEDDED, "--policies", "sparse"), "policies: got 'sparse', allowed: dense, "),
+        ((*EMBEDDED, "--policies", "sparse"), "policies: got 'sparse', allowed: act_qkv, "),
         ((*EMBEDDED, "--policies", "dense:k=1"), "settings of Dense: got ['k']"),
         ((*EMBEDDED, "--policies", "token_select:topk=x"), "topk: got str 'x', allowed: an int"),
         ((*EMBEDDED, "--lengths", "soon"), "lengths: got 'soon', allowed: tokens (4096)"),
@@ -384,7 +384,7 @@ def test_break_even_says_when_it_cannot_store(
         (("--head-dim", "7"), "head_dim: got 7, allowed: 32 or 64"),
         (("--page-block-size", "0"), "page_block_size: got 0, allowed: an int >= 1"),
         (("--policy", "dense"), "policy: got Dense Dense(), allowed: a TokenSelect"),
-        (("--policy", "fast"), "policies: got 'fast', allowed: dense, "),
+        (("--policy", "fast"), "policies: got 'fast', allowed: act_qkv, "),
         (("--threads", "0"), "threads: got 0, allowed: an int >= 1"),
         (("--seconds", "-1"), "max_seconds: got -1.0, allowed: a float > 0"),
     ],

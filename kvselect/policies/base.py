@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from kvselect.checks import require, require_type
 from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.policies.stack_state import StackState
 from kvselect.queries import Phase, Queries
 from kvselect.rolling_pools import RollingPools
 from kvselect.rope import Rope
@@ -27,7 +28,9 @@ __all__ = ["POLICIES", "Policy", "PolicyState", "policy_from_dict", "register_po
 
 @dataclass(slots=True, eq=False)
 class PolicyState:
-    """What a policy remembers of one layer; row = request. Never shared between layers.
+    """What a policy remembers of one layer; row = request.
+
+    Nothing of it is shared between layers but `stack`.
 
     Parameters
     ----------
@@ -44,6 +47,11 @@ class PolicyState:
         state settles it when it is made, so that no step looks anything up.
     crossovers : mapping or None
         What `Policy.new_state` was given: settles other settings of the method too.
+    stack : StackState or None
+        What the layers share, where the policy has something flow between them; None: not yet, or
+        the layer is a stack of its own.
+    layer : int
+        Place among the layers that share it, 0 first.
     """
 
     policy: Policy
@@ -53,6 +61,8 @@ class PolicyState:
     rolling_pools: RollingPools | None = None
     decode_policies: dict[int, Policy] = field(default_factory=dict)
     crossovers: Mapping[int, Crossover] | None = None
+    stack: StackState | None = None
+    layer: int = 0
     _offsets: tuple[tuple[int, ...], Tensor] | None = None
 
     @property
@@ -86,6 +96,21 @@ class PolicyState:
         parts = (getattr(self, name.name) for name in dataclasses.fields(self))
         return sum(part.nbytes for part in parts if hasattr(part, "nbytes"))
 
+    def shared(self, cache: KVCache) -> StackState:
+        """What flows between layers, brought up to date with ``cache``.
+
+        Raises
+        ------
+        ValueError
+            If the host does not know how long the rows of ``cache`` are.
+        """
+        allowed = "a cache whose lengths the host knows: what flows between layers is not captured"
+        require(not cache.lengths_are_bounds, "cache", type(cache).__name__, allowed)
+        if self.stack is None:
+            self.stack = StackState(1, self.policy)
+        self.stack.follow(self.layer, cache)
+        return self.stack
+
     def follow(self, policy: Policy, cache: KVCache) -> None:
         """Serve ``policy`` from now on: what was remembered under other settings is void.
 
@@ -101,6 +126,8 @@ class PolicyState:
         fresh = policy.new_state(cache, self.crossovers)
         self.policy, self.decode_policies = policy, fresh.decode_policies
         self.selection_cache, self.rolling_pools = fresh.selection_cache, fresh.rolling_pools
+        if self.stack is not None:
+            self.stack.serve(policy)
 
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
@@ -175,6 +202,12 @@ class Policy:
         return 16
 
     @property
+    def num_question_tokens(self) -> int:
+        """Prefill: queries at the end of a call that select for all of it, before they are reached;
+        0: none do. Reports call such a policy question-aware."""
+        return 0
+
+    @property
     def required_sketch(self) -> str | None:
         """Sketch format that the cache must have; None: any, or none."""
         return None
@@ -216,6 +249,26 @@ class Policy:
         None: those stored for this machine (`kvselect.break_even`).
         """
         return PolicyState(self, crossovers=crossovers)
+
+    @property
+    def flows_between_layers(self) -> bool:
+        """Whether the layers of a forward pass share something: `new_states` makes their states."""
+        return False
+
+    def new_states(
+        self, caches: Sequence[KVCache], crossovers: Mapping[int, Crossover] | None = None
+    ) -> list[PolicyState]:
+        """States of the layers of one stack, in the order in which they run.
+
+        They share what flows between layers, if anything does. Crop and reorder the caches of all
+        layers alike, between forward passes.
+        """
+        states = [self.new_state(cache, crossovers) for cache in caches]
+        if self.flows_between_layers:
+            stack = StackState(len(states), self)
+            for layer, state in enumerate(states):
+                state.stack, state.layer = stack, layer
+        return states
 
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import PolicyState
+from kvselect.policies.entropy_pool import normalised_entropy, pool_counts
 from kvselect.policies.rolling_steps import audit_rolling, sweep_step
 from kvselect.policies.scoring_vectors import BlockVectors
-from kvselect.policies.soft_vote import num_lists, scores_are_mass, soft_vote
-from kvselect.policies.token_lists import longest_list, pick_tokens, room, with_dense_rows
+from kvselect.policies.soft_vote import Vote, num_lists, scores_are_mass, soft_vote
+from kvselect.policies.token_lists import (
+    longest_list,
+    pick_tokens,
+    room,
+    token_range,
+    with_dense_rows,
+)
 from kvselect.policies.token_settings import TokenSettings
 from kvselect.queries import Queries
 from kvselect.rolling_pools import RollingPools, SweepCounts
@@ -85,8 +93,30 @@ def lists_of_call(
     vote = soft_vote(settings, parts, queries, cache)
     width = list_width(min(longest_list(settings, queries, cache), queries.max_seqlen))
     statistics = state.statistics(queries.phase)
-    lists = pick_tokens(settings, vote, queries, cache, width, statistics=statistics)
+    counts = None
+    if settings.layer_budget == "entropy_pool":
+        counts = _pooled_counts(settings, state, vote, queries, cache)
+    lists = pick_tokens(settings, vote, queries, cache, width, statistics=statistics, counts=counts)
     return StepLists(lists, vote.total, vote.num_nonfinite)
+
+
+def _pooled_counts(
+    settings: TokenSettings, state: PolicyState, vote: Vote, queries: Queries, cache: KVCache
+) -> Tensor:
+    """What the pool of the pass leaves to this layer: candidates of each (row, block)."""
+    at = token_range(settings, queries, cache)
+    num_candidates = (at.window_start - at.sink_end).clamp(min=0)
+    place = torch.arange(vote.scores.shape[3], device=vote.scores.device)
+    candidate = (place >= at.sink_end[..., None]) & (place < at.window_start[..., None])
+    votes = vote.scores.nan_to_num(0.0, 0.0, 0.0).sum(2).where(candidate, 0.0)
+    dense = at.end - at.start <= settings.dense_limit(queries.rope)
+    # Such a row alone would not get here: it takes no part in the pool.
+    num_candidates = num_candidates.where(~dense, num_candidates.clamp(max=settings.topk))
+    entropy = normalised_entropy(votes, num_candidates)
+    counts = pool_counts(
+        state.shared(cache), state.layer, queries, entropy, num_candidates, topk=settings.topk
+    )
+    return (counts * settings.overselect).ceil().long()
 
 
 def _lists_with_memory(

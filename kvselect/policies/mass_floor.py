@@ -1,4 +1,4 @@
-"""A floor under the attention mass that a list keeps: more tokens where a query needs more."""
+"""Lists cut to a number of their own: what a floor under their mass takes, or a given count."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from kvselect.query_blocks import BlockRange
 from kvselect.selection import Lists
 
-__all__ = ["FLOOR_BINS", "Floored", "trim_to_mass"]
+__all__ = ["FLOOR_BINS", "Floored", "trim_to_count", "trim_to_mass"]
 
 FLOOR_BINS = 8
 """Equal steps from the fewest candidates that may be picked to the most, for reports."""
@@ -58,10 +58,8 @@ def trim_to_mass(
     A sort of ``keep_max`` numbers per list; nothing is read back from the device.
     """
     indices = lists.indices
+    valid, candidate = _candidates(lists, at)
     entry = torch.arange(indices.shape[3], device=indices.device)
-    valid = entry < lists.topk_length[..., None]
-    candidate = valid & (indices >= at.sink_end[..., None, None])
-    candidate &= indices < at.window_start[..., None, None]
     score = votes.gather(3, indices.clamp(min=0).long()).nan_to_num(0.0, 0.0, 0.0)
     always = score.where(valid & ~candidate, 0.0).sum(3)
 
@@ -75,13 +73,7 @@ def trim_to_mass(
         reused = (hit != 0)[:, None, :]
         kept = kept | (valid & reused[..., None])
 
-    place = kept.cumsum(3) - 1
-    trimmed = torch.full_like(indices, -1)
-    # What is dropped goes to a last entry of its own, which is cut off.
-    room = torch.cat((trimmed, trimmed[..., :1]), dim=3)
-    target = place.where(kept, indices.shape[3])
-    trimmed = room.scatter(3, target, indices)[..., :-1].contiguous()
-
+    trimmed = _packed(indices, kept)
     kept_score = score.where(kept, 0.0).sum(3)
     picked = chosen.sum(3)
     fell_short = (kept_score < wanted) & (picked >= keep_max)
@@ -97,3 +89,41 @@ def trim_to_mass(
         Lists(trimmed, kept.sum(3, dtype=torch.int32), kept_score.to(lists.kept_score.dtype)),
         counts,
     )
+
+
+def trim_to_count(lists: Lists, votes: Tensor, at: BlockRange, counts: Tensor) -> Lists:
+    """Of lists with their best candidates, the ``counts`` best; sinks and recent tokens stay.
+
+    Parameters
+    ----------
+    votes, at
+        As `trim_to_mass` takes them.
+    counts : Tensor, [batch, num_blocks], integer
+        Candidates of every list of a (row, block).
+    """
+    valid, candidate = _candidates(lists, at)
+    score = votes.gather(3, lists.indices.clamp(min=0).long()).nan_to_num(0.0, 0.0, 0.0)
+    _, order = score.where(candidate, -1.0).sort(dim=3, descending=True, stable=True)
+    entry = torch.arange(order.shape[3], device=order.device)
+    needed = (entry < counts[:, :, None, None]).expand_as(order)
+    chosen = torch.zeros_like(valid).scatter(3, order, needed) & candidate
+    kept = chosen | (valid & ~candidate)
+    kept_score = score.where(kept, 0.0).sum(3).to(lists.kept_score.dtype)
+    return Lists(_packed(lists.indices, kept), kept.sum(3, dtype=torch.int32), kept_score)
+
+
+def _candidates(lists: Lists, at: BlockRange) -> tuple[Tensor, Tensor]:
+    """Which entries are valid, and which of them are candidates."""
+    indices = lists.indices
+    valid = torch.arange(indices.shape[3], device=indices.device) < lists.topk_length[..., None]
+    candidate = valid & (indices >= at.sink_end[..., None, None])
+    return valid, candidate & (indices < at.window_start[..., None, None])
+
+
+def _packed(indices: Tensor, kept: Tensor) -> Tensor:
+    """The kept entries, in their order; -1 behind them."""
+    trimmed = torch.full_like(indices, -1)
+    # What is dropped goes to a last entry of its own, which is cut off.
+    room = torch.cat((trimmed, trimmed[..., :1]), dim=3)
+    target = (kept.cumsum(3) - 1).where(kept, indices.shape[3])
+    return room.scatter(3, target, indices)[..., :-1].contiguous()

@@ -7,6 +7,7 @@ gains (1.079) and rides free on the scan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -18,7 +19,20 @@ from kvselect.queries import Queries
 from kvselect.query_blocks import BlockRange
 from kvselect.rope import Rope
 
-__all__ = ["BlockVectors", "compact_decode_vectors", "compact_vectors", "original_vectors"]
+__all__ = [
+    "Average",
+    "BlockVectors",
+    "compact_decode_vectors",
+    "compact_vectors",
+    "equal_blocks",
+    "group_means",
+    "original_vectors",
+]
+
+
+Average = Callable[[Tensor, int, int], Tensor]
+"""Of the queries [batch, n, length, num_q_heads, head_dim] of blocks ``[first, last)``, float32:
+their vectors, [batch, n, num_vectors, num_q_heads, head_dim]."""
 
 
 class BlockVectors(NamedTuple):
@@ -32,7 +46,7 @@ class BlockVectors(NamedTuple):
 
 
 def original_vectors(
-    queries: Queries, at: BlockRange, query_groups: int, average_first: bool
+    queries: Queries, at: BlockRange, average: Average, average_first: bool
 ) -> list[BlockVectors]:
     """Vectors that meet rotated keys: means of un-rotated queries, rotated to their block's middle.
 
@@ -59,8 +73,8 @@ def original_vectors(
         q = queries.q_unrotated
     parts = []
     middle = ((at.begin + at.end - 1) // 2 - at.start).clamp(min=0)
-    for first, last, blocks in _equal_blocks(q, queries.offsets):
-        mean = _group_means(blocks, query_groups)
+    for first, last, blocks in equal_blocks(q, queries.offsets):
+        mean = average(blocks, first, last)
         if average_first and rope is not None:
             mean = rope.rotate_at(mean, middle[:, first:last, None])
         parts.append(BlockVectors(first, last, mean, None))
@@ -72,7 +86,7 @@ def compact_vectors(
     at: BlockRange,
     keep: int,
     num_recent_tokens: int,
-    query_groups: int,
+    average: Average,
     average_first: bool,
 ) -> list[BlockVectors]:
     """Vectors that meet un-rotated keys.
@@ -91,17 +105,17 @@ def compact_vectors(
     num_candidates = at.window_start - at.sink_end
     window_rank = at.sink_end - at.start + num_candidates.clamp(max=keep) - at.window_start
     parts = []
-    for first, last, blocks in _equal_blocks(queries.q, queries.offsets):
+    for first, last, blocks in equal_blocks(queries.q, queries.offsets):
         if average_first:
-            mean = _group_means(blocks, query_groups)
+            mean = average(blocks, first, last)
             middle = (at.begin + at.end - 1) // 2
             rank = (window_rank + middle).clamp(min=0)[:, first:last, None]
             q, q_local = rope.rotate(mean, num_recent_tokens), rope.rotate(mean, rank)
         else:
             row = torch.arange(blocks.shape[2], device=blocks.device)
             rank = (window_rank + at.begin).clamp(min=0)[:, first:last, None] + row
-            q = _group_means(rope.rotate(blocks, num_recent_tokens + row), query_groups)
-            q_local = _group_means(rope.rotate(blocks, rank), query_groups)
+            q = average(rope.rotate(blocks, num_recent_tokens + row), first, last)
+            q_local = average(rope.rotate(blocks, rank), first, last)
         parts.append(BlockVectors(first, last, q, q_local))
     return _joined(parts)
 
@@ -128,7 +142,7 @@ def compact_decode_vectors(
     return rope.rotate(q, num_recent_tokens), rope.rotate(q, rank[..., None])
 
 
-def _equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
+def equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, Tensor]]:
     """Runs of blocks of equal length: first, last, their queries in float32.
 
     Queries are [batch, last - first, length, num_q_heads, head_dim].
@@ -143,15 +157,20 @@ def _equal_blocks(q: Tensor, offsets: tuple[int, ...]) -> list[tuple[int, int, T
     return runs
 
 
-def _group_means(blocks: Tensor, query_groups: int) -> Tensor:
-    """Means of at most ``query_groups`` runs of neighbouring queries (dim 2), as even as can be."""
-    length = blocks.shape[2]
-    groups = min(query_groups, length)
-    if length % groups == 0:
-        return torch.unflatten(blocks, 2, (groups, length // groups)).mean(3)
-    bounds = [length * group // groups for group in range(groups + 1)]
-    means = [blocks[:, :, begin:end].mean(2) for begin, end in pairwise(bounds)]
-    return torch.stack(means, dim=2)
+def group_means(query_groups: int) -> Average:
+    """Vectors that are means of at most ``query_groups`` runs of neighbouring queries, as even as
+    can be."""
+
+    def average(blocks: Tensor, first: int, last: int) -> Tensor:
+        length = blocks.shape[2]
+        groups = min(query_groups, length)
+        if length % groups == 0:
+            return torch.unflatten(blocks, 2, (groups, length // groups)).mean(3)
+        bounds = [length * group // groups for group in range(groups + 1)]
+        means = [blocks[:, :, begin:end].mean(2) for begin, end in pairwise(bounds)]
+        return torch.stack(means, dim=2)
+
+    return average
 
 
 def _joined(parts: list[BlockVectors]) -> list[BlockVectors]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
-from kvselect.policies.mass_floor import trim_to_mass
+from kvselect.policies.mass_floor import trim_to_count, trim_to_mass
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.soft_vote import Vote
 from kvselect.policies.token_settings import ListSettings, VoteSettings, window_rule
@@ -34,6 +34,7 @@ def pick_tokens(
     reused: Lists | None = None,
     keep: int | None = None,
     statistics: PhaseStatistics | None = None,
+    counts: Tensor | None = None,
 ) -> Lists:
     """Sinks, the best candidates and the window; everything, where a row is dense.
 
@@ -47,6 +48,8 @@ def pick_tokens(
         Candidates per list, without a mass floor; None: what the settings say.
     statistics : PhaseStatistics or None
         Counts what a mass floor took; needed by one.
+    counts : Tensor, [batch, num_blocks], integer, or None
+        Candidates of each (row, block), at most `keep_max`; None: as many for all.
     """
     lists = select_blocks(
         vote.scores,
@@ -76,6 +79,8 @@ def pick_tokens(
         )
         lists = floored.lists
         statistics.record_floor(floored.counts)
+    if counts is not None:
+        lists = trim_to_count(lists, vote.scores, token_range(settings, queries, cache), counts)
     return with_dense_rows(settings, lists, queries, cache)
 
 

@@ -29,7 +29,7 @@ from kvselect.policies.list_memory import lists_of_call, prepare_memory, remembe
 from kvselect.policies.query_aggregation import scoring_vectors
 from kvselect.policies.scoring_vectors import BlockVectors
 from kvselect.policies.soft_vote import soft_vote
-from kvselect.policies.token_settings import require_token_settings
+from kvselect.policies.token_settings import PUBLISHED, require_token_settings
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection, num_kept
@@ -61,10 +61,11 @@ class TokenSelect(Policy):
     window_anchor : "block_start" or "block_end"
         Where a block's recent window is counted from. "block_end" leaves its first query fewer
         predecessors and needs ``num_recent_tokens >= q_block_size``.
-    query_groups, aggregate : int, "sum_vote", "max_vote" or "mean"
+    query_groups, aggregate : int, "sum_vote", "max_vote", "mean" or "probe"
         A block is split into at most ``query_groups`` runs of neighbouring queries; the mean query
         of each votes with a softmax of its own, and the votes are added or their maximum is taken.
-        "mean": one mean query.
+        "mean": one mean query. "probe": one mean of all queries, unusual ones weighing more
+        (`probe_query`).
     average_queries : "before_rope" or "after_rope"
         Average un-rotated queries, then rotate the mean once; or the other way round (published
         form).
@@ -94,6 +95,9 @@ class TokenSelect(Policy):
     topk_max : int >= topk, or None
         Given exactly where ``mass_target`` is. Lists that fall short of the target with so many are
         counted (`PhaseStatistics.num_short_of_mass`).
+    layer_budget : "fixed" or "entropy_pool"
+        "entropy_pool": ``topk`` is the mean over the layers of a forward pass; layers whose scores
+        are flatter take more, up to twice as many (`pool_counts`).
     similarity_threshold : float in (0, 1], or None
         Reuse a list while queries are at least so similar; None: select at every step.
     max_age : int
@@ -145,7 +149,7 @@ class TokenSelect(Policy):
     tail_q_block_size: int = 16
     window_anchor: Literal["block_start", "block_end"] = "block_start"
     query_groups: int = 8
-    aggregate: Literal["mean", "sum_vote", "max_vote"] = "sum_vote"
+    aggregate: Literal["mean", "sum_vote", "max_vote", "probe"] = "sum_vote"
     average_queries: Literal["before_rope", "after_rope"] = "before_rope"
     pool_width: int = 1
     positions: Literal["original", "compact"] = "original"
@@ -156,6 +160,7 @@ class TokenSelect(Policy):
     dense_below_tokens: int | None = None
     mass_target: float | None = None
     topk_max: int | None = None
+    layer_budget: Literal["fixed", "entropy_pool"] = "fixed"
     similarity_threshold: float | None = None
     max_age: int = 64
     similarity: Literal["min", "q10", "flat"] | None = None
@@ -171,24 +176,7 @@ class TokenSelect(Policy):
     @classmethod
     def paper_compat(cls, **settings: Any) -> TokenSelect:
         """The published form, for comparison only; ``settings`` replace single fields."""
-        published: dict[str, Any] = {
-            "scope": "layer",
-            "score_scale": 1.0,
-            "normalise_over": "candidates",
-            "chunk_size": 512,
-            "q_block_size": 512,
-            "num_tail_tokens": 0,
-            "window_anchor": "block_end",
-            "query_groups": 1,
-            "aggregate": "mean",
-            "average_queries": "after_rope",
-            "positions": "compact",
-            "sketch": None,
-            "overselect": 1.0,
-            "similarity_threshold": 0.9,
-            "similarity": "flat",
-        }
-        return cls(**(published | settings))
+        return cls(**(PUBLISHED | settings))
 
     @classmethod
     def at_budget(cls, budget: int) -> TokenSelect:
@@ -220,8 +208,13 @@ class TokenSelect(Policy):
 
     @property
     def keep_max(self) -> int:
-        """The most tokens that may be picked by score: `keep`, but for a mass floor."""
-        return self.keep if self.topk_max is None else num_kept(self.topk_max, self.overselect)
+        """The most tokens that may be picked by score: `keep`, but for a floor or a pool."""
+        most = 2 * self.topk if self.flows_between_layers else self.topk
+        return num_kept(self.topk_max or most, self.overselect)
+
+    @property
+    def flows_between_layers(self) -> bool:
+        return self.layer_budget == "entropy_pool"
 
     @property
     def budget(self) -> int:

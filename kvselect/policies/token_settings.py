@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kvselect.checks import (
     require,
@@ -19,7 +19,15 @@ from kvselect.rope import Rope
 from kvselect.selection import require_pool_width
 from kvselect.sketch import BLOCK_TOKENS, SKETCH_FORMATS
 
-__all__ = ["ListSettings", "TokenSettings", "VoteSettings", "require_token_settings", "window_rule"]
+__all__ = [
+    "PUBLISHED",
+    "ListSettings",
+    "TokenSettings",
+    "VoteSettings",
+    "require_layers",
+    "require_token_settings",
+    "window_rule",
+]
 
 
 class VoteSettings(Protocol):
@@ -40,7 +48,7 @@ class VoteSettings(Protocol):
     @property
     def query_groups(self) -> int: ...
     @property
-    def aggregate(self) -> Literal["mean", "sum_vote", "max_vote"]: ...
+    def aggregate(self) -> Literal["mean", "sum_vote", "max_vote", "probe"]: ...
     @property
     def average_queries(self) -> Literal["before_rope", "after_rope"]: ...
     @property
@@ -91,6 +99,8 @@ class TokenSettings(ListSettings, Protocol):
     @property
     def topk_max(self) -> int | None: ...
     @property
+    def layer_budget(self) -> Literal["fixed", "entropy_pool"]: ...
+    @property
     def similarity_threshold(self) -> float | None: ...
     @property
     def max_age(self) -> int: ...
@@ -130,7 +140,7 @@ def require_token_settings(settings: TokenSettings) -> None:
     require_choice(settings.scope, "scope", ("kv_head", "layer"))
     require_choice(settings.normalise_over, "normalise_over", ("visible", "candidates"))
     require_choice(settings.window_anchor, "window_anchor", ("block_start", "block_end"))
-    require_choice(settings.aggregate, "aggregate", ("mean", "sum_vote", "max_vote"))
+    require_choice(settings.aggregate, "aggregate", ("mean", "sum_vote", "max_vote", "probe"))
     require_choice(settings.average_queries, "average_queries", ("before_rope", "after_rope"))
     require_choice(settings.positions, "positions", ("original", "compact"))
     require_choice(settings.sketch, "sketch", (*SKETCH_FORMATS, None))
@@ -146,6 +156,13 @@ def require_token_settings(settings: TokenSettings) -> None:
         allowed = "None or an int >= 0"
         require_int(settings.dense_below_tokens, "dense_below_tokens", 0, allowed)
     _require_floor(settings)
+    require_choice(settings.layer_budget, "layer_budget", ("fixed", "entropy_pool"))
+    if settings.layer_budget == "entropy_pool":
+        _require_pool(settings)
+    if settings.aggregate == "probe":
+        allowed = "'before_rope' with aggregate='probe' (it weighs queries at one angle)"
+        first = settings.average_queries == "before_rope"
+        require(first, "average_queries", settings.average_queries, allowed)
     if settings.similarity_threshold is not None:
         allowed = "None or a float in (0, 1]"
         threshold = require_float(settings.similarity_threshold, "similarity_threshold", allowed)
@@ -163,9 +180,7 @@ def require_token_settings(settings: TokenSettings) -> None:
     if settings.rolling_audit_interval is not None:
         allowed = "None or an int >= 1"
         require_int(settings.rolling_audit_interval, "rolling_audit_interval", 1, allowed)
-    require_type(settings.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
-    for layer in settings.dense_layers:
-        require_int(layer, "dense_layers", 0, "layer indices >= 0")
+    require_layers(settings.dense_layers)
 
     if settings.sketch is not None:
         allowed = f"an int >= {BLOCK_TOKENS} with a sketch (its blocks; sketch=None has no bound)"
@@ -183,6 +198,48 @@ def require_token_settings(settings: TokenSettings) -> None:
         require(
             settings.similarity_on == "unrotated", "similarity_on", settings.similarity_on, allowed
         )
+
+
+def require_layers(dense_layers: object) -> None:
+    """TypeError, ValueError unless it is a tuple of layer indices."""
+    require_type(dense_layers, tuple, "dense_layers", "a tuple of layer indices")
+    assert isinstance(dense_layers, tuple)
+    for layer in dense_layers:
+        require_int(layer, "dense_layers", 0, "layer indices >= 0")
+
+
+PUBLISHED: dict[str, Any] = {
+    "scope": "layer",
+    "score_scale": 1.0,
+    "normalise_over": "candidates",
+    "chunk_size": 512,
+    "q_block_size": 512,
+    "num_tail_tokens": 0,
+    "window_anchor": "block_end",
+    "query_groups": 1,
+    "aggregate": "mean",
+    "average_queries": "after_rope",
+    "positions": "compact",
+    "sketch": None,
+    "overselect": 1.0,
+    "similarity_threshold": 0.9,
+    "similarity": "flat",
+}
+"""Settings of TokenSelect as it was published, where they differ from the defaults."""
+
+
+def _require_pool(settings: TokenSettings) -> None:
+    """A pool moves tokens between the layers of one pass; other ways to move them do not mix."""
+    why = "with layer_budget='entropy_pool'"
+    allowed = f"None {why} (each would set the number of tokens)"
+    require(settings.mass_target is None, "mass_target", settings.mass_target, allowed)
+    allowed = f"None {why} (a list that is reused takes no part in the pool of its pass)"
+    threshold = settings.similarity_threshold
+    require(threshold is None, "similarity_threshold", threshold, allowed)
+    allowed = f"None {why} (a sweep scores too little for an entropy)"
+    require(settings.num_segments is None, "num_segments", settings.num_segments, allowed)
+    allowed = f"1 {why} (its counts rank tokens by their own scores)"
+    require(settings.pool_width == 1, "pool_width", settings.pool_width, allowed)
 
 
 def _require_floor(settings: TokenSettings) -> None:
@@ -203,6 +260,6 @@ def _require_floor(settings: TokenSettings) -> None:
     require(
         settings.normalise_over == "visible", "normalise_over", settings.normalise_over, allowed
     )
-    allowed = "'sum_vote' or 'mean' with mass_target"
+    allowed = "'sum_vote' or 'mean' or 'probe' with mass_target"
     require(settings.aggregate != "max_vote", "aggregate", settings.aggregate, allowed)
     require(settings.pool_width == 1, "pool_width", settings.pool_width, "1 with mass_target")

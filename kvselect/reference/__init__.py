@@ -27,7 +27,14 @@ from kvselect.reference.cache import (
     kv_append,
     sketched_keys,
 )
+from kvselect.reference.cascade import cascade_keep, heaviest, token_sums
 from kvselect.reference.decode import DecodeState, StepInfo, decode_step
+from kvselect.reference.layer_budgets import (
+    cosine_score,
+    normalised_entropy,
+    pool_count,
+    probe_query,
+)
 from kvselect.reference.query_blocks import WINDOW_RULES, BlockRange, QueryBlocks
 from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
@@ -54,15 +61,21 @@ __all__ = [
     "block_mass",
     "block_sparse_attention",
     "blocks_of_row",
+    "cascade_keep",
+    "cosine_score",
     "decode_block",
     "decode_step",
     "encode_block",
     "finite_keys",
+    "heaviest",
     "kv_append",
     "local_mass",
     "merge_splits",
     "moment_lse",
+    "normalised_entropy",
     "page_bound",
+    "pool_count",
+    "probe_query",
     "quest_pages",
     "recovered_mass",
     "representative",
@@ -75,4 +88,5 @@ __all__ = [
     "selection_cache_step",
     "sketched_keys",
     "sparse_attention",
+    "token_sums",
 ]

@@ -14,6 +14,7 @@ from kvselect.checks import require
 from kvselect.crossovers import Crossover
 from kvselect.policies.base import Policy, PolicyState
 from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.policies.stack_state import StackState
 
 RopeState = Literal["rotated", "unrotated"]
 
@@ -101,6 +102,18 @@ class AttachedLayer(CacheLayerMixin):
             self._states[reader] = kept
         kept.state.prefill, kept.state.decode = statistics
         return kept.state
+
+    def stacks(self) -> list[StackState]:
+        """What layers share that read from this one, as far as they do."""
+        return [kept.state.stack for kept in self._states.values() if kept.state.stack is not None]
+
+    def renew_states(self) -> None:
+        """States of another number of rows; what layers share follows the rows by itself."""
+        assert self.cache is not None
+        for reader, kept in self._states.items():
+            fresh = kept.policy.new_state(self.cache, kept.crossovers)
+            fresh.stack, fresh.layer = kept.state.stack, kept.state.layer
+            self._states[reader] = kept._replace(state=fresh)
 
     def validity_of(self, seqlen_k: int) -> Tensor | None:
         """`validity` over ``seqlen_k`` keys: tokens after the last call with holes all count."""

@@ -16,6 +16,7 @@ from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
 from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.integrations.hf.shared_stack import join_stack
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 from kvselect.policies.base import PolicyState
@@ -190,6 +191,8 @@ def _select(
         cache = _one_call_cache(key, value, keys, policy.required_sketch)
         state = policy.new_state(cache, plan.crossovers)
         state.prefill, state.decode = plan.statistics
+    if policy.flows_between_layers and state.stack is None:
+        join_stack(state, plan, context.cache)
     plan.nonfinite = cache.num_nonfinite
     call = _Call(cache, state, softmax_scale, options)
     out = _attend_call(plan, query, call, context, cache.max_seqlen)
@@ -216,6 +219,8 @@ def _select_static(
     """The same on a cache of fixed room: decode steps never ask the host how long a row is."""
     plan, policy, cache = context.plan, context.plan.policy, layer.cache
     assert policy is not None and cache is not None
+    allowed = "a policy whose layers share nothing with a static cache (it cannot be captured)"
+    require(not policy.flows_between_layers, "policy", type(policy).__name__, allowed)
     num_segments = getattr(policy, "num_segments", None)
     allowed = "None with a static cache (its pools and audits cannot be captured)"
     require(num_segments is None, "num_segments", num_segments, allowed)

@@ -167,7 +167,7 @@ class KVSelectLayer(AttachedLayer, DynamicLayer):
         if self.validity is not None:
             self.validity = self.validity.index_select(0, index)
         if self.cache.batch != batch:  # the state is allocated per row
-            self._states.clear()
+            self.renew_states()
         self._stores = None
         self._show()
 

@@ -21,6 +21,7 @@ from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, 
 from kvselect.policies.base import Policy
 from kvselect.policies.captured_statistics import CapturedStatistics
 from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.policies.stack_state import StackState
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 from kvselect.tensor_parallel import ProcessGroup
@@ -99,6 +100,7 @@ class StackPlan:
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
     _ones: tuple[Tensor, Tensor] | None = None
     _unrotation: tuple[weakref.ref[Tensor], RopeLayout, Unrotation] | None = None
+    cacheless: dict[int, StackState] = field(default_factory=dict)  # by thread: of its last pass
     _tables: dict[tuple[Any, ...], Rope] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackPlan:

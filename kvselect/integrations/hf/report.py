@@ -99,6 +99,9 @@ class Report:
     revocable, query_aware : bool
         Whether a token that is not kept now may come back, and whether the query decides: which
         tasks can pass.
+    question_aware : bool
+        Whether the question selects before the context is read (`Policy.num_question_tokens`): such
+        scores compare with no others.
     kernel : str
         Device, and on the CPU the implementation in use.
     layers : tuple of LayerReport
@@ -111,6 +114,7 @@ class Report:
     trained_length: int
     revocable: bool
     query_aware: bool
+    question_aware: bool
     kernel: str
     layers: tuple[LayerReport, ...]
 
@@ -133,7 +137,8 @@ class Report:
             f"{self.model}: {self.policy['policy']}, {self.mode}, {self.positions} positions "
             f"(trained length {self.trained_length} tokens), kernels {self.kernel}",
             f"revocable: {_yes(self.revocable)} (may a token come back?), "
-            f"query-aware: {_yes(self.query_aware)}",
+            f"query-aware: {_yes(self.query_aware)}"
+            + (", question-aware: yes" if self.question_aware else ""),
         ]
         words += _border_lines(self.layers)
         words += _audit_lines(self.layers)
@@ -169,6 +174,7 @@ def make_report(model: PreTrainedModel, plan: StackPlan) -> Report:
         trained_length=plan.trained_length,
         revocable=policy.revocable,
         query_aware=policy.query_aware,
+        question_aware=policy.num_question_tokens > 0,
         kernel=f"cpu ({ops.cpu_implementation()})" if device == "cpu" else device,
         layers=tuple(_layer_report(layer, policy) for layer in plan.layers),
     )
