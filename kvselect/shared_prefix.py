@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvselect.arguments import (
     require_queries,
@@ -21,11 +22,12 @@ from kvselect.checks import require, require_choice, require_int, require_tensor
 from kvselect.score import score_tokens
 from kvselect.selection import Selection, select_tokens
 
-__all__ = ["SharedPrefix", "SharedSelection", "select_shared", "share_pages"]
+__all__ = ["SharedPrefix", "SharedSelection", "num_prefix_passes", "select_shared", "share_pages"]
 
-FEW_ROWS = 16
-"""Query rows per KV head up to which the prefix is attended from the cache's rows as they are; more
-go through tiles that are widened once for all rows (bench/shared_prefix.py)."""
+FEW_ROWS = 32
+"""Query rows per KV head up to which the prefix is read token by token, `ROWS_AT_ONCE` rows in one
+pass; more go through tiles that are widened once for 128 rows (measured: bench/shared_prefix.py)."""
+ROWS_AT_ONCE = 16
 ROWS_PER_BLOCK = 128
 
 
@@ -128,7 +130,8 @@ class SharedPrefix:
 
         Notes
         -----
-        Cost: reads the keys and values of the prefix once per 128 rows instead of once per member.
+        Cost: the prefix is read once for up to 16 rows (query heads of a KV head, of all members),
+        twice for up to 32, once per 128 of more; attending separately reads it once per member.
         """
         prefix = self.cache
         require_queries(q, private)
@@ -145,7 +148,9 @@ class SharedPrefix:
         )
         shared, shared_lse = _attend_rows(q, prefix, selection, scale, softcap)
         seqlen_q = q.shape[1]
-        if min(private.lengths, default=seqlen_q) < seqlen_q:  # queries of tokens that are not there
+        if (
+            min(private.lengths, default=seqlen_q) < seqlen_q
+        ):  # queries of tokens that are not there
             place = torch.arange(seqlen_q, device=q.device)
             absent = place < (seqlen_q - private.cache_seqlens)[:, None]
             shared = shared.masked_fill(absent[:, :, None, None], 0.0)
@@ -155,6 +160,11 @@ class SharedPrefix:
             torch.stack((shared.float(), own.float())), torch.stack((shared_lse, own_lse))
         )
         return out.to(q.dtype), lse
+
+
+def num_prefix_passes(num_rows: int) -> int:
+    """How often `SharedPrefix.attend` reads the prefix on the CPU, for query rows per KV head."""
+    return -(-num_rows // (ROWS_AT_ONCE if num_rows <= FEW_ROWS else ROWS_PER_BLOCK))
 
 
 def _attend_rows(
@@ -170,16 +180,13 @@ def _attend_rows(
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     # [num_kv_heads, batch, seqlen_q, group_size, head_dim]
     rows = q.reshape(batch, seqlen_q, num_kv_heads, -1, head_dim).permute(2, 0, 1, 3, 4)
+    rows = rows.reshape(num_kv_heads, num_rows, head_dim)
     if selection is not None or num_rows <= FEW_ROWS or q.device.type != "cpu":
-        # One query whose KV heads have all rows as their group: it sees the whole prefix.
-        one = rows.reshape(1, 1, -1, head_dim)
-        out, lse = sparse_attention(one, prefix, selection, softmax_scale=scale, softcap=softcap)
-        out, lse = out.view(rows.shape), lse.view(rows.shape[:-1])
+        out, lse = _attend_token_by_token(rows, prefix, selection, scale, softcap)
     else:
-        stacked = rows.reshape(1, num_kv_heads, num_rows, head_dim).transpose(1, 2)
         num_blocks = (-(-num_rows // ROWS_PER_BLOCK), -(-prefix.max_seqlen // ROWS_PER_BLOCK))
         out, lse = block_sparse_attention(
-            stacked,
+            rows.transpose(0, 1)[None],
             prefix.k,
             prefix.v,
             torch.ones((1, 1, *num_blocks), dtype=torch.bool),
@@ -189,9 +196,59 @@ def _attend_rows(
             softmax_scale=scale,
             softcap=softcap,
         )
-        out = out.transpose(1, 2).reshape(rows.shape)
-        lse = lse.transpose(1, 2).reshape(rows.shape[:-1])
-    return out.permute(1, 2, 0, 3, 4).reshape(q.shape), lse.permute(1, 2, 0, 3).reshape(q.shape[:3])
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+    shape = (num_kv_heads, batch, seqlen_q, num_q_heads // num_kv_heads)
+    out = out.reshape(*shape, head_dim).permute(1, 2, 0, 3, 4).reshape(q.shape)
+    return out, lse.reshape(shape).permute(1, 2, 0, 3).reshape(q.shape[:3])
+
+
+def _attend_token_by_token(
+    rows: Tensor,
+    prefix: KVCache,
+    selection: Selection | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows [num_kv_heads, num_rows, head_dim] as heads of single queries, which see everything.
+
+    A call has one query for each pass over the prefix: a batch whose rows are the same pages.
+    """
+    num_kv_heads, num_rows, head_dim = rows.shape
+    num_passes = -(-num_rows // ROWS_AT_ONCE)
+    width = -(-num_rows // num_passes)
+    padded = functional.pad(rows, (0, 0, 0, num_passes * width - num_rows))
+    queries = padded.view(num_kv_heads, num_passes, width, head_dim).transpose(0, 1)
+    table, indices, topk_length = prefix.block_table, None, None
+    k_pages, v_pages = prefix.k_pages, prefix.v_pages
+    if table is None:
+        k_pages, v_pages = (x.expand(num_passes, -1, -1, -1) for x in (k_pages, v_pages))
+    else:
+        table = table.expand(num_passes, -1).contiguous()
+    if selection is not None:
+        indices, topk_length = selection.with_blocks()
+        indices = indices.expand(num_passes, -1, -1, -1)
+        topk_length = topk_length.expand(num_passes, -1, -1)
+    out, lse = torch.ops.kvselect.sparse_attention.default(
+        queries.reshape(num_passes, 1, -1, head_dim),
+        k_pages,
+        v_pages,
+        table,
+        prefix.cache_seqlens.expand(num_passes).contiguous(),
+        None,
+        indices,
+        topk_length,
+        None,
+        scale,
+        None,
+        None,
+        0,
+        False,
+        require_softcap(softcap),
+        None,
+    )
+    out = out.view(queries.shape).transpose(0, 1).reshape(padded.shape)
+    lse = lse.view(queries.shape[:-1]).transpose(0, 1).reshape(padded.shape[:-1])
+    return out[:, :num_rows], lse[:, :num_rows]
 
 
 def share_pages(

@@ -61,7 +61,7 @@ def test_equals_dense_per_request(group_size: int, seqlen_q: int, num_tokens: in
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("page", [None, 16])
-@pytest.mark.parametrize("seqlen_q", [1, 20])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 20])  # in one pass, in two, in tiles
 def test_dtypes_and_pages(dtype: torch.dtype, page: int | None, seqlen_q: int) -> None:
     private = (25, 21)
     q, prefix, own, whole = group_of(100, private, seqlen_q, 4, dtype=dtype, page=page)
@@ -184,7 +184,7 @@ def test_shared_selection(by: str) -> None:
 
 
 def test_a_full_shared_selection_is_dense() -> None:
-    q, prefix, own, whole = group_of(90, (5, 8), 1, 7)
+    q, prefix, own, whole = group_of(90, (5, 8, 2, 3, 4, 1), 1, 7)  # 42 rows
     chosen = select_shared(q, prefix, topk=1000)
     assert chosen.union_size.tolist() == [90, 90]
     out, _ = prefix.attend(q, own, chosen.selection)
@@ -222,5 +222,3 @@ def test_bad_arguments() -> None:
         select_shared(q[:1], prefix, topk=3)
     with pytest.raises(TypeError, match="block_table: got torch.int64"):
         share_pages(own.k, own.v, torch.zeros(1, 1, dtype=torch.int64), own.cache_seqlens[:1])
-
-
