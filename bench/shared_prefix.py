@@ -1,8 +1,8 @@
 """From which group size and prefix length on does attending a shared prefix once pay?
 
 A decode step of a group of requests with a common prefix and 128 tokens each of their own: the
-prefix read once for all of up to 16 query rows per KV head (`SharedPrefix.attend`) against `sparse_attention` over every request's
-whole row. Bytes of keys and values are counted from the caches. Expected: the prefix's bytes per
+prefix read once for up to 16 query rows per KV head (`SharedPrefix.attend`) against
+`sparse_attention` over every request's whole row. Bytes are counted from caches and passes. Expected: the prefix's bytes per
 step divided by the group size; time in the same direction as soon as the prefix is long.
 """
 
@@ -124,8 +124,18 @@ def show(rows: Sequence[Row]) -> None:
     results.print_table(
         f"decode steps, {PRIVATE_TOKENS} tokens per request behind the prefix, "
         f"{rows[0].threads} threads ({rows[0].clock} time); speed-up above 1: sharing is faster",
-        ("members", "prefix", "shared ms", "separate ms", "speed-up", "bytes", "prefix bytes")
-        + ("stored", f"union / topk {TOPK}", "error"),
+        (
+            "members",
+            "prefix",
+            "shared ms",
+            "separate ms",
+            "speed-up",
+            "bytes",
+            "prefix bytes",
+            "stored",
+            f"union / topk {TOPK}",
+            "error",
+        ),
         [
             (
                 str(row.members),

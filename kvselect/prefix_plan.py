@@ -100,7 +100,8 @@ def _pages(prompt: Sequence[int], size: int) -> list[tuple[int, ...]]:
 def _radix_tree(prompts: list[list[tuple[int, ...]]]) -> list[_Node]:
     """All nodes, the root first, others by depth."""
     nodes = [_Node(0)]
-    path, previous = [nodes[0]], []
+    path = [nodes[0]]
+    previous: list[tuple[int, ...]] = []
     for number in sorted(range(len(prompts)), key=prompts.__getitem__):
         pages = prompts[number]
         common = 0

@@ -26,7 +26,7 @@ __all__ = ["SharedPrefix", "SharedSelection", "num_prefix_passes", "select_share
 
 FEW_ROWS = 32
 """Query rows per KV head up to which the prefix is read token by token, `ROWS_AT_ONCE` rows in one
-pass; more go through tiles that are widened once for 128 rows (measured: bench/shared_prefix.py)."""
+pass; more go through tiles that are widened once for 128 rows (`bench/shared_prefix.py`)."""
 ROWS_AT_ONCE = 16
 ROWS_PER_BLOCK = 128
 
@@ -352,11 +352,10 @@ def select_shared(
         return SharedSelection(picked, size, size)
     seqlen_k = cache.max_seqlen
     # One place more, which pads mark.
-    shape = (cache.num_kv_heads, seqlen_k + 1)
-    listed = torch.zeros(shape, dtype=torch.bool, device=cache.device)
+    listed = torch.zeros(cache.num_kv_heads, seqlen_k + 1, dtype=torch.bool, device=cache.device)
     total = torch.zeros(cache.num_kv_heads, dtype=torch.int64, device=cache.device)
-    for own in q.split(1):
-        scores = score_tokens(own, cache, softmax_scale=softmax_scale)
+    for row in range(q.shape[0]):
+        scores = score_tokens(q[row : row + 1], cache, softmax_scale=softmax_scale)
         lists = select_tokens(scores, cache.cache_seqlens, topk=topk)
         indices = lists.indices[0].long()
         listed.scatter_(1, indices.where(indices >= 0, seqlen_k), True)

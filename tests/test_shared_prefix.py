@@ -199,13 +199,13 @@ def test_same_bits_every_time() -> None:
 
 def test_bad_arguments() -> None:
     q, prefix, own, _ = group_of(20, (3, 3), 1, 2)
-    with pytest.raises(TypeError, match="cache: got int 3, allowed: a kvselect.KVCache"):
+    with pytest.raises(TypeError, match=r"cache: got int 3, allowed: a kvselect.KVCache"):
         SharedPrefix(3, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cache.batch: got 2, allowed: 1 \(one prefix\)"):
         SharedPrefix(own, 1)
     padded = KVCache(1, HEADS, DIM, sketch=None)
     padded.set_starts([2])
-    with pytest.raises(ValueError, match="cache.starts: got 'padding'"):
+    with pytest.raises(ValueError, match=r"cache.starts: got 'padding'"):
         SharedPrefix(padded, 1)
     with pytest.raises(ValueError, match="num_members: got 0, allowed: an int >= 1"):
         SharedPrefix(prefix.cache, 0)
@@ -220,5 +220,5 @@ def test_bad_arguments() -> None:
         select_shared(q, prefix, topk=3, by="sum")
     with pytest.raises(ValueError, match=r"q: got shape \(1, 1, 4, 32\), allowed: \[2, any"):
         select_shared(q[:1], prefix, topk=3)
-    with pytest.raises(TypeError, match="block_table: got torch.int64"):
+    with pytest.raises(TypeError, match=r"block_table: got torch.int64"):
         share_pages(own.k, own.v, torch.zeros(1, 1, dtype=torch.int64), own.cache_seqlens[:1])
