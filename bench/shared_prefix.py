@@ -2,7 +2,8 @@
 
 A decode step of a group of requests with a common prefix and 128 tokens each of their own: the
 prefix read once for up to 16 query rows per KV head (`SharedPrefix.attend`) against
-`sparse_attention` over every request's whole row. Bytes are counted from caches and passes. Expected: the prefix's bytes per
+`sparse_attention` over every request's whole row. Bytes are counted from caches and passes.
+Expected: the prefix's bytes per
 step divided by the group size; time in the same direction as soon as the prefix is long.
 """
 
