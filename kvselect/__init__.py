@@ -15,6 +15,7 @@ from kvselect.ops import (
     set_cpu_implementation,
 )
 from kvselect.policies import (
+    AdaSpa,
     Dense,
     Policy,
     PolicyState,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from kvselect.integrations.hf import attach
 
 __all__ = [
+    "AdaSpa",
     "DecodeInfo",
     "Dense",
     "KVCache",

@@ -1,5 +1,6 @@
 """Selection methods, one file each; `POLICIES` knows them by name."""
 
+from kvselect.policies.adaspa import AdaSpa
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.dense import Dense
 from kvselect.policies.streaming_llm import StreamingLLM
@@ -7,6 +8,7 @@ from kvselect.policies.token_select import TokenSelect
 
 __all__ = [
     "POLICIES",
+    "AdaSpa",
     "Dense",
     "Policy",
     "PolicyState",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvselect.attention import attend_queries
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_type
 from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
@@ -214,14 +215,20 @@ class Policy:
         """
         return False
 
-    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
-        """The lists that ``queries`` attend to; None: every visible token."""
+    def select(
+        self, state: PolicyState, queries: Queries, cache: KVCache
+    ) -> Selection | BlockMask | None:
+        """The lists that ``queries`` attend to, or in prefill blocks; None: every visible token.
+
+        A method that gives a `BlockMask` overrides `attend`.
+        """
         raise NotImplementedError
 
     def attend(
-        self, queries: Queries, cache: KVCache, selection: Selection | None
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over what was selected: ``(out, lse)`` as `sparse_attention` gives them."""
+        assert not isinstance(selection, BlockMask)
         rope = queries.rope if self.positions == "compact" else None
         return attend_queries(queries, cache, selection, rope)
 
