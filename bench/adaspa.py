@@ -76,7 +76,7 @@ class Loop:
             shared = draw(width, heads, head_dim) / width**0.5
             own = [draw(width, heads, head_dim) / width**0.5 for _ in range(2)]
             # Alike enough that a token looks for tokens like itself; heads from broad to sharp.
-            sharp = torch.linspace(0.6, 2.0, heads)[:, None]
+            sharp = torch.linspace(0.8, 3.0, heads)[:, None]
             q, k = ((shared + 0.5 * other) * sharp for other in own)
             v, out = draw(width, heads, head_dim) / width**0.5, draw(width, width) / width**0.5
             self.layers.append((q, k, v, out))
@@ -190,7 +190,16 @@ def kept_blocks(policy: AdaSpa, mass: Tensor) -> Tensor:
 def show(rows: Sequence[Row]) -> None:
     first = rows[0]
     columns = ("sparsity", "split", "kept lse", "kept", "sparse ms", "over dense", "search ms")
-    more = ("(kept lse)", "dense ms", "SDPA ms", "error", "latent", "least recall", "mean", "overlap")
+    more = (
+        "(kept lse)",
+        "dense ms",
+        "SDPA ms",
+        "error",
+        "latent",
+        "least recall",
+        "mean",
+        "overlap",
+    )
     results.print_table(
         f"{first.tokens} tokens, {first.steps} steps, searched at {SEARCH_AT}, 1 thread "
         f"({first.clock} time); error: worst step's attention against dense; overlap: blocks that "
