@@ -16,9 +16,12 @@ from kvselect.ops import (
 )
 from kvselect.policies import (
     AdaSpa,
+    Coverage,
     Dense,
+    MaxMin,
     Policy,
     PolicyState,
+    SnapKV,
     StreamingLLM,
     TokenSelect,
     policy_from_dict,
@@ -35,14 +38,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdaSpa",
+    "Coverage",
     "DecodeInfo",
     "Dense",
     "KVCache",
+    "MaxMin",
     "Policy",
     "PolicyState",
     "Rope",
     "Selection",
     "SelectionCache",
+    "SnapKV",
     "StreamingLLM",
     "TieredKVCache",
     "TokenSelect",

@@ -27,6 +27,7 @@ FLOORS = (
         "attention",
         "block_masks",
         "block_sparse",
+        "evictable_cache",
         "fixed_cache",
         "prefix_plan",
         "queries",

@@ -2,16 +2,22 @@
 
 from kvselect.policies.adaspa import AdaSpa
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
+from kvselect.policies.coverage import Coverage
 from kvselect.policies.dense import Dense
+from kvselect.policies.max_min import MaxMin
+from kvselect.policies.snapkv import SnapKV
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
 
 __all__ = [
     "POLICIES",
     "AdaSpa",
+    "Coverage",
     "Dense",
+    "MaxMin",
     "Policy",
     "PolicyState",
+    "SnapKV",
     "StreamingLLM",
     "TokenSelect",
     "policy_from_dict",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvselect.attention import attend_queries
+from kvselect.attention import attend_queries, with_sinks
 from kvselect.block_masks import BlockMask, head_recall, head_recall_split, largest_blocks
 from kvselect.block_sparse import BLOCK_SIZES, block_mass, block_sparse_attention
 from kvselect.cache import KVCache
@@ -174,9 +174,7 @@ class AdaSpa(Policy):
             queries.q, k, v, selection.unpack(), cache_seqlens=seqlens, **self._options(queries)
         )
         if queries.sink_logits is not None:
-            share = torch.sigmoid(lse - queries.sink_logits)
-            out, seen = (out * share[..., None]).to(out.dtype), lse > -torch.inf
-            lse = torch.where(seen, torch.logaddexp(lse, queries.sink_logits), lse)
+            return with_sinks(out, lse, queries.sink_logits)
         return out, lse
 
     def _options(self, queries: Queries) -> dict[str, Any]:
