@@ -146,13 +146,12 @@ def test_what_is_kept_is_attended_exactly(kind: type[Any], dtype: torch.dtype) -
     assert run.cache.lengths == run.whole.lengths
     counts = run.state.decode.to_dict()
     assert counts["tokens_attended"] == sum(4 * (33 + i) for i in range(12))
-    assert counts["tokens_visible"] == sum(2 * (122 + 88 + 2 * i) for i in range(12)) - 12 * 0
+    assert counts["tokens_visible"] == sum(2 * (121 + 87 + 2 * i) for i in range(12))
 
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_each_row_is_evicted_by_itself(kind: type[Any]) -> None:
     both, one = Run(small(kind)), Run(small(kind), (120,))
-    assert torch.equal(both.new_k[:1], one.new_k) or both.new_k.shape != one.new_k.shape
     one.cache.reset()
     one.whole.reset()
     for cache in (one.cache, one.whole):
@@ -285,7 +284,7 @@ def test_what_the_cache_refuses() -> None:
     plain_cache = KVCache(1, HEADS, DIM, sketch=None)
     plain_cache.append(run.new_k[:1], run.new_v[:1])
     policy = small(SnapKV)
-    with pytest.raises(ValueError, match="cache: got 'KVCache', allowed: a kvselect.evictable_"):
+    with pytest.raises(ValueError, match=r"cache: got 'KVCache', allowed: a kvselect.evictable_"):
         decode_step(run.q[:1, :1], plain_cache, policy, policy.new_state(plain_cache))
 
 
@@ -381,7 +380,7 @@ def test_greedy_coverage_is_near_the_best(seed: int, num_tokens: int, share: flo
 
 
 def test_keys_are_compared_before_their_rotation() -> None:
-    """Two keys that differ by their rotation only are one to MaxMin, where it knows the rotation."""
+    """Keys that differ by their rotation only are one to MaxMin, where it knows the rotation."""
     rope = Rope.from_frequencies(100.0 ** (-torch.arange(DIM // 2) / (DIM // 2)), 256)
     for known in (rope, Rope(rope.cos, rope.sin), None):
         run = Run(small(MaxMin, topk=2), (80,), rope=known)

@@ -179,7 +179,7 @@ class EvictionPolicy(Policy):
         place = torch.arange(cache.max_seqlen, dtype=torch.int32, device=cache.device)
         listed = place.where(masks, cache.max_seqlen).sort(2).values[..., :width]
         listed = listed.where(listed < cache.max_seqlen, -1)
-        cache.evict(listed, lengths.int(), self.num_recent_tokens)
+        cache.evict(listed, lengths.int(), self.num_recent_tokens + queries.seqlen_q)
         state.window = None
 
     def _span(

@@ -45,7 +45,7 @@ def far_apart(keys: Tensor, budget: int) -> list[int]:
 
         def nearest(i: int) -> float:
             others = picked or [j for j in tokens if j != i]
-            return min(distance[i][j] for j in others)
+            return float(min(distance[i][j] for j in others))
 
         picked.append(max(free, key=lambda i: (nearest(i), -i)))
     return picked

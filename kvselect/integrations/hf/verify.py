@@ -129,7 +129,11 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
     fields = {field.name for field in dataclasses.fields(policy)}
     forms: dict[str, dict[str, Any]] = {"dense": {}}
     if "topk" in fields:
-        forms["dense"] = {"topk": length, "overselect": 1.0}
+        forms["dense"] = {"topk": length}
+        if "overselect" in fields:
+            forms["dense"]["overselect"] = 1.0
+        if "ratio" in fields:  # an eviction's, which goes before topk
+            forms["dense"]["ratio"] = None
     elif "num_recent_tokens" in fields:
         forms["dense"] = {"num_recent_tokens": length}
     if {"topk", "overselect", "num_sink_tokens", "num_recent_tokens", "q_block_size"} <= fields:
