@@ -51,8 +51,8 @@ def test_what_is_left_out_has_its_default() -> None:
 @pytest.mark.parametrize(
     "settings, error, message",
     [
-        ({}, ValueError, "policy: got None, allowed: 'Dense' or 'StreamingLLM' or 'TokenSelect'"),
-        ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: 'Dense' or"),
+        ({}, ValueError, "policy: got None, allowed: .*'Dense' or .*'TokenSelect'"),
+        ({"policy": "Quest2"}, ValueError, "policy: got 'Quest2', allowed: .*'Dense' or"),
         ({"policy": 3}, ValueError, "policy: got 3"),
         ({"policy": "Dense", "topk": 3}, ValueError, r"settings of Dense: got \['topk'\]"),
         ({"policy": "TokenSelect", "topk": 0}, ValueError, "topk: got 0"),

@@ -4,7 +4,11 @@ from kvselect.policies.adaspa import AdaSpa
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
 from kvselect.policies.coverage import Coverage
 from kvselect.policies.dense import Dense
+from kvselect.policies.dilate import Dilate
+from kvselect.policies.dilated import Dilated
+from kvselect.policies.layer_schedule import LayerSchedule
 from kvselect.policies.max_min import MaxMin
+from kvselect.policies.region_quota import RegionQuota
 from kvselect.policies.snapkv import SnapKV
 from kvselect.policies.streaming_llm import StreamingLLM
 from kvselect.policies.token_select import TokenSelect
@@ -14,9 +18,13 @@ __all__ = [
     "AdaSpa",
     "Coverage",
     "Dense",
+    "Dilate",
+    "Dilated",
+    "LayerSchedule",
     "MaxMin",
     "Policy",
     "PolicyState",
+    "RegionQuota",
     "SnapKV",
     "StreamingLLM",
     "TokenSelect",

@@ -173,6 +173,10 @@ class Policy:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
 
+    def for_layer(self, index: int) -> Policy:
+        """What the layer of this index runs, where layers differ; `attach` asks for it once."""
+        return self
+
     @classmethod
     def at_budget(cls, budget: int) -> Policy:
         """Settings whose decode steps attend to ``budget`` tokens, sinks and recent ones included.

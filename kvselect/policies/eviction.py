@@ -31,6 +31,7 @@ class Span(NamedTuple):
     # the last queries of the prompt gave them, of a softmax over everything they saw
     weights: Tensor
     begin: int  # position of the first of them, padding excluded
+    num_queries: int  # of the window; its last query's weights come last
 
     @property
     def num_tokens(self) -> int:
@@ -209,7 +210,8 @@ class EvictionPolicy(Policy):
         keys = keys[:, begin - start : end - start].nan_to_num(0.0, 0.0, 0.0)
         if self.needs_keys_before_rope and queries.rope is not None:
             keys = _before_rope(keys, queries.rope, positions)
-        return Span(keys, weights[..., begin - start : end - start], begin - start)
+        weights = weights[..., begin - start : end - start]
+        return Span(keys, weights, begin - start, window.shape[0])
 
 
 def _before_rope(keys: Tensor, rope: Rope, positions: Tensor) -> Tensor:

@@ -315,7 +315,8 @@ class LayerPlan:
         )
 
     def use(self, policy: Policy) -> None:
-        """Run ``policy`` from the next call on."""
+        """Run ``policy``, as this layer has it, from the next call on."""
+        policy = policy.for_layer(self.index)
         if policy.positions == "compact" and self.layout.num_pairs == 0:
             policy = dataclasses.replace(policy, positions="original")  # type: ignore[call-arg]
         self.policy = policy

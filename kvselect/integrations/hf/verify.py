@@ -134,6 +134,8 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
             forms["dense"]["overselect"] = 1.0
         if "ratio" in fields:  # an eviction's, which goes before topk
             forms["dense"]["ratio"] = None
+        if "last_layer" in fields:  # of a schedule, which would keep less in deep layers
+            forms["dense"] |= {"first_layer": 2**20, "last_layer": 2**20 + 1}
     elif "num_recent_tokens" in fields:
         forms["dense"] = {"num_recent_tokens": length}
     if {"topk", "overselect", "num_sink_tokens", "num_recent_tokens", "q_block_size"} <= fields:
