@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_int, require_tensor
+from kvselect.selection import Selection
+from kvselect.storage import grown
 
 __all__ = ["EvictableKVCache"]
 
@@ -44,6 +46,7 @@ class EvictableKVCache(KVCache):
         capacity: int = 0,
     ) -> None:
         self._rows: KVCache | None = None
+        self._positions: Tensor | None = None  # [batch * num_kv_heads, room] int32
         self._num_croppable = 0
         self.on_evict: Callable[[], object] | None = (
             None  # told when whoever shows keys must let go
@@ -62,6 +65,22 @@ class EvictableKVCache(KVCache):
     def rows(self) -> KVCache | None:
         """What remains of every (row, KV head), [batch * num_kv_heads] rows; None: everything."""
         return self._rows
+
+    def listed(self) -> Selection:
+        """Positions of the tokens that remain, as lists over the whole rows.
+
+        Raises
+        ------
+        ValueError
+            If none was dropped.
+        """
+        allowed = "a cache that dropped tokens (see evict)"
+        require(self._rows is not None, "cache", "all tokens", allowed)
+        assert self._rows is not None and self._positions is not None
+        shape = (self.batch, self.num_kv_heads)
+        width = self._rows.max_seqlen
+        indices = self._positions[:, :width].reshape(*shape, width)
+        return Selection(indices, self._rows.cache_seqlens.view(shape).clone())
 
     def evict(self, kept: Tensor, topk_length: Tensor, num_recent_tokens: int) -> None:
         """Keep the listed tokens of every KV head; the memory of all others is free afterwards.
@@ -111,6 +130,7 @@ class EvictableKVCache(KVCache):
         sizes = (self.batch, self.num_kv_heads, self.head_dim, self.dtype, self.device)
         self._storage = self._new_storage(*sizes, None)
         self._rows, self._num_croppable = rows, num_recent_tokens
+        self._positions = grown(kept.reshape(num_rows, width) + 1, 1, width + width // 8 + 1) - 1
         self._changed()
         if self.on_evict is not None:
             self.on_evict()
@@ -162,6 +182,7 @@ class EvictableKVCache(KVCache):
         k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (k, v))
         self._rows.append(k, v, each if seqlens is not None else None)
         self._num_croppable += min(counts, default=0)
+        self._note_positions(k.shape[1], counts)
         self._cache_seqlens = self._cache_seqlens + torch.tensor(
             counts, dtype=torch.int32, device=self.device
         )
@@ -177,6 +198,10 @@ class EvictableKVCache(KVCache):
         allowed = f"0..{self._num_croppable} (tokens at the end that every head still has)"
         require(num_tokens <= self._num_croppable, "num_tokens", num_tokens, allowed)
         self._rows.crop(num_tokens)
+        assert self._positions is not None
+        place = torch.arange(self._positions.shape[1], device=self.device)
+        gone = place >= self._rows.cache_seqlens[:, None]
+        self._positions = self._positions.masked_fill(gone, -1)
         self._num_croppable -= num_tokens
         self._set_lengths([n - num_tokens for n in self._lengths])
         self._cache_seqlens = self._cache_seqlens - num_tokens
@@ -189,12 +214,15 @@ class EvictableKVCache(KVCache):
             picked = [int(row) for row in index]
             allowed = f"rows 0..{self.batch - 1}"
             require(all(0 <= row < self.batch for row in picked), "index", picked, allowed)
-            self._rows.reorder([row * heads + head for row in picked for head in range(heads)])
+            folded = [row * heads + head for row in picked for head in range(heads)]
+            self._rows.reorder(folded)
+            assert self._positions is not None
+            self._positions = self._positions[torch.tensor(folded, device=self.device)]
         super().reorder(index)
 
     def reset(self) -> None:
         """Forget every token, and that any was dropped."""
-        self._rows, self._num_croppable = None, 0
+        self._rows, self._positions, self._num_croppable = None, None, 0
         super().reset()
 
     def set_starts(self, starts: Sequence[int] | Tensor | None) -> None:
@@ -204,6 +232,20 @@ class EvictableKVCache(KVCache):
             values = [int(start) for start in starts]
             require(values == before, "starts", values, f"{before} (tokens were dropped)")
         super().set_starts(starts)
+
+    def _note_positions(self, num_new: int, counts: list[int]) -> None:
+        """Positions of the tokens that `rows` has just got; `lengths` do not count them yet."""
+        assert self._rows is not None and self._positions is not None
+        needed = max(self._rows.lengths, default=0) + num_new
+        positions = self._positions.clone()  # lists that were given out stay as they were
+        if needed > positions.shape[1]:
+            positions = grown(positions + 1, 1, needed + needed // 8) - 1
+        heads, new = self.num_kv_heads, torch.arange(num_new, device=self.device)
+        valid = new < torch.tensor(counts, device=self.device).repeat_interleave(heads)[:, None]
+        first = torch.tensor(self._lengths, device=self.device).repeat_interleave(heads)[:, None]
+        before = self._rows.cache_seqlens[:, None] - valid.sum(1, keepdim=True)
+        values = (first + new).where(valid, -1).int()
+        self._positions = positions.scatter(1, before + new, values)
 
     def _gone(self) -> Tensor:
         nothing = torch.full((1, 1, 1, 1), torch.nan, dtype=self.dtype, device=self.device)

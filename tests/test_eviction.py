@@ -77,7 +77,10 @@ class Run:
         """A decode step: its query, its output."""
         q = self.append()
         out, info = decode_step(q, self.cache, self.policy, self.state, rope=self.rope, **options)
-        assert info.selection is None
+        assert info.selection is not None  # the positions of what is attended to
+        assert torch.equal(info.selection.topk_length, self.kept().topk_length)
+        width = info.selection.indices.shape[2]
+        assert torch.equal(info.selection.indices, self.kept().indices[..., :width])
         return q, out
 
     def kept(self) -> Selection:
@@ -259,8 +262,13 @@ def test_crop_reorder_and_reset() -> None:
     assert torch.equal(run.cache.cache_seqlens, run.whole.cache_seqlens)
     with pytest.raises(ValueError, match="index: got"):
         run.cache.reorder([3])
+    for selection in (run.cache.listed(), run.kept()):
+        width = run.cache.listed().indices.shape[2]
+        assert torch.equal(selection.indices[..., :width], run.kept().indices[..., :width])
     run.cache.reset()
     assert run.cache.rows is None and run.cache.max_seqlen == 0
+    with pytest.raises(ValueError, match="cache: got 'all tokens', allowed: a cache that dropped"):
+        run.cache.listed()
 
 
 def test_what_the_cache_refuses() -> None:

@@ -150,7 +150,9 @@ def test_the_overview_says_which_region_keeps_more() -> None:
 
 def test_a_schedule_falls_to_nothing() -> None:
     policy = LayerSchedule(ratio=1.0)
-    assert [policy.fraction(layer) for layer in (0, 14, 15, 21, 27)] == [1, 1, 6 / 7, 0, 0]
+    assert [policy.fraction(layer) for layer in (0, 14, 15, 21, 27)] == [
+        pytest.approx(x) for x in (1, 1, 6 / 7, 0, 0)
+    ]
     first, last = policy.for_layer(3), policy.for_layer(25)
     assert first == SnapKV(ratio=1.0) and last == SnapKV(topk=0)
     halved = LayerSchedule(method="MaxMin", first_layer=0, last_layer=2, topk=64, span=(3, 90))
@@ -250,23 +252,23 @@ def test_dilated_through_json_and_attach() -> None:
 
 
 def test_diversity_serves_questions_that_were_not_asked() -> None:
-    """A document of eight topics, a window that asks for one, later queries that ask for others."""
+    """A document of filler and 40 facts, a window that asks for one, later queries for others."""
     generator = torch.Generator().manual_seed(3)
-    topics = torch.nn.functional.normalize(torch.randn(8, DIM, generator=generator), dim=1)
-    of_token = torch.randint(0, 8, (400,), generator=generator)
-    noise = torch.randn(1, 400, 1, DIM, generator=generator) * 0.25
-    k = 3 * topics[of_token][None, :, None] + noise
-    asked = 12 * topics[torch.zeros(8, dtype=torch.int64)]
-    later = 12 * topics[1:]
-    mass = {}
+    directions = torch.nn.functional.normalize(torch.randn(43, DIM, generator=generator), dim=1)
+    of_token = torch.randint(40, 43, (400,), generator=generator)  # filler says three things
+    of_token[torch.randperm(400, generator=generator)[:40]] = torch.arange(40)
+    k = 3 * directions[of_token] + 0.05 * torch.randn(400, DIM, generator=generator)
+    asked, later = 12 * directions[:1].expand(8, -1), 12 * directions[1:40]
+    weights = (asked @ k.T * DIM**-0.5).softmax(-1)[None]
+    seen = (later @ k.T * DIM**-0.5).softmax(-1)
+    mass, own = {}, {}
     for kind in (SnapKV, MaxMin, Coverage):
-        policy = small(kind, topk=80, num_sink_tokens=0, num_recent_tokens=1)
-        weights = (asked @ k[0, :, 0].T * DIM**-0.5).softmax(-1)
-        kept = policy.choose(Span(k[0].transpose(0, 1), weights[None], 0, 8), 80)[0]
-        seen = (later @ k[0, :, 0].T * DIM**-0.5).softmax(-1)
+        kept = small(kind).choose(Span(k[None], weights, 0, 8), 60)[0]
         mass[kind.__name__] = float(seen[:, kept].sum(1).mean())
-    print(mass)
-    assert mass["MaxMin"] > mass["SnapKV"] + 0.05 and mass["Coverage"] > mass["SnapKV"] + 0.05
+        own[kind.__name__] = float(weights[0, 0, kept].sum())
+    print(f"mass of later queries {mass}, of the window's own {own}")
+    assert mass["MaxMin"] > mass["SnapKV"] + 0.2 and mass["Coverage"] > mass["SnapKV"] + 0.2
+    assert own["SnapKV"] > 0.5
 
 
 # ---- bounds
@@ -284,7 +286,12 @@ def test_diversity_serves_questions_that_were_not_asked() -> None:
         (LayerSchedule, {"method": "Dense"}, ValueError, "method: got 'Dense', allowed: 'Coverag"),
         (LayerSchedule, {"method": 3}, TypeError, "method: got int 3"),
         (LayerSchedule, {"first_layer": -1}, ValueError, "first_layer: got -1"),
-        (LayerSchedule, {"last_layer": 14}, ValueError, r"last_layer: got 14, allowed: an int >= 15"),
+        (
+            LayerSchedule,
+            {"last_layer": 14},
+            ValueError,
+            r"last_layer: got 14, allowed: an int >= 15",
+        ),
         (Dilated, {"radius": 0}, ValueError, "radius: got 0"),
         (Dilated, {"inner": 3}, TypeError, "inner: got int 3"),
         (Dilated, {"inner": StreamingLLM()}, ValueError, "inner: got 'StreamingLLM', allowed: a m"),

@@ -125,7 +125,10 @@ SIZED = [POLICIES[method] for name, method in policy_names().items() if has_budg
 
 def test_all_methods_that_leave_tokens_out_have_a_budget() -> None:
     assert {method.__name__ for method in POLICIES.values()} - {m.__name__ for m in SIZED} == {
-        "Dense"
+        "Dense",
+        "AdaSpa",  # dense decode
+        "Dilated",  # around another method
+        "LayerSchedule",  # by layer
     }
     with pytest.raises(ValueError, match="budget: got 512, allowed: None: Dense has none"):
         Dense.at_budget(512)
@@ -137,7 +140,7 @@ def test_a_step_attends_to_its_budget(method: type[Policy], budget: int) -> None
     """Right after its selection; methods that count in blocks may leave out part of one."""
     policy = method.at_budget(budget)
     generator = torch.Generator().manual_seed(budget)
-    cache = KVCache(1, 2, 64, sketch=policy.required_sketch)
+    cache = policy.new_cache(1, 2, 64)
     k, v = torch.randn(2, 1, 3000, 2, 64, generator=generator)
     cache.append(k, v)
     state = policy.new_state(cache)

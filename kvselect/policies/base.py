@@ -202,6 +202,27 @@ class Policy:
         """
         return PolicyState(self, crossovers=crossovers)
 
+    def new_cache(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ) -> KVCache:
+        """An empty contiguous cache of the kind that the method needs, sketch included."""
+        return KVCache(
+            batch,
+            num_kv_heads,
+            head_dim,
+            dtype=dtype,
+            device=device,
+            capacity=capacity,
+            sketch=self.required_sketch,
+        )
+
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:

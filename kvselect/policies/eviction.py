@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kvselect.attention import attend_queries
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_float, require_int, require_type
 from kvselect.crossovers import Crossover
@@ -126,8 +128,8 @@ class EvictionPolicy(Policy):
         """The tokens to keep, bool [num_kv_heads, num_tokens]: ``budget`` per head, in the mean."""
         raise NotImplementedError
 
-    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> None:
-        """None, always: attention reads all that remains."""
+    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
+        """What remains, by the tokens' positions; None: everything."""
         assert isinstance(state, EvictionState)
         allowed = "a kvselect.evictable_cache.EvictableKVCache (attach makes one: no static cache)"
         require(isinstance(cache, EvictableKVCache), "cache", type(cache).__name__, allowed)
@@ -150,11 +152,36 @@ class EvictionPolicy(Policy):
         visible = visible_tokens(queries, cache)
         if cache.rows is None:
             state.statistics(queries.phase).record_dense(visible)
-            return
-        left = cache.rows.cache_seqlens.view(cache.batch, cache.num_kv_heads)
-        left = left[:, None].repeat(1, queries.num_blocks, 1)  # up to the call's last token
-        nothing = left.new_empty((*left.shape, 0))
-        state.statistics(queries.phase).record_selection(Selection(nothing, left), visible, False)
+            return None
+        left = cache.listed()
+        if queries.q_block_offsets is not None:
+            indices, lengths = (
+                x[:, None].expand(-1, queries.num_blocks, *x.shape[1:])
+                for x in (left.indices, left.topk_length)
+            )
+            left = Selection(indices, lengths, queries.q_block_offsets)
+        state.statistics(queries.phase).record_selection(left, visible, scored=False)
+        return left
+
+    def attend(
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
+    ) -> tuple[Tensor, Tensor]:
+        """Over all that the cache holds: what it does not hold is not listed either."""
+        return attend_queries(queries, cache, None, None)
+
+    def new_cache(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ) -> EvictableKVCache:
+        return EvictableKVCache(
+            batch, num_kv_heads, head_dim, dtype=dtype, device=device, capacity=capacity
+        )
 
     def _evict(self, state: EvictionState, queries: Queries, cache: EvictableKVCache) -> None:
         window = queries.q if state.window is None else state.window

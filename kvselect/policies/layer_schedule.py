@@ -11,6 +11,7 @@ from kvselect.checks import require, require_int, require_type
 from kvselect.policies.base import POLICIES, Policy, PolicyState, register_policy
 from kvselect.policies.eviction import EvictionPolicy
 from kvselect.queries import Queries
+from kvselect.selection import Selection
 
 __all__ = ["LayerSchedule"]
 
@@ -82,6 +83,7 @@ class LayerSchedule(EvictionPolicy):
             settings["ratio"] = fraction * self.ratio
         return POLICIES[self.method](**settings)
 
-    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> None:
+    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """ValueError: only a layer's share of it can be run."""
         require(False, "policy", "a LayerSchedule", "policy.for_layer(index): one of a layer")
+        raise AssertionError
