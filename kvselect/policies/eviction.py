@@ -81,7 +81,6 @@ class EvictionPolicy(Policy):
         Last queries of the prompt whose attention weights methods may ask for.
     """
 
-    phases: ClassVar[frozenset[str]] = frozenset({"decode"})
     revocable: ClassVar[bool] = False
     persistent: ClassVar[bool] = True
     needs_keys_before_rope: ClassVar[bool] = False
@@ -106,6 +105,11 @@ class EvictionPolicy(Policy):
         require_int(self.num_sink_tokens, "num_sink_tokens", 0)
         require_int(self.num_recent_tokens, "num_recent_tokens", 1)
         require_int(self.num_window_queries, "num_window_queries", 1)
+
+    @property
+    def dense_prefill(self) -> bool:
+        """Prefill only watches the last queries."""
+        return True
 
     @property
     def tail_q_block_size(self) -> int:
