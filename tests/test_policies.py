@@ -11,10 +11,18 @@ import torch
 
 import kvselect
 from kvselect import (
+    AdaSpa,
+    Coverage,
     Dense,
+    Dilate,
+    Dilated,
     KVCache,
+    LayerSchedule,
+    MaxMin,
     Policy,
     PolicyState,
+    RegionQuota,
+    SnapKV,
     StreamingLLM,
     TokenSelect,
     policy_from_dict,
@@ -33,6 +41,14 @@ EXAMPLES: list[Policy] = [
     TokenSelect(),
     TokenSelect(topk=7, sketch=None, dense_layers=(0, 3), similarity_threshold=0.9),
     TokenSelect.paper_compat(),
+    AdaSpa(sparsity=0.9, recall_threshold=None),
+    SnapKV(span=(3, 90), budgets="layer"),
+    MaxMin(ratio=0.1),
+    Coverage(alpha=1.0),
+    Dilate(grid_columns=24),
+    RegionQuota(alpha=0.2),
+    LayerSchedule(method="MaxMin", first_layer=2, last_layer=4),
+    Dilated(inner=TokenSelect(topk=9), radius=2),
 ]
 
 
