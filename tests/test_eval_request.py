@@ -56,7 +56,7 @@ def test_policies_by_name_with_settings() -> None:
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("tokenselect", ValueError, "policies: got 'tokenselect', allowed: dense, "),
+        ("tokenselect", ValueError, "policies: got 'tokenselect', allowed: ada_spa, "),
         ("token_select:topc=1", ValueError, "settings of TokenSelect: got ['topc'], allowed: topk"),
         ("token_select:topk", ValueError, "settings of token_select: got 'topk', allowed: name=va"),
         ("token_select:topk=1,topk=2", ValueError, "got 'topk twice', allowed: each once"),
@@ -97,7 +97,7 @@ def test_policies_may_be_joined_by_commas() -> None:
     apart = ["dense", "token_select:topk=2,scope=layer", "streaming_llm"]
     assert split_policies(joined[0]) == apart
     assert parse_policies(joined) == parse_policies(apart)
-    with pytest.raises(ValueError, match="policies: got 'sparse', allowed: dense, "):
+    with pytest.raises(ValueError, match="policies: got 'sparse', allowed: ada_spa, "):
         parse_policies(["dense,sparse"])
 
 

@@ -12,6 +12,7 @@ from test_hf_attach import EXACT, error, logits_of
 from transformers import StaticCache
 
 from kvselect import Coverage, MaxMin, SnapKV
+from kvselect.eval.session import Session
 from kvselect.integrations.hf import attach
 from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 
@@ -96,3 +97,20 @@ def test_what_cannot_be_evicted_is_refused() -> None:
             pytest.raises(ValueError, match="past_key_values: got 'a 4-D attention mask'"),
         ):
             model(ids[:, :1], past_key_values=result.past_key_values, attention_mask=mask)
+
+
+def test_a_session_reads_the_context_again_for_every_question() -> None:
+    model = hf_models.model("llama")
+    context, question = hf_models.tokens(1, 90)[0], hf_models.tokens(1, 5, seed=2)[0]
+    with Session("evicts", model, small(SnapKV)) as session, torch.no_grad():
+        session.prefill(context)
+        answers = []
+        for _ in range(2):
+            session.step(question)
+            assert not any(layer.has_dropped for layer in session.cache.layers)
+            answers.append(session.step(question[:1]))
+            assert all(layer.has_dropped for layer in session.cache.layers)
+            session.crop_to(90)
+            assert session.cache.get_seq_length() == 90
+        assert torch.equal(*answers)
+        assert session.audit.take() == []  # what is gone has no mass
