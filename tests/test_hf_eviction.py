@@ -13,6 +13,7 @@ from transformers import StaticCache
 
 from kvselect import Coverage, MaxMin, SnapKV
 from kvselect.eval.session import Session
+from kvselect.explain import explain
 from kvselect.integrations.hf import attach
 from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 
@@ -114,3 +115,8 @@ def test_a_session_reads_the_context_again_for_every_question() -> None:
             assert session.cache.get_seq_length() == 90
         assert torch.equal(*answers)
         assert session.audit.take() == []  # what is gone has no mass
+
+
+def test_explain_refuses_what_it_would_get_wrong() -> None:
+    with pytest.raises(ValueError, match="policy: got 'SnapKV', allowed: a policy that drops no"):
+        explain(hf_models.model("llama"), small(SnapKV), hf_models.tokens(1, 60))
