@@ -17,6 +17,7 @@ from kvselect.arguments import (
 )
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_bool, require_tensor, require_type
+from kvselect.evictable_cache import EvictableKVCache
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
@@ -158,6 +159,13 @@ def _attend(
                 softcap,
                 sink_logits,
             )
+    if isinstance(cache, EvictableKVCache) and cache.rows is not None:
+        allowed = "None for a cache that dropped tokens (all that remain are attended to)"
+        require(indices is None, "selection", "lists", allowed)
+        require(rope is None, "rope", "a rotation by rank", allowed)
+        return _attend_rows(
+            q, cache, cache.rows, cache_seqlens, softmax_scale, softcap, sink_logits
+        )
     cos, sin, start, interleaved = None, None, 0, False
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
@@ -186,6 +194,53 @@ def _attend(
         sink_logits,
     )
     return out, lse
+
+
+def _attend_rows(
+    q: Tensor,
+    cache: EvictableKVCache,
+    rows: KVCache,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Every (row, KV head) is a row of one head; the calls' tokens end all of them alike."""
+    batch, seqlen_q, _, head_dim = q.shape
+    num_kv_heads = cache.num_kv_heads
+    grouped = q.reshape(batch, seqlen_q, num_kv_heads, -1, head_dim).transpose(1, 2)
+    later = (cache.cache_seqlens - cache_seqlens).repeat_interleave(num_kv_heads)
+    out, lse = torch.ops.kvselect.sparse_attention.default(
+        grouped.reshape(batch * num_kv_heads, seqlen_q, -1, head_dim),
+        rows.k_pages,
+        rows.v_pages,
+        rows.block_table,
+        (rows.cache_seqlens - later).clamp(min=0),
+        None,
+        None,
+        None,
+        None,
+        softmax_scale,
+        None,
+        None,
+        0,
+        False,
+        softcap,
+        None,
+    )
+    out = out.view(grouped.shape).transpose(1, 2).reshape(q.shape)
+    lse = lse.view(grouped.shape[:-1]).transpose(1, 2).reshape(q.shape[:-1])
+    return (out, lse) if sink_logits is None else with_sinks(out, lse, sink_logits)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention gives with one more logit per head, of a value that is 0, in its softmax.
+
+    ``out`` [..., num_q_heads, head_dim], ``lse`` [..., num_q_heads].
+    """
+    share = torch.sigmoid(lse - sink_logits)
+    total = torch.where(lse > -torch.inf, torch.logaddexp(lse, sink_logits), lse)
+    return (out * share[..., None]).to(out.dtype), total
 
 
 def _attend_fetched(

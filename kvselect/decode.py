@@ -14,6 +14,7 @@ from kvselect.arguments import (
     require_softcap,
     require_softmax_scale,
 )
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_tensor, require_type
 from kvselect.policies.base import Policy, PolicyState
@@ -127,6 +128,7 @@ def decode_step(
     policy = state.decode_policy(q.shape[2])
     policy.update(state, cache)
     selection = policy.select(state, queries, cache)
+    assert not isinstance(selection, BlockMask)  # of prefill only
     if audit and selection is not None:
         policy.audit(state, queries, cache, selection)
     out, lse = policy.attend(queries, cache, selection)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvselect.checks import require, require_int, require_type
 from kvselect.policies.base import Policy
+from kvselect.policies.eviction import EvictionPolicy
 from kvselect.rope import Rope
 
 __all__ = ["Explanation", "HeadChoice", "LayerChoice", "StepChoice", "explain"]
@@ -204,6 +205,9 @@ def explain(
     require(one_prompt, "input_ids", tuple(input_ids.shape), "one prompt of at least 2 tokens")
     require(not ids.is_floating_point(), "input_ids", ids.dtype, "integers")
     require_int(num_steps, "num_steps", 1)
+    # The op is watched, and of an evicted cache it knows places, not positions.
+    allowed = "a policy that drops no token (of an eviction: EvictableKVCache.listed())"
+    require(not isinstance(policy, EvictionPolicy), "policy", type(policy).__name__, allowed)
     ids = ids.to(model.device)
     steps: list[StepChoice] = []
     read = [int(token) for token in ids[0]]

@@ -258,7 +258,7 @@ class OwnPages(ForeignPages):
         needed = sum(max(count, 0) for count in missing)
         if needed > len(self._free):
             before = self._k.shape[0]
-            after = max(before + needed - len(self._free), 2 * before)
+            after = max(before + needed - len(self._free), before + before // 8)
             self._k, self._v = grown(self._k, 0, after), grown(self._v, 0, after)
             self._free[:0] = range(after - 1, before - 1, -1)  # the lowest is taken first
         if needed:

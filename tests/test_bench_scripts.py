@@ -91,6 +91,25 @@ def test_block_sparse(tmp_path: Path) -> None:
     assert all(0.04 < row["kept_share"] <= 1.0 for row in rows)
 
 
+def test_shared_prefix(tmp_path: Path) -> None:
+    rows = quick("shared_prefix", tmp_path, *SIZES)
+    assert [(row["members"], row["prefix_tokens"]) for row in rows] == [
+        (members, tokens) for tokens in (64, 256) for members in (1, 3)
+    ]
+    for row in rows:
+        assert row["prefix_passes"] == 1 and row["prefix_bytes_ratio"] == row["members"]
+        assert row["bytes_ratio"] >= 1.0 and row["speed_up"] > 0
+
+
+def test_adaspa(tmp_path: Path) -> None:
+    rows = quick("adaspa", tmp_path)
+    assert len(rows) == 6 and {row["sparsity"] for row in rows} == {0.8, 0.9}
+    for row in rows:
+        assert row["num_searches"] == 2 and 0.1 < row["kept_share"] < 0.3
+        assert 0.0 < row["least_recall"] <= row["mean_recall"] <= 1.0
+        assert 0.0 < row["output_error"] < 1.0 and 0.0 < row["kept_lse_overlap"] <= 1.0
+
+
 def test_prefill_chunk(tmp_path: Path) -> None:
     rows = quick("prefill_chunk", tmp_path, *SIZES, "--dense-kv-heads", "2")
     assert {row["chunk_tokens"] for row in rows} == {256}

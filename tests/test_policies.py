@@ -12,13 +12,21 @@ import torch
 import kvselect
 from kvselect import (
     ActQKV,
+    AdaSpa,
+    Coverage,
     Dense,
+    Dilate,
+    Dilated,
     InfLLM,
     KVCache,
     Landmark,
+    LayerSchedule,
+    MaxMin,
     Policy,
     PolicyState,
     Quest,
+    RegionQuota,
+    SnapKV,
     SpAtten,
     StreamingLLM,
     TokenSelect,
@@ -48,6 +56,14 @@ EXAMPLES: list[Policy] = [
     TokenSelect(),
     TokenSelect(topk=7, sketch=None, dense_layers=(0, 3), similarity_threshold=0.9),
     TokenSelect.paper_compat(),
+    AdaSpa(sparsity=0.9, recall_threshold=None),
+    SnapKV(span=(3, 90), budgets="layer"),
+    MaxMin(ratio=0.1),
+    Coverage(alpha=1.0),
+    Dilate(grid_columns=24),
+    RegionQuota(alpha=0.2),
+    LayerSchedule(method="MaxMin", first_layer=2, last_layer=4),
+    Dilated(inner=TokenSelect(topk=9), radius=2),
 ]
 
 
@@ -142,6 +158,9 @@ def test_all_methods_that_leave_tokens_out_have_a_budget() -> None:
     assert {method.__name__ for method in POLICIES.values()} - {m.__name__ for m in SIZED} == {
         "Dense",
         "SpAtten",  # leaves out a share of the row, not all but a number
+        "AdaSpa",  # dense decode
+        "Dilated",  # around another method
+        "LayerSchedule",  # by layer
     }
     with pytest.raises(ValueError, match="budget: got 512, allowed: None: Dense has none"):
         Dense.at_budget(512)
@@ -153,7 +172,7 @@ def test_a_step_attends_to_its_budget(method: type[Policy], budget: int) -> None
     """Right after its selection; methods that count in blocks may leave out part of one."""
     policy = method.at_budget(budget)
     generator = torch.Generator().manual_seed(budget)
-    cache = KVCache(1, 2, 64, sketch=policy.required_sketch)
+    cache = policy.new_cache(1, 2, 64)
     k, v = torch.randn(2, 1, 3000, 2, 64, generator=generator)
     cache.append(k, v)
     state = policy.new_state(cache)

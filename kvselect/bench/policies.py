@@ -165,7 +165,14 @@ class _Runner:
         """A cache that holds the prompt but its last chunk."""
         prompt = self.prompt
         shape, room = prompt.shape, prompt.num_tokens
-        self.cache = shape.new_cache(room, self.policy.required_sketch)
+        self.cache = self.policy.new_cache(
+            shape.batch,
+            shape.num_kv_heads,
+            shape.head_dim,
+            dtype=shape.torch_dtype,
+            device=shape.device,
+            capacity=room,
+        )
         self.cache.append(prompt.k[:, : prompt.before], prompt.v[:, : prompt.before])
         self.state = self.policy.new_state(self.cache)
         self.step = 0

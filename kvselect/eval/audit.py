@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
+from kvselect.evictable_cache import EvictableKVCache
 from kvselect.policies.base import Policy, PolicyState
 from kvselect.policies.scoring_vectors import compact_decode_vectors
 from kvselect.queries import Queries
@@ -81,12 +83,16 @@ def audited(policy: Policy, audit: Audit) -> Policy:
     class Audited(base):
         __slots__ = ()
 
-        def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
-            selection: Selection | None = base.select(self, state, queries, cache)
+        def select(
+            self, state: PolicyState, queries: Queries, cache: KVCache
+        ) -> Selection | BlockMask | None:
+            selection: Selection | BlockMask | None = base.select(self, state, queries, cache)
             layer = audit.layer_of(state)
-            if audit.enabled and queries.phase == "decode":
+            gone = isinstance(cache, EvictableKVCache) and cache.rows is not None
+            # What was dropped has no mass that could be asked for.
+            if audit.enabled and queries.phase == "decode" and not gone:
                 mass = [1.0] * cache.num_kv_heads
-                if selection is not None:
+                if isinstance(selection, Selection):
                     with cache.whole_rows():
                         mass = _mass(self, queries, cache, selection).tolist()
                 audit.add(layer, mass)

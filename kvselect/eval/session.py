@@ -85,6 +85,7 @@ class Session:
         self.policy = policy
         self.audit = Audit()
         self.cache: Any = None
+        self._context: Tensor | None = None
         self._handle = attach(model, audited(policy, self.audit), break_even="off")
 
     def __enter__(self) -> Session:
@@ -119,6 +120,7 @@ class Session:
         """Read a context into a new cache; seconds of wall time."""
         self.forget()
         self.cache = DynamicCache(config=self.model.config)
+        self._context = context
         return self.timed_step(context)
 
     def selecting_layers(self) -> list[int]:
@@ -162,9 +164,16 @@ class Session:
         return total
 
     def crop_to(self, num_tokens: int) -> None:
-        """Forget everything after the context."""
+        """Forget everything after the context.
+
+        A cache that dropped tokens cannot go back: it reads the context again, so that an eviction
+        meets every question as the first.
+        """
         surplus = self.cache.get_seq_length() - num_tokens
-        if surplus > 0:
+        if any(getattr(layer, "has_dropped", False) for layer in self.cache.layers):
+            assert self._context is not None and len(self._context) == num_tokens
+            self.prefill(self._context)
+        elif surplus > 0:
             self.cache.crop(-surplus)
 
 

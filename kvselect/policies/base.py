@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvselect.attention import attend_queries
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_type
 from kvselect.crossovers import Crossover, Workload, break_even_mode, find_by_q_heads
@@ -225,6 +226,10 @@ class Policy:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
 
+    def for_layer(self, index: int) -> Policy:
+        """What the layer of this index runs, where layers differ; `attach` asks for it once."""
+        return self
+
     @classmethod
     def at_budget(cls, budget: int) -> Policy:
         """Settings whose decode steps attend to ``budget`` tokens, sinks and recent ones included.
@@ -270,6 +275,27 @@ class Policy:
                 state.stack, state.layer = stack, layer
         return states
 
+    def new_cache(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ) -> KVCache:
+        """An empty contiguous cache of the kind that the method needs, sketch included."""
+        return KVCache(
+            batch,
+            num_kv_heads,
+            head_dim,
+            dtype=dtype,
+            device=device,
+            capacity=capacity,
+            sketch=self.required_sketch,
+        )
+
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:
@@ -287,14 +313,20 @@ class Policy:
         """
         return False
 
-    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
-        """The lists that ``queries`` attend to; None: every visible token."""
+    def select(
+        self, state: PolicyState, queries: Queries, cache: KVCache
+    ) -> Selection | BlockMask | None:
+        """The lists that ``queries`` attend to, or in prefill blocks; None: every visible token.
+
+        A method that gives a `BlockMask` overrides `attend`.
+        """
         raise NotImplementedError
 
     def attend(
-        self, queries: Queries, cache: KVCache, selection: Selection | None
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over what was selected: ``(out, lse)`` as `sparse_attention` gives them."""
+        assert not isinstance(selection, BlockMask)
         rope = queries.rope if self.caches_unrotated else None
         return attend_queries(queries, cache, selection, rope)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvselect.arguments import require_compact_rope
 from kvselect.block_lists import choose_blocks, query_windows
+from kvselect.block_masks import BlockMask
 from kvselect.block_scores import block_logits
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
@@ -140,10 +141,10 @@ class InfLLM(WindowedBlocks):
         return chosen.selection
 
     def attend(
-        self, queries: Queries, cache: KVCache, selection: Selection | None
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over the lists; "clamp": over window and the rest apart, then merged."""
-        if self.positions != "clamp" or selection is None:
+        if self.positions != "clamp" or not isinstance(selection, Selection):
             return super(InfLLM, self).attend(queries, cache, selection)
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
         sizes = {"block_size": self.block_size, "distance": self.num_recent_tokens - 1}

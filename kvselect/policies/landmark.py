@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvselect.block_lists import choose_blocks, query_windows
+from kvselect.block_masks import BlockMask
 from kvselect.block_scores import moment_logits
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
@@ -131,7 +132,7 @@ class Landmark(WindowedBlocks):
         return with_rest(chosen, candidate, blocks)
 
     def attend(
-        self, queries: Queries, cache: KVCache, selection: Selection | None
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over the lists; "residual": merged with that over the blocks left out."""
         out, lse = super(Landmark, self).attend(queries, cache, selection)

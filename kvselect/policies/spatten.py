@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_bool, require_choice, require_float, require_int
 from kvselect.crossovers import Crossover
@@ -193,7 +194,7 @@ class SpAtten(Policy):
         return found
 
     def attend(
-        self, queries: Queries, cache: KVCache, selection: Selection | None
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         if isinstance(selection, WeightedSelection):
             return attend_weighted(queries, cache, selection)

@@ -17,6 +17,7 @@ from kvselect.crossovers import break_even_mode
 from kvselect.integrations.hf.attention import kvselect_attention
 from kvselect.integrations.hf.calibrate import Problem, fit_layers, run_calibration
 from kvselect.integrations.hf.dense_border import settle_crossovers
+from kvselect.integrations.hf.evicting_layer import settle_evictions
 from kvselect.integrations.hf.hooks import install_hooks, remove_copied_hooks
 from kvselect.integrations.hf.masks import key_range_mask
 from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_phases
@@ -33,6 +34,7 @@ from kvselect.integrations.hf.stack import (
 from kvselect.integrations.hf.tiered_layer import make_tiers, require_keep
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
 from kvselect.policies.base import Policy, policy_from_dict
+from kvselect.policies.eviction import EvictionPolicy
 
 
 class Handle:
@@ -346,6 +348,8 @@ def _decide(
     for layer in selecting:
         if layer.source is not None:
             plan.sketches[layer.source] = plan.policy.required_sketch
+    if isinstance(plan.policy, EvictionPolicy):
+        plan.evicting_layers = settle_evictions(plan)
     for layer in plan.layers:
         layer.use(plan.policy)
 

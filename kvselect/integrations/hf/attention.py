@@ -13,6 +13,7 @@ from kvselect.decode import decode_step
 from kvselect.integrations.hf.attached_layer import AttachedLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.dense import dense_attention, rotate_by_index
+from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
@@ -145,6 +146,9 @@ def _attend(
             assert isinstance(keys, KeyRange)
             return _select(query, key, value, context, keys, softmax_scale, options)
         plan.ran_dense(reason)
+        if isinstance(layer, KVSelectEvictingLayer) and layer.has_dropped:
+            allowed = "a call that the policy can serve: tokens were dropped from the cache"
+            require(False, "past_key_values", reason, allowed)
         if isinstance(layer, KVSelectTieredLayer):
             assert layer.cache is not None
             layer.cache.drop_whole_rows()

@@ -58,6 +58,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             plan.foreign_layers,
             plan.latent_layers,
             plan.tiers,
+            plan.evicting_layers,
             several_tokens=_num_tokens(args, kwargs) != 1,
         )
         return None
@@ -69,7 +70,14 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     ):
         return None
     cache = DynamicCache(config=config)
-    upgrade_cache(cache, plan.sketches, plan.foreign_layers, plan.latent_layers, plan.tiers)
+    upgrade_cache(
+        cache,
+        plan.sketches,
+        plan.foreign_layers,
+        plan.latent_layers,
+        plan.tiers,
+        plan.evicting_layers,
+    )
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}

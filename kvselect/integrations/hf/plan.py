@@ -20,6 +20,7 @@ from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
 from kvselect.policies.base import Policy
 from kvselect.policies.captured_statistics import CapturedStatistics
+from kvselect.policies.eviction import EvictionPolicy
 from kvselect.policies.phase_statistics import PhaseStatistics
 from kvselect.policies.stack_state import StackState
 from kvselect.queries import Phase
@@ -93,6 +94,7 @@ class StackPlan:
     foreign_layers: frozenset[int] = frozenset()  # whose cache layer stays transformers' own
     latent_layers: frozenset[int] = frozenset()  # whose cache layer holds latents (MLA)
     tiers: dict[int, Tier] = field(default_factory=dict)  # of the cache layers with keep="cpu"
+    evicting_layers: frozenset[int] = frozenset()  # whose cache layer may drop tokens for good
     process_group: ProcessGroup | None = None
     thread: int = field(default_factory=threading.get_ident)  # that attaches
     cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
@@ -313,7 +315,8 @@ class LayerPlan:
         )
 
     def use(self, policy: Policy) -> None:
-        """Run ``policy`` from the next call on."""
+        """Run ``policy``, as this layer has it, from the next call on."""
+        policy = policy.for_layer(self.index)
         if policy.caches_unrotated and self.layout.num_pairs == 0:
             policy = dataclasses.replace(policy, positions="original")  # type: ignore[call-arg]
         self.policy = policy
@@ -367,6 +370,8 @@ def unrotated_phases(policy: Policy) -> frozenset[Phase]:
     if policy.caches_unrotated:
         return frozenset()
     phases: set[Phase] = set()
+    if isinstance(policy, EvictionPolicy) and policy.needs_keys_before_rope:
+        phases.add("decode")
     selects = not getattr(policy, "dense_prefill", False)
     if selects and getattr(policy, "average_queries", None) == "before_rope":
         phases.add("prefill")

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import LatentLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
+from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 from kvselect.integrations.hf.plan import Tier
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
@@ -24,6 +25,7 @@ def upgrade_cache(
     foreign_layers: frozenset[int] = frozenset(),
     latent_layers: frozenset[int] = frozenset(),
     tiers: Mapping[int, Tier] = NO_TIERS,
+    evicting_layers: frozenset[int] = frozenset(),
     *,
     several_tokens: bool = True,
 ) -> None:
@@ -44,6 +46,8 @@ def upgrade_cache(
         Layers whose attention makes keys and values of what they hold: they become `LatentLayer`.
     tiers : mapping
         By layer, for those that become `KVSelectTieredLayer`.
+    evicting_layers : frozenset of int
+        Layers that become `KVSelectEvictingLayer`.
     several_tokens : bool
         Of the coming call. Only then is a layer of fixed room asked whether it is empty: the answer
         lies on its device, and a decode step must not wait for it.
@@ -69,11 +73,18 @@ def upgrade_cache(
         if type(layer) is DynamicLayer:
             if latent:
                 layers[index] = LatentLayer()
+            elif index in evicting_layers:
+                layers[index] = KVSelectEvictingLayer()
             elif tier is None:
                 layers[index] = KVSelectLayer(sketch)
             else:
                 layers[index] = KVSelectTieredLayer(sketch, tier)
         elif not latent:
+            allowed = (
+                "a cache of dynamic layers with a policy that evicts (its rows differ in length)"
+            )
+            got = f"a {type(layer).__name__}"
+            require(index not in evicting_layers, "past_key_values", got, allowed)
             allowed = "a cache of dynamic layers with keep='cpu' (what moves cannot be captured)"
             require(tier is None, "past_key_values", f"a {type(layer).__name__}", allowed)
             layers[index] = KVSelectStaticLayer(layer.max_cache_len, sketch)

@@ -129,7 +129,13 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
     fields = {field.name for field in dataclasses.fields(policy)}
     forms: dict[str, dict[str, Any]] = {"dense": {}}
     if "topk" in fields:
-        forms["dense"] = {"topk": length, "overselect": 1.0}
+        forms["dense"] = {"topk": length}
+        if "overselect" in fields:
+            forms["dense"]["overselect"] = 1.0
+        if "ratio" in fields:  # an eviction's, which goes before topk
+            forms["dense"]["ratio"] = None
+        if "last_layer" in fields:  # of a schedule, which would keep less in deep layers
+            forms["dense"] |= {"first_layer": 2**20, "last_layer": 2**20 + 1}
     elif "token_budget" in fields:
         forms["dense"] = {"token_budget": length + QUERY_BLOCK}  # whole pages of it
     elif "num_recent_tokens" in fields:

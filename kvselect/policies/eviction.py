@@ -1,0 +1,259 @@
+"""EvictionPolicy: what methods share that drop tokens of the prompt once, for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kvselect.attention import attend_queries
+from kvselect.block_masks import BlockMask
+from kvselect.cache import KVCache
+from kvselect.checks import require, require_float, require_int, require_type
+from kvselect.crossovers import Crossover
+from kvselect.evictable_cache import EvictableKVCache
+from kvselect.policies.base import Policy, PolicyState, visible_tokens
+from kvselect.queries import Phase, Queries
+from kvselect.rope import Rope
+from kvselect.selection import Selection
+
+__all__ = ["EvictionPolicy", "EvictionState", "Span", "best"]
+
+
+class Span(NamedTuple):
+    """The tokens of one row that compete, as every KV head sees them."""
+
+    keys: Tensor  # [num_kv_heads, num_tokens, head_dim] float32, before RoPE where that is known
+    # [num_kv_heads, num_window_queries * group_size, num_tokens] float32: attention weights that
+    # the last queries of the prompt gave them, of a softmax over everything they saw
+    weights: Tensor
+    begin: int  # position of the first of them, padding excluded
+    num_queries: int  # of the window; its last query's weights come last
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def unit_keys(self) -> Tensor:
+        return normalize(self.keys, dim=-1)
+
+    @property
+    def received(self) -> Tensor:
+        """Mean weight of every token, [num_kv_heads, num_tokens]."""
+        return self.weights.mean(1)
+
+
+@dataclass(slots=True, eq=False)
+class EvictionState(PolicyState):
+    """`PolicyState`, and the last queries of the prompt."""
+
+    window: Tensor | None = None  # [batch, at most num_window_queries, num_q_heads, head_dim]
+    warned: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionPolicy(Policy):
+    """Base of methods that act once, at the first decode step after a prefill.
+
+    Prefill is dense. The step keeps, in every KV head, sinks, recent tokens, all tokens outside of
+    the span, and ``topk`` tokens of the span that `choose` names; the others leave the cache, which
+    must be an `EvictableKVCache` (`attach` makes one). Later tokens are all kept and a later prompt
+    finds only what was kept: a warning says so once.
+
+    Parameters
+    ----------
+    topk : int
+        Tokens of the span that every KV head keeps.
+    ratio : float in (0, 1] or None
+        Given, the share of the span instead of ``topk``.
+    span : pair of int or None
+        Positions [begin, end) of the prompt, padding excluded, that may be dropped: image tokens, a
+        document. None: everything but sinks and recent tokens, which are protected in any case.
+    num_sink_tokens, num_recent_tokens : int
+        Protected tokens at either end of the prompt.
+    num_window_queries : int
+        Last queries of the prompt whose attention weights methods may ask for.
+    """
+
+    revocable: ClassVar[bool] = False
+    persistent: ClassVar[bool] = True
+    needs_keys_before_rope: ClassVar[bool] = False
+
+    topk: int = 1024
+    ratio: float | None = None
+    span: tuple[int, int] | None = None
+    num_sink_tokens: int = 16
+    num_recent_tokens: int = 64
+    num_window_queries: int = 32
+
+    def __post_init__(self) -> None:
+        require_int(self.topk, "topk", 0)
+        if self.ratio is not None:
+            ratio = require_float(self.ratio, "ratio", "None or a float in (0, 1]")
+            require(0.0 < ratio <= 1.0, "ratio", ratio, "None or a float in (0, 1]")
+        if self.span is not None:
+            require_type(self.span, tuple, "span", "None or (begin, end)")
+            fits = len(self.span) == 2 and all(type(place) is int for place in self.span)
+            allowed = "None or (begin, end) with 0 <= begin <= end"
+            require(fits and 0 <= self.span[0] <= self.span[1], "span", self.span, allowed)
+        require_int(self.num_sink_tokens, "num_sink_tokens", 0)
+        require_int(self.num_recent_tokens, "num_recent_tokens", 1)
+        require_int(self.num_window_queries, "num_window_queries", 1)
+
+    @property
+    def dense_prefill(self) -> bool:
+        """Prefill only watches the last queries."""
+        return True
+
+    @property
+    def tail_q_block_size(self) -> int:
+        """A call of several tokens is a prompt, whatever the cache holds."""
+        return 1
+
+    @property
+    def reads_unlisted(self) -> str:
+        return "it frees what it does not keep, and reads the rest at every step"
+
+    def new_state(
+        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
+    ) -> EvictionState:
+        return EvictionState(self, crossovers=crossovers)
+
+    def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
+        return phase == "prefill"
+
+    def choose(self, span: Span, budget: int) -> Tensor:
+        """The tokens to keep, bool [num_kv_heads, num_tokens]: ``budget`` per head, in the mean."""
+        raise NotImplementedError
+
+    def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
+        """What remains, by the tokens' positions; None: everything."""
+        assert isinstance(state, EvictionState)
+        allowed = "a kvselect.evictable_cache.EvictableKVCache (attach makes one: no static cache)"
+        require(isinstance(cache, EvictableKVCache), "cache", type(cache).__name__, allowed)
+        assert isinstance(cache, EvictableKVCache)
+        if queries.phase == "decode" and cache.rows is None:
+            self._evict(state, queries, cache)
+        elif queries.phase == "prefill" and cache.rows is None:
+            last = queries.q[:, -self.num_window_queries :]
+            before = state.window
+            if before is not None and before.shape[0] == last.shape[0]:
+                last = torch.cat((before, last), 1)[:, -self.num_window_queries :]
+            state.window = last.clone()
+        elif queries.phase == "prefill" and not state.warned:
+            state.warned = True
+            warnings.warn(
+                f"kvselect: {type(self).__name__} dropped tokens before this prompt came; it "
+                "finds only what was kept (revocable=False)",
+                stacklevel=2,
+            )
+        visible = visible_tokens(queries, cache)
+        if cache.rows is None:
+            state.statistics(queries.phase).record_dense(visible)
+            return None
+        left = cache.listed()
+        if queries.q_block_offsets is not None:
+            indices, lengths = (
+                x[:, None].expand(-1, queries.num_blocks, *x.shape[1:])
+                for x in (left.indices, left.topk_length)
+            )
+            left = Selection(indices, lengths, queries.q_block_offsets)
+        state.statistics(queries.phase).record_selection(left, visible, scored=False)
+        return left
+
+    def attend(
+        self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
+    ) -> tuple[Tensor, Tensor]:
+        """Over all that the cache holds: what it does not hold is not listed either."""
+        return attend_queries(queries, cache, None, None)
+
+    def new_cache(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        capacity: int = 0,
+    ) -> EvictableKVCache:
+        return EvictableKVCache(
+            batch, num_kv_heads, head_dim, dtype=dtype, device=device, capacity=capacity
+        )
+
+    def _evict(self, state: EvictionState, queries: Queries, cache: EvictableKVCache) -> None:
+        window = queries.q if state.window is None else state.window
+        if window.shape[0] != cache.batch:  # rows came or went since
+            window = queries.q
+        newer = 0 if window is queries.q else queries.seqlen_q  # tokens behind the window
+        masks = torch.zeros(
+            cache.batch, cache.num_kv_heads, cache.max_seqlen, dtype=torch.bool, device=cache.device
+        )
+        starts = [n - real for n, real in zip(cache.lengths, cache.num_real_tokens)]
+        for row, (start, length) in enumerate(zip(starts, cache.lengths)):
+            masks[row, :, start:length] = True
+            begin, end = start + self.num_sink_tokens, length - self.num_recent_tokens - newer
+            if self.span is not None:
+                begin, end = max(begin, start + self.span[0]), min(end, start + self.span[1])
+            num_tokens = max(end - begin, 0)
+            budget = self.topk if self.ratio is None else round(self.ratio * num_tokens)
+            if budget < num_tokens:
+                span = self._span(queries, cache, window[row], row, start, (begin, end), newer)
+                masks[row, :, begin:end] = self.choose(span, budget)
+        lengths = masks.sum(2)
+        width = int(lengths.max()) if lengths.numel() else 0
+        place = torch.arange(cache.max_seqlen, dtype=torch.int32, device=cache.device)
+        listed = place.where(masks, cache.max_seqlen).sort(2).values[..., :width]
+        listed = listed.where(listed < cache.max_seqlen, -1)
+        cache.evict(listed, lengths.int(), self.num_recent_tokens + queries.seqlen_q)
+        state.window = None
+
+    def _span(
+        self,
+        queries: Queries,
+        cache: EvictableKVCache,
+        window: Tensor,
+        row: int,
+        start: int,
+        bounds: tuple[int, int],
+        newer: int,
+    ) -> Span:
+        begin, end = bounds
+        last = cache.lengths[row] - newer
+        keys = cache.k[row, start:last].float().transpose(0, 1)
+        group = window.shape[1] // cache.num_kv_heads
+        window = window[-min(window.shape[0], last - start) :].float()
+        grouped = window.view(window.shape[0], cache.num_kv_heads, group, -1).permute(1, 0, 2, 3)
+        logits = queries.softmax_scale * grouped.flatten(1, 2) @ keys.transpose(1, 2)
+        if queries.softcap:
+            logits = queries.softcap * (logits / queries.softcap).tanh()
+        first = last - start - window.shape[0]
+        seen = first + torch.arange(window.shape[0], device=cache.device).repeat_interleave(group)
+        place = torch.arange(last - start, device=cache.device)
+        weights = logits.masked_fill(place > seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        positions = place[begin - start : end - start]
+        keys = keys[:, begin - start : end - start].nan_to_num(0.0, 0.0, 0.0)
+        if self.needs_keys_before_rope and queries.rope is not None:
+            keys = _before_rope(keys, queries.rope, positions)
+        weights = weights[..., begin - start : end - start]
+        return Span(keys, weights, begin - start, window.shape[0])
+
+
+def _before_rope(keys: Tensor, rope: Rope, positions: Tensor) -> Tensor:
+    """Keys [num_kv_heads, num_tokens, head_dim] before their rotation, but for scale."""
+    by_token = keys.transpose(0, 1)
+    if rope.inv_freq is None:
+        return rope.unrotate(by_token, positions).transpose(0, 1)
+    return rope.rotate_at(by_token, -positions).transpose(0, 1)
+
+
+def best(scores: Tensor, budget: int) -> Tensor:
+    """The ``budget`` best of the last dimension as a mask; equal scores in their order."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :budget]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)

@@ -1,0 +1,122 @@
+"""Evictions through attach: exact at full budget, memory gone, every kind of call after it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from test_hf_attach import EXACT, error, logits_of
+from transformers import StaticCache
+
+from kvselect import Coverage, MaxMin, SnapKV
+from kvselect.eval.session import Session
+from kvselect.explain import explain
+from kvselect.integrations.hf import attach
+from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
+
+POLICIES: list[type[Any]] = [SnapKV, MaxMin, Coverage]
+
+
+def small(kind: type[Any], **changes: Any) -> Any:
+    options: dict[str, Any] = {"topk": 16, "num_sink_tokens": 2, "num_recent_tokens": 8}
+    return kind(**(options | changes))
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_budget_for_everything_gives_the_stock_logits(name: str, kind: type[Any]) -> None:
+    model = hf_models.model(name)
+    ids, mask = hf_models.left_padded((90, 71), 90)
+    new = hf_models.tokens(2, 4, seed=1)
+    expected = logits_of(model, ids, new, attention_mask=mask)
+    with attach(model, small(kind, topk=200)) as handle:
+        got = logits_of(model, ids, new, attention_mask=mask)
+        assert error(got[0], expected[0]) <= EXACT
+        assert error(got[1, 19:], expected[1, 19:]) <= EXACT
+        handle.verify(prompt_tokens=60)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_memory_is_gone_and_the_report_says_what_is_read(kind: type[Any]) -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(2, 200)
+    with attach(model, small(kind)) as handle, torch.no_grad():
+        result = model(ids, use_cache=True)
+        cache = result.past_key_values
+        before = sum(layer.cache.nbytes for layer in cache.layers)
+        for step in range(3):
+            model(ids[:, step : step + 1], past_key_values=cache)
+        assert cache.get_seq_length() == 203
+        for layer in cache.layers:
+            assert isinstance(layer, KVSelectEvictingLayer) and layer.cache is not None
+            assert layer.cache.rows is not None
+            assert set(layer.cache.rows.lengths) == {2 + 16 + 8 + 3}
+            assert layer.keys.shape[2] == 203 and layer.keys.isnan().all()
+        assert sum(layer.cache.nbytes for layer in cache.layers) < 0.3 * before
+        report = handle.report()
+        assert not report.revocable and "revocable: no" in str(report)
+        for layer_report in report.layers:
+            assert layer_report.tokens_per_step == pytest.approx(28)
+            assert layer_report.context_per_step == pytest.approx(202)
+
+
+def test_generate_beams_and_a_second_turn() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 120)
+    with attach(model, small(SnapKV)):
+        options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        model.generate(ids, num_beams=3, **options)
+        result = model.generate(ids, return_dict_in_generate=True, **options)
+        turn = torch.cat((result.sequences, hf_models.tokens(1, 9, seed=4)), 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = model.generate(turn, past_key_values=result.past_key_values, **options)
+        assert out.shape[1] == 126 + 9 + 6
+        said = [
+            str(w.message) for w in caught if "dropped tokens before this prompt" in str(w.message)
+        ]
+        assert len(said) == model.config.num_hidden_layers
+
+
+def test_what_cannot_be_evicted_is_refused() -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 60)
+    with attach(model, small(SnapKV)), torch.no_grad():
+        static = StaticCache(config=model.config, max_cache_len=80)
+        with pytest.raises(
+            ValueError, match="past_key_values: got 'a StaticLayer', allowed: a cac"
+        ):
+            model(ids, past_key_values=static)
+        result = model(ids, use_cache=True)
+        model(ids[:, :1], past_key_values=result.past_key_values)
+        mask = torch.zeros(1, 1, 1, 62)
+        with (
+            pytest.warns(UserWarning, match="runs dense: a 4-D attention mask"),
+            pytest.raises(ValueError, match="past_key_values: got 'a 4-D attention mask'"),
+        ):
+            model(ids[:, :1], past_key_values=result.past_key_values, attention_mask=mask)
+
+
+def test_a_session_reads_the_context_again_for_every_question() -> None:
+    model = hf_models.model("llama")
+    context, question = hf_models.tokens(1, 90)[0], hf_models.tokens(1, 5, seed=2)[0]
+    with Session("evicts", model, small(SnapKV)) as session, torch.no_grad():
+        session.prefill(context)
+        answers = []
+        for _ in range(2):
+            session.step(question)
+            assert not any(layer.has_dropped for layer in session.cache.layers)
+            answers.append(session.step(question[:1]))
+            assert all(layer.has_dropped for layer in session.cache.layers)
+            session.crop_to(90)
+            assert session.cache.get_seq_length() == 90
+        assert torch.equal(*answers)
+        assert session.audit.take() == []  # what is gone has no mass
+
+
+def test_explain_refuses_what_it_would_get_wrong() -> None:
+    with pytest.raises(ValueError, match="policy: got 'SnapKV', allowed: a policy that drops no"):
+        explain(hf_models.model("llama"), small(SnapKV), hf_models.tokens(1, 60))
