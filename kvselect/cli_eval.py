@@ -51,7 +51,9 @@ def add_eval(commands: Any) -> None:
         " \\\n      --policies dense token_select:topk=2048 token_select:topk=2048,scope=layer",
     )
     evaluate.add_argument(
-        "--model", default="embedded", help="a checkpoint's folder (default: embedded)"
+        "--model",
+        default="embedded",
+        help="a checkpoint's folder, or embedded:NAME (default: embedded)",
     )
     evaluate.add_argument(
         "--tasks",
@@ -151,7 +153,7 @@ def _on_one_thread(job: Job) -> Job:
 
 def _eval(options: argparse.Namespace) -> Job:
     from kvselect.checks import require_int
-    from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+    from kvselect.eval.checkpoint import is_embedded, load_checkpoint
     from kvselect.eval.request import (
         default_lengths,
         default_policies,
@@ -208,7 +210,7 @@ def _eval(options: argparse.Namespace) -> Job:
     )
     restart = "always" if options.restart else "never"
     job = _run(checkpoint, request, options.out, restart=restart)
-    return _on_one_thread(job) if options.model == EMBEDDED else job
+    return _on_one_thread(job) if is_embedded(options.model) else job
 
 
 def require_folder(out: Path) -> None:

@@ -32,7 +32,7 @@ def add_perplexity(commands: Any) -> None:
         "perplexity",
         help="perplexity against context length, on source text of Python's standard library",
     )
-    command.add_argument("--model", required=True, help="a checkpoint's folder")
+    command.add_argument("--model", required=True, help="a checkpoint's folder, or embedded:code")
     command.add_argument(
         "--lengths", default="1x,4x,16x", help="as in kvselect eval (default 1x,4x,16x)"
     )
