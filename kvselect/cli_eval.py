@@ -132,10 +132,10 @@ def _demo(options: argparse.Namespace) -> Job:
     require_folder(options.out)
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, samples, options.seed)
-    return _on_one_thread(_run(checkpoint, request, options.out, restart="unless interrupted"))
+    return on_one_thread(_run(checkpoint, request, options.out, restart="unless interrupted"))
 
 
-def _on_one_thread(job: Job) -> Job:
+def on_one_thread(job: Job) -> Job:
     """A model as small as the embedded one loses more by waiting for threads than it gains."""
 
     def run() -> int:
@@ -210,7 +210,7 @@ def _eval(options: argparse.Namespace) -> Job:
     )
     restart = "always" if options.restart else "never"
     job = _run(checkpoint, request, options.out, restart=restart)
-    return _on_one_thread(job) if is_embedded(options.model) else job
+    return on_one_thread(job) if is_embedded(options.model) else job
 
 
 def require_folder(out: Path) -> None:

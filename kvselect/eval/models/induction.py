@@ -159,7 +159,7 @@ def plant_induction_circuit(
     first.o_proj.weight[:, :num_slow] = write * before_1.T
     first.o_proj.weight[:, head_dim : head_dim + num_slow] = write * before_2.T
 
-    for index in range(1, 1 + num_copy_layers):
+    for index in range(1, min(1 + num_copy_layers, config.num_hidden_layers)):
         layer = model.model.layers[index].self_attn
         copy_gain = copy_gains[0] if index == 1 else copy_gains[1]
         for kv_head, (reads_query, reads_key) in enumerate(((tag, before_1), (before_1, before_2))):

@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
@@ -281,7 +281,9 @@ def _load_state(path: Path, identity: str) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch raises whatever the damage leads to
-        raise ValueError(f"state: got {str(path)!r}, which is damaged, allowed: {allowed}") from error
+        raise ValueError(
+            f"state: got {str(path)!r}, which is damaged, allowed: {allowed}"
+        ) from error
     if found != identity:
         raise ValueError(f"state: got {str(path)!r}, of another recipe, allowed: {allowed}")
     return state

@@ -129,9 +129,7 @@ def draw_pairs(
         asked = choose_distinct(rng, batch, num_questions, num_pairs)
     colons, answers = _column(batch, num_pairs, COLON), _column(batch, asked.shape[1], COLON)
     return Problem(
-        statements=np.concatenate(
-            [_column(batch, num_pairs, QUOTE), keys, colons, values], axis=2
-        ),
+        statements=np.concatenate([_column(batch, num_pairs, QUOTE), keys, colons, values], axis=2),
         questions=np.concatenate(
             [_column(batch, asked.shape[1], KEY), keys[rows, asked], answers, values[rows, asked]],
             axis=2,

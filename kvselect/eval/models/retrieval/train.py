@@ -495,9 +495,7 @@ def main() -> None:
     if (arguments.weights is None) != (arguments.first_stage == 1):
         parser.error("weights: allowed: with --first-stage 2 or later, and needed there")
     torch.set_num_threads(arguments.threads)
-    train(
-        preset, arguments.out, first_stage=arguments.first_stage, weights=arguments.weights
-    )
+    train(preset, arguments.out, first_stage=arguments.first_stage, weights=arguments.weights)
 
 
 if __name__ == "__main__":
