@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvselect.eval.tasks import dialect
 
-# Where a path is asked for, "embedded:NAME" is a model inside the package, and "embedded" the one of
-# them that every default means.
+# Where a path is asked for, "embedded:NAME" is a model inside the package, and "embedded" the one
+# of them that every default means.
 EMBEDDED = "embedded"
 EMBEDDED_MODELS = {
-    "retrieval-small": "0.4 M parameters, window 256",
+    "retrieval-small": "0.5 M parameters, window 256",
     "retrieval": "0.9 M parameters, window 512: what `embedded` means",
     "retrieval-large": "2.9 M parameters, window 1024",
     "code": "a language model of Python's standard library, 1.1 M parameters, window 512",
