@@ -112,19 +112,20 @@ PRESETS = {
         num_q_heads=2,
         window_tokens=256,
         stages=(
-            _VARIABLES_ALONE,
+            Stage(
+                mixture={"variables": 1.0},
+                phases=((64, 64, 150),),
+                learning_rate=2e-3,
+                seed=0,
+                needle_steps=30,
+            ),
             Stage(
                 mixture=_ALL,
-                phases=((64, 64, 200), (128, 48, 250), (256, 28, 300)),
+                phases=((64, 64, 120), (128, 48, 120), (256, 28, 160)),
                 learning_rate=2e-3,
                 seed=0,
             ),
-            Stage(
-                mixture=_ALL | {"multivalue": 4.0},
-                phases=((128, 48, 100), (256, 28, 300)),
-                learning_rate=1e-3,
-                seed=1,
-            ),
+            Stage(mixture=_ALL, phases=((256, 28, 120),), learning_rate=1e-3, seed=1),
         ),
     ),
     "base": Preset(
@@ -205,7 +206,7 @@ PRESETS = {
             ),
             Stage(
                 mixture=_ALL,
-                phases=((256, 28, 30), (512, 14, 50), (1024, 8, 130)),
+                phases=((256, 28, 20), (512, 14, 20), (1024, 8, 70)),
                 learning_rate=1e-3,
                 seed=1,
             ),
