@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+import kvselect
 from kvselect.eval import perplexity
 from kvselect.eval.checkpoint import (
     EMBEDDED,
@@ -85,6 +88,20 @@ def test_everything_embedded_fits_into_12_megabytes() -> None:
     assert {path.parent for path in files} == {
         embedded_model_path(f"embedded:{name}") for name in EMBEDDED_MODELS
     }
+
+
+def test_the_package_data_are_every_models_files() -> None:
+    """As pyproject.toml lists them; `make wheel` looks into a wheel."""
+    package = Path(kvselect.__file__).parent
+    patterns = re.findall(r'"(eval/models/[^"]+)"', (package.parent / "pyproject.toml").read_text())
+    packed = {
+        package / name for p in patterns for name in glob(p, root_dir=package, recursive=True)
+    }
+    for model in EMBEDDED_MODELS:
+        folder = embedded_model_path(f"embedded:{model}")
+        files = {path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"}}
+        assert len(files) == 6 and files <= packed
+        assert folder / "README.md" in packed
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
