@@ -42,7 +42,7 @@ PAD, BOS, END = range(len(SPECIAL))
 class Recipe:
     """Phases are (tokens, sequences per step, steps)."""
 
-    phases: tuple[tuple[int, int, int], ...] = ((128, 48, 150), (256, 28, 200), (512, 14, 380))
+    phases: tuple[tuple[int, int, int], ...] = ((128, 48, 150), (256, 28, 200), (512, 14, 250))
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 4
@@ -185,7 +185,6 @@ def train(out: Path, recipe: Recipe = RECIPE, **options: Any) -> bool:
         num_steps=len(recipe.schedule()),
         optimizers=partial(new_optimizers, recipe),
         step=partial(training_step, recipe, corpus),
-        flat=0.5,
     )
     found = training.run(model, [part], out, f"{recipe} on {corpus.digest}", **options)
     if found is None:

@@ -206,7 +206,7 @@ PRESETS = {
             ),
             Stage(
                 mixture=_ALL,
-                phases=((256, 28, 20), (512, 14, 20), (1024, 8, 70)),
+                phases=((512, 14, 10), (1024, 8, 50)),
                 learning_rate=1e-3,
                 seed=1,
             ),
