@@ -125,7 +125,12 @@ PRESETS = {
                 learning_rate=2e-3,
                 seed=0,
             ),
-            Stage(mixture=_ALL, phases=((256, 28, 120),), learning_rate=1e-3, seed=1),
+            Stage(
+                mixture=_ALL | {"pairs": 6.0},
+                phases=((64, 64, 80), (128, 48, 60), (256, 28, 100)),
+                learning_rate=1e-3,
+                seed=1,
+            ),
         ),
     ),
     "base": Preset(
@@ -205,8 +210,8 @@ PRESETS = {
                 seed=0,
             ),
             Stage(
-                mixture=_ALL,
-                phases=((512, 14, 10), (1024, 8, 50)),
+                mixture=_ALL | {"pairs": 6.0, "variables": 6.0},
+                phases=((64, 64, 80), (128, 48, 40), (256, 28, 30), (1024, 8, 40)),
                 learning_rate=1e-3,
                 seed=1,
             ),
