@@ -131,6 +131,12 @@ PRESETS = {
                 learning_rate=1e-3,
                 seed=1,
             ),
+            Stage(
+                mixture=_ALL | {"pairs": 8.0},
+                phases=((128, 48, 60), (256, 28, 150)),
+                learning_rate=1.5e-3,
+                seed=2,
+            ),
         ),
     ),
     "base": Preset(
