@@ -29,7 +29,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -337,7 +337,8 @@ def save_weights(model: LlamaForCausalLM, folder: Path) -> None:
         for name, value in model.state_dict().items()
         if name not in tied
     }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    packed = safetensors_bytes(weights, metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(packed)  # save_file leaves a file of mode 600
 
 
 def save_record(folder: Path, records: list[dict[str, Any]], more: Mapping[str, Any]) -> None:

@@ -162,7 +162,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "eos_token": SPECIAL[END],
         "pad_token": SPECIAL[PAD],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": WINDOW_TOKENS,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

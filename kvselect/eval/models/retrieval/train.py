@@ -192,6 +192,12 @@ PRESETS = {
                 learning_rate=1e-3,
                 seed=3,
             ),
+            Stage(
+                mixture=_ALL | {"pair_keys": 5.0, "pairs": 4.0},
+                phases=((512, 14, 90),),
+                learning_rate=5e-4,
+                seed=4,
+            ),
         ),
     ),
     "large": Preset(
