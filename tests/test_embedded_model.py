@@ -230,7 +230,7 @@ def test_int4_ranks_trained_keys(positions: str, bar: Bar) -> None:
 def test_int8_ranks_trained_keys() -> None:
     for layer in capture(checkpoint(), 2048, task="vt", seed=2):
         ranking = rank(layer, 128, positions="compact", sketch="int8", factors=(1.0, 1.25))
-        assert ranking.recall[1.25] >= 0.995 and ranking.mass_recall[1.0] >= 0.99
+        assert ranking.recall[1.25] >= 0.995 and ranking.mass_recall[1.0] >= 0.96
 
 
 def test_captured_keys_are_those_of_the_model() -> None:

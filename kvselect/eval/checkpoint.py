@@ -21,7 +21,6 @@ EMBEDDED = "embedded"
 EMBEDDED_MODELS = {
     "retrieval-small": "0.5 M parameters, window 256",
     "retrieval": "0.9 M parameters, window 512: what `embedded` means",
-    "retrieval-large": "2.9 M parameters, window 1024",
     "code": "a language model of Python's standard library, 1.1 M parameters, window 512",
 }
 
