@@ -168,7 +168,7 @@ def test_stock_attention_answers_in_the_window(name: str, task: str) -> None:
             else:
                 right += found == list(question.answer)
             total += 1
-    # The small model leaves a third of the sets and a quarter of the pairs unfound: its card says so.
+    # The small model leaves a third of the sets and a quarter of the pairs unfound; see its card.
     weak = name == "retrieval-small" and task in ("niah_multivalue", "json_kv")
     assert right >= (total // 3 if weak else total - 1) and total >= 4
 

@@ -1,14 +1,15 @@
 """Train an embedded retrieval model: ``python -m kvselect.eval.models.retrieval.train base --out
 DIR``.
 
-One command runs the whole recipe of a preset on one thread (small some 6, base some 30 CPU minutes) and writes a checkpoint that plain `transformers` loads. A run that was killed goes
-on where it was, with the same command.
+One command runs the whole recipe of a preset on one thread (small some 6, base some 30 CPU minutes)
+and writes a checkpoint that plain `transformers` loads. A run that was killed goes on where it was,
+with the same command.
 
 Training starts from a hand-made induction circuit (`induction.py`), and everything is trained from
 there on, in stages, each with a fresh optimiser. Variable tracking comes first, alone and on short
 contexts, because it does not form inside a mixture; then all tasks, on contexts that grow to the
 window; then the same at a lower learning rate, weighted towards what is unfinished. The pairs of
-JSON-KV join the base model in a last stage.
+JSON-KV join the base model late.
 """
 
 from __future__ import annotations
