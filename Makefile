@@ -97,6 +97,7 @@ wheel: build/.built-$(KIND)
 	$(PIP) install --no-deps --target build/wheel-site build/wheel/kvselect-*.whl
 	cd build/wheel-site && PYTHONPATH=. $(if $(VENV),$(abspath $(PY)),$(PY)) -c \
 	    "import kvselect; assert 'wheel-site' in kvselect.__file__; print(kvselect.build_info())"
+	test $$(ls build/wheel-site/kvselect/eval/models/*/model.safetensors | wc -l) -eq 3  # the embedded models
 
 ifneq ($(VENV),)
 $(READY):

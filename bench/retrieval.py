@@ -1,7 +1,7 @@
-"""Does the embedded model retrieve from 16 times its window, and what is lost inside the window?
+"""Does an embedded model retrieve from 16 times its window, and what is lost inside the window?
 
-The demo's policies on all six tasks at 1 and 16 trained windows, with as many questions as a claim
-needs. Some 30 minutes on two cores; partial results are in the JSON at any time.
+The demo's policies on all seven tasks at 1 and 16 trained windows, with as many questions as a
+claim needs. Some 30 minutes on two cores; partial results are in the JSON at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from kvselect.bench.results import print_table
 from kvselect.eval import report, runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.demo import demo_request
-from kvselect.eval.tasks import TASKS
+from kvselect.eval.request import parse_lengths, split_list
+from kvselect.eval.tasks import TASKS, find_tasks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,14 +28,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--max-contexts", type=int, default=200, help="contexts per cell at most (200)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the contexts (1)")
+    parser.add_argument(
+        "--model", default=EMBEDDED, help=f"embedded:NAME of a retrieval model ({EMBEDDED})"
+    )
+    parser.add_argument(
+        "--lengths", default="1x,16x", help="trained windows or tokens, with commas (1x,16x)"
+    )
+    parser.add_argument("--tasks", help="names, with commas (all that the model can read)")
     options = parser.parse_args(arguments)
 
-    checkpoint = load_checkpoint(EMBEDDED)
+    checkpoint = load_checkpoint(options.model)
+    if not checkpoint.speaks_dialect:
+        parser.error(f"model: got {options.model!r}, allowed: one that reads the tasks' dialect")
     request = demo_request(checkpoint.window_tokens, options.samples, options.seed)
     request = dataclasses.replace(
         request,
-        tasks=tuple(task for task in TASKS.values() if task.draw is not None),
-        lengths=(request.lengths[0], request.lengths[-1]),
+        tasks=tuple(task for task in TASKS.values() if task.draw is not None)
+        if options.tasks is None
+        else tuple(find_tasks(split_list(options.tasks))),
+        lengths=parse_lengths(options.lengths, checkpoint.window_tokens),
         max_contexts=options.max_contexts,
         timed_steps=30,
     )

@@ -51,7 +51,9 @@ def add_eval(commands: Any) -> None:
         " \\\n      --policies dense token_select:topk=2048 token_select:topk=2048,scope=layer",
     )
     evaluate.add_argument(
-        "--model", default="embedded", help="a checkpoint's folder (default: embedded)"
+        "--model",
+        default="embedded",
+        help="a checkpoint's folder, or embedded:NAME (default: embedded)",
     )
     evaluate.add_argument(
         "--tasks",
@@ -130,10 +132,10 @@ def _demo(options: argparse.Namespace) -> Job:
     require_folder(options.out)
     checkpoint = load_checkpoint(EMBEDDED)
     request = demo_request(checkpoint.window_tokens, samples, options.seed)
-    return _on_one_thread(_run(checkpoint, request, options.out, restart="unless interrupted"))
+    return on_one_thread(_run(checkpoint, request, options.out, restart="unless interrupted"))
 
 
-def _on_one_thread(job: Job) -> Job:
+def on_one_thread(job: Job) -> Job:
     """A model as small as the embedded one loses more by waiting for threads than it gains."""
 
     def run() -> int:
@@ -151,7 +153,7 @@ def _on_one_thread(job: Job) -> Job:
 
 def _eval(options: argparse.Namespace) -> Job:
     from kvselect.checks import require_int
-    from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+    from kvselect.eval.checkpoint import is_embedded, load_checkpoint
     from kvselect.eval.request import (
         default_lengths,
         default_policies,
@@ -208,7 +210,7 @@ def _eval(options: argparse.Namespace) -> Job:
     )
     restart = "always" if options.restart else "never"
     job = _run(checkpoint, request, options.out, restart=restart)
-    return _on_one_thread(job) if options.model == EMBEDDED else job
+    return on_one_thread(job) if is_embedded(options.model) else job
 
 
 def require_folder(out: Path) -> None:

@@ -27,7 +27,7 @@ def add_explain(commands: Any) -> None:
         "  kvselect explain --model embedded --task chain --length 4x\n"
         "  kvselect explain --model ~/models/llama --file long.txt --steps 4",
     )
-    command.add_argument("--model", required=True, help="a checkpoint's folder, or: embedded")
+    command.add_argument("--model", required=True, help="a checkpoint's folder, or embedded:NAME")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text")
     source.add_argument("--file", type=Path, help="a file with the prompt, UTF-8")

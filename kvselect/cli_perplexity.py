@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kvselect.cli_eval import (
     Job,
     move_aside,
+    on_one_thread,
     progress_shown,
     require_folder,
     resumed,
@@ -32,7 +33,7 @@ def add_perplexity(commands: Any) -> None:
         "perplexity",
         help="perplexity against context length, on source text of Python's standard library",
     )
-    command.add_argument("--model", required=True, help="a checkpoint's folder")
+    command.add_argument("--model", required=True, help="a checkpoint's folder, or embedded:code")
     command.add_argument(
         "--lengths", default="1x,4x,16x", help="as in kvselect eval (default 1x,4x,16x)"
     )
@@ -64,7 +65,7 @@ def add_perplexity(commands: Any) -> None:
 def _prepare(options: argparse.Namespace) -> Job:
     from kvselect.checks import require_int
     from kvselect.eval import perplexity
-    from kvselect.eval.checkpoint import load_checkpoint
+    from kvselect.eval.checkpoint import is_embedded, load_checkpoint
     from kvselect.eval.journal import require_same_request
     from kvselect.eval.request import (
         default_policies,
@@ -86,7 +87,7 @@ def _prepare(options: argparse.Namespace) -> Job:
     if checkpoint.speaks_dialect:
         raise ValueError(
             f"model: got {options.model!r}, whose 512 words cannot spell a text, allowed: a "
-            "checkpoint that reads text"
+            "checkpoint that reads text, such as embedded:code"
         )
     request = perplexity.PerplexityRequest(
         lengths=parse_lengths(options.lengths, checkpoint.window_tokens),
@@ -105,7 +106,11 @@ def _prepare(options: argparse.Namespace) -> Job:
     if options.restart:
         move_aside(options.out / JOURNAL_NAME, options.out / "perplexity.json")
     require_same_request(options.out / JOURNAL_NAME, header)
-    return lambda: _run(checkpoint, request, text, header, options.out)
+
+    def job() -> int:
+        return _run(checkpoint, request, text, header, options.out)
+
+    return on_one_thread(job) if is_embedded(options.model) else job
 
 
 def _run(

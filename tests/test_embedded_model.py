@@ -5,7 +5,6 @@ Contexts are few: these are regressions with wide margins, and bench/retrieval.p
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, embedded_model_path, load_checkpoint
 from kvselect.eval.demo import demo_policies
-from kvselect.eval.models.retrieval import train
 from kvselect.eval.results import Cell, Length
 from kvselect.eval.tasks import TASKS, dialect, dialect_sample
 from kvselect.eval.trained_keys import capture, rank
@@ -62,73 +60,6 @@ def test_plain_transformers_loads_and_generates() -> None:
     assert tokenizer.decode(inputs.input_ids[0]) == text
     out = model.generate(**inputs, max_new_tokens=2)
     assert tokenizer.decode(out[0, inputs.input_ids.shape[1] :]) == "v7 v8"
-
-
-def test_weights_are_small_and_documented() -> None:
-    path = embedded_model_path()
-    assert (path / "model.safetensors").stat().st_size <= 4 * 2**20
-    card = (path / "README.md").read_text()
-    assert "hand-made" in card and "synthetic" in card and "cannot tell" in card
-    config = json.loads((path / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["max_position_embeddings"] == WINDOW
-    training = json.loads((path / "training.json").read_text())
-    assert [stage["seed"] for stage in training["stages"]] == [s.seed for s in train.RECIPE]
-    assert [stage["steps"] for stage in training["stages"]] == [
-        len(stage.schedule()) for stage in train.RECIPE
-    ]
-
-
-# ---- the training script (the recipe itself takes CPU minutes)
-
-
-@pytest.mark.parametrize("task", train.RECIPE[1].mixture)
-@pytest.mark.parametrize("length", [64, 256])
-def test_training_sequences_have_the_asked_length_and_true_targets(task: str, length: int) -> None:
-    batch = train.draw_batch(np.random.default_rng(3), task, 4, length)
-    assert batch.tokens.shape == (4, length)
-    assert batch.targets.shape == (4, length, train.MAX_VALUES_PER_KEY)
-    answers = batch.targets[..., 0] >= 0
-    assert answers.any(axis=1).all() and not answers[:, 0].any()
-    # What stands at an answer's place is one of its targets, and every target was told.
-    hits = (batch.targets == batch.tokens[..., None]).any(-1)
-    assert hits[answers].all()
-    for row in range(4):
-        told = set(batch.tokens[row][~answers[row]].tolist())
-        assert set(batch.targets[row][answers[row]].ravel().tolist()) - {-1} <= told
-
-
-def test_unknown_training_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match="task: got 'poetry'"):
-        train.draw_batch(np.random.default_rng(0), "poetry", 4, 64)
-
-
-def test_the_planted_circuit_looks_words_up_without_training() -> None:
-    torch.manual_seed(0)
-    model = train.new_model().eval()
-    batch = train.draw_batch(np.random.default_rng(1), "needles", 16, 64)
-    with torch.no_grad():
-        before = train.answer_loss(model, batch)[1].float().mean()
-        train.plant_induction_circuit(model)
-        after = train.answer_loss(model, batch)[1].float().mean()
-    assert before < 0.05 and after > 0.15
-
-
-def test_a_few_steps_learn_needles_and_the_checkpoint_loads(tmp_path: Any) -> None:
-    torch.manual_seed(0)
-    model = train.new_model()
-    train.plant_induction_circuit(model)
-    stage = train.Stage(
-        mixture={"needles": 1.0}, phases=((64, 32, 25),), learning_rate=2e-3, seed=0
-    )
-    accuracy = [accuracy["needles"] for _, accuracy in train.run_stage(model, stage)]
-    assert accuracy[-1] > 0.7
-    train.save_checkpoint(model, tmp_path)
-    loaded = load_checkpoint(tmp_path)
-    assert loaded.speaks_dialect
-    tokens = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded.model(tokens).logits, model.eval()(tokens).logits)
 
 
 # ---- retrieval
@@ -299,7 +230,7 @@ def test_int4_ranks_trained_keys(positions: str, bar: Bar) -> None:
 def test_int8_ranks_trained_keys() -> None:
     for layer in capture(checkpoint(), 2048, task="vt", seed=2):
         ranking = rank(layer, 128, positions="compact", sketch="int8", factors=(1.0, 1.25))
-        assert ranking.recall[1.25] >= 0.995 and ranking.mass_recall[1.0] >= 0.99
+        assert ranking.recall[1.25] >= 0.995 and ranking.mass_recall[1.0] >= 0.96
 
 
 def test_captured_keys_are_those_of_the_model() -> None:

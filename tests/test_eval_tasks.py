@@ -23,6 +23,7 @@ from kvselect.eval.tasks.problems import (
     draw_chains,
     draw_multivalue,
     draw_needles,
+    draw_pairs,
     draw_variables,
 )
 from kvselect.eval.tasks.prose import largest
@@ -36,6 +37,7 @@ from kvselect.eval.tasks.words import (
 )
 
 SYMBOLIC = [name for name, task in TASKS.items() if task.draw is not None]
+IN_SENTENCES = [name for name in SYMBOLIC if TASKS[name].write is None]
 LENGTHS = (64, 511, 512, 2048)
 
 
@@ -203,7 +205,7 @@ def test_depth_is_where_the_evidence_begins(task: str) -> None:
     for asked in sample.questions:
         assert asked.depth is not None and 0 < asked.depth < 1
         first = round(asked.depth * len(words))
-        assert words[first] in ("SET", "LINK", "LET")
+        assert words[first] in ("SET", "LINK", "LET", '"')
         if not task.startswith(("vt", "chain")):
             name = [vocabulary[token] for token in asked.tokens[1:]]
             places = [at for at in range(first + 2) if words[at : at + len(name)] == name]
@@ -212,11 +214,43 @@ def test_depth_is_where_the_evidence_begins(task: str) -> None:
     assert all(0 <= asked.depth <= 1 for asked in prose.questions if asked.depth is not None)
 
 
+# ---- the pairs of an object
+
+
+def test_a_json_context_is_all_pairs_and_is_asked_at_six_depths() -> None:
+    words, vocabulary = dialect.vocabulary(), dialect.vocabulary().index
+    for length in (256, 512, 4096):
+        sample = dialect_sample(TASKS["json_kv"], length, seed=3)
+        context = sample.context.tolist()
+        begins = [at for at, token in enumerate(context) if token == dialect.QUOTE]
+        pairs = {tuple(context[at + 1 : at + 3]): context[at + 4 : at + 6] for at in begins}
+        assert len(pairs) == len(begins) == (length - 1) // 6 - 1  # different keys, and no room
+        assert all(context[at + 3] == dialect.COLON for at in begins)
+        assert sum(words[token][0] == "n" for token in context) == (length - 1) % 6
+        assert len(sample.questions) == 6
+        for question in sample.questions:
+            key, first, second, colon = question.tokens.tolist()
+            assert (key, colon) == (dialect.KEY, dialect.COLON)
+            assert pairs[first, second] == [vocabulary(word) for word in question.answer]
+        depths = [question.depth or 0.0 for question in sample.questions]
+        assert depths[0] < 0.02 and depths[-1] > 0.94
+        assert np.allclose(np.diff(depths), 0.2, atol=0.03)
+
+
+def test_few_names_make_keys_that_share_words() -> None:
+    problem = draw_pairs(rng(), 4, 60, 10, num_names=8)
+    for row in problem.statements:
+        assert len(np.unique(row[:, 1:3])) == 8
+        assert len(np.unique(row[:, 1:3], axis=0)) == 60
+    places = [np.unique(evidence) for evidence in problem.evidence]
+    assert all(len(asked) == 10 for asked in places)
+
+
 # ---- prose
 
 
 @pytest.mark.parametrize("length", [400, 1024, 3000])
-@pytest.mark.parametrize("task", SYMBOLIC)
+@pytest.mark.parametrize("task", IN_SENTENCES)
 def test_prose_fits_and_fills_the_length(task: str, length: int) -> None:
     sample = prose_sample(TASKS[task], length, WordTokenizer(), seed=2)
     assert length - 30 < sample.total_tokens() <= length
@@ -231,7 +265,7 @@ class Recorder(WordTokenizer):
         return super().encode(text, add_special_tokens=add_special_tokens)
 
 
-@pytest.mark.parametrize("task", SYMBOLIC)
+@pytest.mark.parametrize("task", IN_SENTENCES)
 def test_prose_tells_the_gold_strings_and_answers_grade_as_right(task: str) -> None:
     tokenizer = Recorder()
     sample = prose_sample(TASKS[task], 1500, tokenizer, seed=2)

@@ -15,16 +15,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvselect.eval.tasks import dialect
 
-EMBEDDED = "embedded"  # the name of the model inside the package, where a path is asked for
+# Where a path is asked for, "embedded:NAME" is a model inside the package, and "embedded" the one
+# of them that every default means.
+EMBEDDED = "embedded"
+EMBEDDED_MODELS = {
+    "retrieval-small": "0.5 M parameters, window 256",
+    "retrieval": "0.9 M parameters, window 512: what `embedded` means",
+    "code": "a language model of Python's standard library, 1.1 M parameters, window 512",
+}
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or incomplete."""
 
 
-def embedded_model_path() -> Path:
-    """The folder of the retrieval model that comes with kvselect; plain `transformers` loads it."""
-    return Path(__file__).resolve().parent / "models" / "retrieval"
+def is_embedded(name: str | Path) -> bool:
+    """Whether this names a model inside the package, there or not, rather than a folder."""
+    return str(name) == EMBEDDED or str(name).startswith(f"{EMBEDDED}:")
+
+
+def embedded_model_path(name: str = EMBEDDED) -> Path:
+    """The folder of a model that comes with kvselect; plain `transformers` loads it.
+
+    Parameters
+    ----------
+    name : str
+        "embedded:NAME" with a name of `EMBEDDED_MODELS`, or "embedded", which is the base of the
+        retrieval models.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such model; names those that there are.
+    """
+    inside = "retrieval" if name == EMBEDDED else name.removeprefix(f"{EMBEDDED}:")
+    if inside not in EMBEDDED_MODELS:
+        allowed = ", ".join([EMBEDDED, *(f"{EMBEDDED}:{known}" for known in EMBEDDED_MODELS)])
+        raise CheckpointError(f"model: got {name!r}, allowed: {allowed}, or a checkpoint's folder")
+    return Path(__file__).resolve().parent / "models" / inside.replace("-", "_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +104,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu") -> Checkpoint:
-    """Read model and tokenizer from a folder; "embedded" is the model of the package.
+    """Read model and tokenizer from a folder, or of a model of the package ("embedded:NAME").
 
     Nothing is downloaded.
 
@@ -94,8 +122,12 @@ def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu
         If the folder, its config, weights or tokenizer is missing, unreadable or does not fit
         together.
     """
-    folder = embedded_model_path() if str(path) == EMBEDDED else Path(path).expanduser()
-    allowed = f"a folder with a checkpoint of a causal language model, or {EMBEDDED!r}"
+    embedded = is_embedded(path)
+    folder = embedded_model_path(str(path)) if embedded else Path(path).expanduser()
+    allowed = (
+        f"a folder with a checkpoint of a causal language model, {EMBEDDED!r}, or "
+        f"{EMBEDDED}:NAME of {', '.join(EMBEDDED_MODELS)}"
+    )
     if not (folder / "config.json").is_file():
         problem = "has no config.json" if folder.is_dir() else "is not a folder"
         raise CheckpointError(f"model: got {str(path)!r}, which {problem}, allowed: {allowed}")
@@ -130,9 +162,13 @@ def load_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = "cpu
     vocabulary = {word: index for index, word in enumerate(dialect.vocabulary())}
     text_config = model.config.get_text_config()
     return Checkpoint(
-        name="Embedded model" if str(path) == EMBEDDED else folder.resolve().name,
+        name=_shown_name(str(path)) if embedded else folder.resolve().name,
         model=model,
         tokenizer=tokenizer,
         window_tokens=int(text_config.max_position_embeddings),
         speaks_dialect=tokenizer.get_vocab() == vocabulary,
     )
+
+
+def _shown_name(name: str) -> str:
+    return "Embedded model" if name == EMBEDDED else f"Embedded {name.split(':', 1)[1]}"

@@ -45,21 +45,34 @@ _NO_TEXT = {
 }
 
 
-def library_text() -> str:
-    """Held-out source files of this Python's standard library, joined in the order of their paths.
+def held_out(name: str) -> bool:
+    """Whether text of this name is kept for measuring: the MD5 sum of the name is divisible by
+    `HELD_OUT_SHARE`. The same names are held out in every version of Python."""
+    digest = hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()
+    return int(digest, 16) % HELD_OUT_SHARE == 0
 
-    A file is held out if the MD5 sum of its name is divisible by `HELD_OUT_SHARE`.
+
+def library_files() -> list[Path]:
+    """Source files of this Python's standard library, without its tests, in order of their paths.
+
+    Those that `held_out` says of their names are for measuring, the others for training.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    parts = []
-    for path in sorted(root.rglob("*.py")):
-        inside = path.relative_to(root).parts
-        if _NO_TEXT & set(inside) or "pydoc_data" in inside:
-            continue
-        digest = hashlib.md5(path.name.encode(), usedforsecurity=False).hexdigest()
-        if int(digest, 16) % HELD_OUT_SHARE == 0:
-            parts.append(path.read_text(encoding="utf-8", errors="ignore"))
-    return "\n".join(parts)
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not (_NO_TEXT | {"pydoc_data"}) & set(path.relative_to(root).parts)
+    ]
+
+
+def library_text() -> str:
+    """The held-out source files of this Python's standard library, joined in the order of their
+    paths."""
+    return "\n".join(
+        path.read_text(encoding="utf-8", errors="ignore")
+        for path in library_files()
+        if held_out(path.name)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ from kvselect.eval.tasks.problems import (
     draw_chains,
     draw_multivalue,
     draw_needles,
+    draw_pairs,
     draw_variables,
 )
 from kvselect.eval.tasks.prose import Tokenizer
@@ -65,9 +66,13 @@ class Task:
     draw : (rng, max_statements, max_questions) -> Problem with a batch of one, or None
         For tasks in symbols, which every model can be asked.
     write : (Draw) -> Sample, or None
-        For tasks that are text from the start: no model of the dialect can be asked them.
+        For tasks that are text from the start: no model of the dialect can be asked them, unless
+        the task has a `draw` of its own for it.
     file : DataFile or None
         For tasks whose samples a user has.
+    only_statements : int
+        If above 0, a context of the dialect holds nothing but statements, of so many words each;
+        otherwise they stand among noise.
     """
 
     name: str
@@ -75,6 +80,7 @@ class Task:
     draw: Callable[[np.random.Generator, int, int], Problem] | None = None
     write: Callable[[Draw], Sample] | None = None
     file: DataFile | None = None
+    only_statements: int = 0
 
 
 def _single(rng: np.random.Generator, max_statements: int, max_questions: int) -> Problem:
@@ -106,6 +112,11 @@ def _variables(rng: np.random.Generator, max_statements: int, max_questions: int
     return draw_variables(rng, 1, num_roots, 2, min(3 * num_roots, max_questions))
 
 
+def _pairs(rng: np.random.Generator, max_statements: int, max_questions: int) -> Problem:
+    num_questions = min(max_statements, max_questions, long_context.GOLD_DEPTHS)
+    return draw_pairs(rng, 1, max_statements, num_questions, even_depths=True)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -132,7 +143,13 @@ TASKS: dict[str, Task] = {
         Task(name="ruler_vt", summary="a chain of 4 hops", write=ruler.variable_tracking),
         Task(name="ruler_cwe", summary="the ten commonest words", write=ruler.common_words),
         Task(name="ruler_fwe", summary="the most frequent words", write=ruler.frequent_words),
-        Task(name="json_kv", summary="HELMET's JSON-KV", write=long_context.json_kv),
+        Task(
+            name="json_kv",
+            summary="HELMET's JSON-KV",
+            draw=_pairs,
+            write=long_context.json_kv,
+            only_statements=6,
+        ),
         Task(name="icl", summary="labels of 64 classes by example", write=long_context.many_shots),
         Task(name="two_hop", summary="facts, direct and over a person", write=long_context.two_hop),
     )
@@ -213,7 +230,13 @@ def dialect_sample(
             f"{allowed}"
         )
     rng = _generator(task, length, seed, index)
-    problem = task.draw(rng, length // _DIALECT_TOKENS_PER_STATEMENT, max_questions)
+    if task.only_statements > 0:
+        # All that fit beside BOS and a question with its answer, which is as long as a statement;
+        # what is left over, less than a statement, is noise between them.
+        max_statements = max(1, (length - 1) // task.only_statements - 1)
+    else:
+        max_statements = length // _DIALECT_TOKENS_PER_STATEMENT
+    problem = task.draw(rng, max_statements, max_questions)
     context, starts = dialect.scatter_at(
         rng, problem.statements, length - problem.questions.shape[2]
     )

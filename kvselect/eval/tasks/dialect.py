@@ -20,12 +20,16 @@ SET, GET = 3, 4  # SET key value... ; GET key -> value...
 LINK, FOLLOW = 5, 6  # LINK a b ; FOLLOW a -> b c d
 ALL = 7  # ALL key -> every value that some SET gave to the key
 LET, COPY, SHOW = 8, 9, 10  # LET name value ; COPY new old ; SHOW name -> value
+QUOTE, COLON, KEY = 11, 12, 13  # " name name : value value ; KEY name name : -> value value
 FIRST_NOISE, NUM_NOISE = 16, 112
 FIRST_NAME, NUM_NAMES = 128, 192  # keys, chain stops and variables
 FIRST_VALUE, NUM_VALUES = 320, 192
 NUM_DIGITS = 10  # the first values double as digits
 
-_STATEMENT_WORDS = ("SET", "GET", "LINK", "FOLLOW", "ALL", "LET", "COPY", "SHOW")
+_STATEMENT_WORDS = (
+    *("SET", "GET", "LINK", "FOLLOW", "ALL", "LET", "COPY", "SHOW"),
+    *('"', ":", "KEY"),
+)
 
 # Noise words follow a power law, as words do: a few are everywhere, most are rare.
 _noise_frequency = 1.0 / np.arange(1, NUM_NOISE + 1) ** 0.7

@@ -13,16 +13,19 @@ import numpy as np
 
 from kvselect.eval.tasks.dialect import (
     ALL,
+    COLON,
     COPY,
     FIRST_NAME,
     FIRST_VALUE,
     FOLLOW,
     GET,
+    KEY,
     LET,
     LINK,
     NUM_DIGITS,
     NUM_NAMES,
     NUM_VALUES,
+    QUOTE,
     SET,
     SHOW,
     IntArray,
@@ -94,6 +97,44 @@ def draw_needles(
             [_column(batch, asked.shape[1], GET), keys[rows, asked], values[rows, asked]], axis=2
         ),
         question_words=1 + key_words,
+        evidence=asked[:, :, None],
+    )
+
+
+def draw_pairs(
+    rng: np.random.Generator,
+    batch: int,
+    num_pairs: int,
+    num_questions: int,
+    *,
+    num_names: int = NUM_NAMES,
+    even_depths: bool = False,
+) -> Problem:
+    """`" key key : value value`, the pairs of a JSON object; `KEY key key :` asks for the value.
+
+    Keys are two names out of `num_names`; the fewer, the more pairs differ in one word alone.
+    `even_depths` asks for pairs that stand evenly spaced from the first to the last, as HELMET's
+    JSON-KV does, rather than for pairs drawn at random.
+    """
+    rows = np.arange(batch)[:, None]
+    pools = choose_distinct(rng, batch, num_names, NUM_NAMES)
+    both = choose_distinct(rng, batch, num_pairs, num_names**2)
+    keys = np.stack([pools[rows, both // num_names], pools[rows, both % num_names]], axis=-1)
+    keys += FIRST_NAME
+    values = FIRST_VALUE + rng.integers(0, NUM_VALUES, (batch, num_pairs, 2))
+    if even_depths:
+        places = np.unique(np.round(np.linspace(0, num_pairs - 1, num_questions)).astype(np.int64))
+        asked = np.tile(places, (batch, 1))
+    else:
+        asked = choose_distinct(rng, batch, num_questions, num_pairs)
+    colons, answers = _column(batch, num_pairs, COLON), _column(batch, asked.shape[1], COLON)
+    return Problem(
+        statements=np.concatenate([_column(batch, num_pairs, QUOTE), keys, colons, values], axis=2),
+        questions=np.concatenate(
+            [_column(batch, asked.shape[1], KEY), keys[rows, asked], answers, values[rows, asked]],
+            axis=2,
+        ),
+        question_words=4,
         evidence=asked[:, :, None],
     )
 
