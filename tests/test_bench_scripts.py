@@ -20,6 +20,7 @@ from kvselect.bench import decode, policies, prefill
 from kvselect.bench.contenders import DisagreementError
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
 from kvselect.bench.results import load, save
+from kvselect.cli import main
 
 pytestmark = pytest.mark.usefixtures("small_reads")
 
@@ -152,6 +153,44 @@ def test_rolling_sweep(tmp_path: Path) -> None:
         assert rolled["num_rolled"] > 0 and rolled["bytes_read"] < full["bytes_read"]
         masses = zip(rolled["mass_by_layer"], full["mass_by_layer"], strict=True)
         assert all(0.5 * whole < part < 1.001 * whole for part, whole in masses)
+
+
+# ---- fidelity
+
+
+def test_fidelity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("fidelity")
+    sizes = ("--head-dim", "32", "--group-size", "2", "--sketches", "int4", "bounds 16")
+    dump = tmp_path / "some.safetensors"
+    asked = ("capture", "--model", "embedded", "--task", "vt", "--lengths", "1200", "--layers", "2")
+    assert main([*asked, "--queries", "4", "--out", str(dump)]) == 0
+    rows = quick("fidelity", tmp_path, *sizes, "--overselect", "1", "1.5", "--dump", str(dump))
+    kinds = ["Gaussian", "structured", "embedded vt, rotated", "embedded vt, un-rotated"]
+    assert list(dict.fromkeys(row["keys"] for row in rows)) == [
+        *kinds, "some, rotated", "some, un-rotated"]  # fmt: skip
+    assert {row["layer"] for row in rows if row["keys"].startswith("some")} == {"layer 2"}
+    for row in rows:
+        assert row["attended_tokens"] == row["overselect"] * row["topk"]
+        assert 0 < row["mass_min"] <= row["mass"] <= 1 and 0 <= row["recall"] <= 1
+    by_sketch = {
+        sketch: [row["mass"] for row in rows if row["sketch"] == sketch]
+        for sketch in ("int4", "bounds 16")
+    }
+    assert all(a > b for a, b in zip(by_sketch["int4"], by_sketch["bounds 16"], strict=True))
+    assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "fewest bytes that keep the exact top-k's mass in every head: int4 at 1.5x" in shown
+    assert "no sketch keeps" in module.verdict([row | {"mass_ratio_min": 0.9} for row in rows])
+
+
+def test_fidelity_refuses() -> None:
+    for arguments, message in (
+        (("--share", "1"), "share: got 1.0, allowed: between 0 and 1"),
+        (("--queries", "0"), "queries: got 0, allowed: an int >= 1"),
+        (("--tokens", "384"), r"tokens: got 384, allowed: at least 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script("fidelity").main(["--quick", "--models", *arguments])
 
 
 # ---- tiers

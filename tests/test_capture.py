@@ -132,7 +132,14 @@ def test_a_layer_without_rotation_and_sink_logits(tmp_path: Path) -> None:
     q, k = torch.randn(2, 4, 32), torch.randn(9, 2, 32)
     sinks = torch.tensor([0.0, 1.0, -1.0, 2.0])
     layer = LayerDump(
-        index=1, q=q, q_unrotated=q, k=k, k_unrotated=k, v=k.clone(), softmax_scale=0.2, sink_logits=sinks
+        index=1,
+        q=q,
+        q_unrotated=q,
+        k=k,
+        k_unrotated=k,
+        v=k.clone(),
+        softmax_scale=0.2,
+        sink_logits=sinks,
     )
     save_dump(tmp_path / "x", Dump(about={}, contexts={9: [layer]}))
     (found,) = load_dump(tmp_path / "x").contexts[9]
