@@ -45,6 +45,8 @@ from kvselect.selection import num_kept
 WINDOWS = 16
 AGES = (1, 2, 4, 8, 16, 32, 64)
 EDGES = (-1.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.001)  # of cosines
+HELD = 0.95  # share of the fresh candidates' mass that a reused list should hold
+LEAST_MASS = 0.01
 LOSS_POINTS = 0.5  # of kept mass that reuse may cost (METHODS 2.8)
 
 
@@ -72,7 +74,7 @@ def streams(args: argparse.Namespace) -> Iterator[Stream]:
         for what, text in texts.items():
             dump = capture(checkpoint, [text], [policy], args.steps)
             for layers in dump.contexts.values():
-                yield Stream(f"{model} {what}", layers, policy.positions)
+                yield Stream(f"{checkpoint.name} {what}", layers, policy.positions)
     for path in args.dump:
         content = load_dump(path)
         for told, layers in zip(content.about["read"], content.contexts.values()):
@@ -92,28 +94,35 @@ def base_policy(args: argparse.Namespace, positions: str) -> TokenSelect:
 
 def pairs(reuse: Sequence[Reuse]) -> dict[str, np.ndarray[Any, Any]]:
     """All (later step, earlier step) pairs of all heads, flat."""
-    found: dict[str, list[Any]] = {"age": [], "cosine": [], "overlap": [], "share": []}
+    names = {"overlap": "overlap", "share": "fresh_share", "mass": "fresh_mass"}
+    found: dict[str, list[Any]] = {"age": [], "cosine": [], **{name: [] for name in names}}
     for head in reuse:
         later, earlier = torch.tril_indices(*head.kept.shape, offset=-1)
         near = later - earlier <= AGES[-1]
         later, earlier = later[near], earlier[near]
         found["age"].append((later - earlier).numpy())
         found["cosine"].append(head.cosine[later, earlier].numpy())
-        found["overlap"].append(head.overlap[later, earlier].numpy())
-        found["share"].append(head.fresh_share[later, earlier].numpy())
+        for name, field in names.items():
+            found[name].append(getattr(head, field)[later, earlier].numpy())
     return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def bins(flat: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
-    """By cosine, at ages of ranges: count, mean overlap, mean and 10 % quantile of the share."""
+    """By cosine, at ages of ranges: pairs, mean overlap, share of the fresh mass, 10 % quantile.
+
+    Mass old lists hold over mass fresh picks hold, all pairs together: heads that look nowhere far
+    have next to nothing to lose. The quantile is of pairs with at least `LEAST_MASS` to lose.
+    """
     rows = []
     ranges = [(1, AGES[-1]), (1, 1), (2, 8), (9, 32), (33, 64)]
     for low_age, high_age in ranges:
         for low, high in itertools.pairwise(EDGES):
             at = (flat["age"] >= low_age) & (flat["age"] <= high_age)
             at &= (flat["cosine"] >= low) & (flat["cosine"] < high)
-            if not at.any():
+            told = flat["share"][at & (flat["mass"] >= LEAST_MASS)]
+            if not told.size:
                 continue
+            weights = flat["mass"][at]
             rows.append(
                 {
                     "part": "pairs",
@@ -122,8 +131,8 @@ def bins(flat: dict[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
                     "cosine_mean": float(flat["cosine"][at].mean()),
                     "count": int(at.sum()),
                     "overlap": float(flat["overlap"][at].mean()),
-                    "share": float(flat["share"][at].mean()),
-                    "share_p10": float(np.quantile(flat["share"][at], 0.1)),
+                    "share": float((flat["share"][at] * weights).sum() / weights.sum()),
+                    "share_p10": float(np.quantile(told, 0.1)),
                 }
             )
     return rows
@@ -284,6 +293,20 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def safe_cosine(rows: Sequence[dict[str, Any]]) -> str:
+    """From which cosine on old lists of any age hold `HELD` of the fresh mass, in all streams."""
+    binned = [row for row in rows if row["part"] == "pairs" and row["ages"] == [1, AGES[-1]]]
+    poor = [row["cosine"][1] for row in binned if row["share"] < HELD]
+    old = [
+        row["share"]
+        for row in rows
+        if row["part"] == "pairs" and row["ages"] == [33, 64] and row["cosine"][0] >= 0.9
+    ]
+    told = f"; at 0.9 and ages 33 to 64: at least {min(old):.3f}" if old else ""
+    safe = f"from cosine {max(poor):g} on" if poor else "at every cosine"
+    return f"old lists hold {HELD} of the fresh candidates' mass {safe}{told}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__, __file__)
     parser.add_argument("--models", nargs="*", default=["embedded"])
@@ -305,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require(0.0 < threshold <= 1.0, "thresholds", threshold, "floats in (0, 1]")
     with threads(1), kept_heap():
         rows = measure(args)
+    print(safe_cosine(rows))
     print(verdict(rows))
     print("written:", save(args.out, parser.description or "", vars(args), rows))
     picture = args.out.with_suffix(".png")

@@ -193,6 +193,45 @@ def test_fidelity_refuses() -> None:
             script("fidelity").main(["--quick", "--models", *arguments])
 
 
+# ---- stability
+
+
+def test_stability(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("stability")
+    dump = tmp_path / "some.safetensors"
+    asked = ("capture", "--model", "embedded", "--task", "vt", "--lengths", "450", "--layers", "1")
+    assert main([*asked, "--queries", "9", "--out", str(dump)]) == 0
+    rows = quick("stability", tmp_path, "--thresholds", "0.1", "0.9", "--dump", str(dump))
+    assert list(dict.fromkeys(row["stream"] for row in rows)) == ["Embedded model vt", "some 447"]
+    pairs = [row for row in rows if row["part"] == "pairs" and row["ages"] == [1, 64]]
+    for stream, lists, steps in (("Embedded model vt", 8, 12), ("some 447", 2, 9)):
+        mine = [row["count"] for row in pairs if row["stream"] == stream]
+        assert sum(mine) == lists * steps * (steps - 1) / 2
+    cache = [row for row in rows if row["part"] == "cache"]
+    loose, tight = ([row for row in cache if row["threshold"] == t] for t in (0.1, 0.9))
+    assert all(a["hit_rate"] >= b["hit_rate"] for a, b in zip(loose, tight, strict=True))
+    assert loose[0]["hit_rate"] > 0 and loose[0]["loss_points"] > tight[0]["loss_points"]
+    sweep = {row["contender"]: row for row in rows if row["part"] == "sweep" and row["layer"] == 1}
+    assert sweep["full scan"]["mass_over_full"] == 1.0
+    assert 0.5 < sweep["rolling 2, 1x"]["mass_over_full"] <= 1.001
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "old lists hold 0.95 of the fresh candidates' mass" in shown
+    none = [row | {"worst_loss_points": 3.0} for row in cache]
+    assert module.verdict(none) == "no threshold keeps every layer within 0.5 points of mass"
+    good = [row | {"share": 1.0} for row in pairs]
+    assert "mass at every cosine" in module.safe_cosine(good)
+
+
+def test_stability_refuses() -> None:
+    for arguments, message in (
+        (("--steps", "0"), "steps: got 0, allowed: an int >= 1"),
+        (("--thresholds", "1.5"), r"thresholds: got 1.5, allowed: floats in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script("stability").main(["--quick", "--models", *arguments])
+
+
 # ---- tiers
 
 

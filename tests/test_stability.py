@@ -105,6 +105,7 @@ def test_shares_and_overlaps() -> None:
     assert float(head.fresh_share[later, earlier]) == pytest.approx(
         held / sum(own[i] for i in fresh)
     )
+    assert float(head.fresh_mass[later, earlier]) == pytest.approx(sum(own[i] for i in fresh))
     window = own[CONTEXT + later + 1 - 8 :]
     kept = held + sum(own[:2]) + sum(window)
     assert float(head.kept[later, earlier]) == pytest.approx(kept)
@@ -120,7 +121,7 @@ def test_the_rule_of_the_cache() -> None:
     kept = torch.tensor(
         [[0.8, 0, 0, 0], [0.6, 0.7, 0, 0], [0.1, 0.2, 0.9, 0], [0.3, 0.3, 0.5, 0.6]]
     )
-    head = Reuse(cosine=cosine, overlap=kept, fresh_share=kept, kept=kept)
+    head = Reuse(cosine=cosine, overlap=kept, fresh_share=kept, fresh_mass=kept, kept=kept)
     found = replay_cache(head, 0.85, 64)  # hit 1 on 0, miss 2, hit 3 on 2
     assert found.hit_rate == pytest.approx(2 / 3)
     assert found.kept == pytest.approx((0.8 + 0.6 + 0.9 + 0.5) / 4)
@@ -174,11 +175,11 @@ def test_the_picture() -> None:
             rows.append(
                 {
                     "stream": stream, "part": "sweep", "contender": name, "bytes_over_full": 0.5,
-                    "mass_over_full": 0.9,
+                    "time_over_full": 0.7, "mass_over_full": 0.9, "layer": 3,
                 }
             )  # fmt: skip
     figure = stability_chart(rows)
-    assert len(figure.axes) == 4 and figure.axes[1].get_title(loc="left") == "b"
+    assert len(figure.axes) == 6 and figure.axes[1].get_title(loc="left") == "b"
     told = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert told == ["full scan", "cosine cache", "rolling 4", "rolling 16"]
     ages = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

@@ -41,6 +41,8 @@ class Reuse:
         Share of the fresh picks that are among the old ones.
     fresh_share : Tensor
         What the old list holds of the candidates' mass, over what the fresh picks hold.
+    fresh_mass : Tensor
+        Attention mass of the fresh picks: what there is to lose; equal in a row.
     kept : Tensor
         Attention mass of the whole list, sinks and window included; the diagonal is a fresh list's.
     """
@@ -48,6 +50,7 @@ class Reuse:
     cosine: Tensor
     overlap: Tensor
     fresh_share: Tensor
+    fresh_mass: Tensor
     kept: Tensor
 
 
@@ -117,7 +120,7 @@ def _reuse(weights: Sequence[Tensor], cosine: Tensor, first: int, budget: Budget
     picked = torch.zeros(num_steps, first + num_steps, dtype=torch.float64)
     picked.scatter_(1, torch.stack(picks), 1.0)
     blank = torch.full((num_steps, num_steps), torch.nan, dtype=torch.float64)
-    overlap, share, kept = blank.clone(), blank.clone(), blank.clone()
+    overlap, share, fresh, kept = (blank.clone() for _ in range(4))
     for step, row in enumerate(weights):
         old = slice(0, step + 1)
         up_to = torch.cat([row.new_zeros(1), row.cumsum(0)])  # mass before each place
@@ -125,12 +128,14 @@ def _reuse(weights: Sequence[Tensor], cosine: Tensor, first: int, budget: Budget
         begins = torch.tensor(horizons[old])
         left_window = up_to[horizons[step]] - up_to[begins]  # candidates that old windows hold
         share[step, old] = (held + left_window) / held[step]
+        fresh[step, old] = held[step]
         kept[step, old] = held + up_to[sinks] + up_to[-1] - up_to[begins]
         overlap[step, old] = picked[old] @ picked[step] / budget.keep
     return Reuse(
         cosine=cosine.where(kept.isfinite(), torch.nan),
         overlap=overlap,
         fresh_share=share,
+        fresh_mass=fresh,
         kept=kept,
     )
 
