@@ -23,11 +23,11 @@ from rich.console import Console
 
 from kvselect.bench.measure import threads
 from kvselect.bench.request import parse, script_parser
-from kvselect.bench.results import Skipped, print_skipped, print_table, save
+from kvselect.bench.results import Skipped, print_table, save
 from kvselect.checks import require_int
 from kvselect.cli_eval import move_aside, progress_shown
-from kvselect.eval import perplexity, runner
-from kvselect.eval.ablation import Effect, mass_effects, score_effects, text_effects, variants
+from kvselect.eval import ablation, perplexity, runner
+from kvselect.eval.ablation import Effect, mass_effects, score_effects, text_effects
 from kvselect.eval.checkpoint import CheckpointError, load_checkpoint
 from kvselect.eval.journal import Journal, require_same_request
 from kvselect.eval.perplexity import PerplexityRequest
@@ -78,7 +78,7 @@ def on_tasks(args: Any, errors: Console) -> list[Effect]:
     request = Request(
         tasks=tuple(find_tasks(args.tasks)),
         lengths=parse_lengths(args.lengths, checkpoint.window_tokens),
-        policies=variants(small_budget()),
+        policies=ablation.variants(small_budget()),
         samples=args.samples,
         questions_per_context=QUESTIONS_PER_CONTEXT,
         timed_steps=1,
@@ -98,7 +98,7 @@ def on_text(args: Any, errors: Console) -> list[Effect]:
     checkpoint = load_checkpoint(args.language_model)
     request = PerplexityRequest(
         lengths=parse_lengths(args.text_lengths, checkpoint.window_tokens),
-        policies=variants(text_budget()),
+        policies=ablation.variants(text_budget()),
         segments=args.segments,
         scored_tokens=args.scored_tokens,
         seed=args.seed,
@@ -196,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise
             skipped.append(Skipped(tokens=0, contender="text", reason=str(error)))
     table(effects)
-    print_skipped(skipped)
+    for one in skipped:
+        print(f"left out: {one.contender}: {one.reason}")
     print(better_than_defaults(effects))
     rows = [dataclasses.asdict(one) | {"verdict": one.verdict} for one in effects]
     print("written:", save(args.out, parser.description or "", vars(args), rows, skipped))

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import hf_models
 import pretend_gpu
 import pytest
 import torch
 from bench_sizes import SHAPE, SIZES
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, policies, prefill
@@ -230,6 +233,84 @@ def test_stability_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             script("stability").main(["--quick", "--models", *arguments])
+
+
+# ---- ablations
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A random model of bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["x"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "reader")
+    small = hf_models.config("llama", vocab_size=256, num_hidden_layers=1)
+    hf_models.build(small).save_pretrained(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def test_ablations(
+    tmp_path: Path,
+    reader: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that dies before the text goes on with the tasks that it has, and ends the same."""
+    module = script("ablations")
+    some = ("one list per layer", "unscaled votes", "pooled over 5")
+    fewer = {label: module.ablation.CHANGES[label] for label in some}
+    monkeypatch.setattr(module.ablation, "CHANGES", fewer)
+    monkeypatch.setattr(module.perplexity, "library_text", lambda: "import this; " * 80)
+    asked = ("--language-model", str(reader), "--text-lengths", "400")
+    out = tmp_path / "ablations.json"
+
+    def die(*arguments: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.perplexity, "measure", die)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(["--quick", *asked, "--out", str(out)])
+    assert not out.exists() and out.with_suffix(".tasks.jsonl").exists()
+    rows = quick("ablations", tmp_path, *asked)
+    assert "going on with" in capsys.readouterr().out
+    assert list(tmp_path.glob("*.jsonl")) == []
+    labels = ["defaults", "modulo head map", *some]
+    for measure in ("score", "kept mass", "perplexity"):
+        mine = [row for row in rows if row["measure"] == measure]
+        assert [row["variant"] for row in mine] == labels
+        assert mine[0]["effect"] == 0.0 and mine[0]["value"] == mine[0]["base"]
+    masses = {row["variant"]: row["effect"] for row in rows if row["measure"] == "kept mass"}
+    assert masses["modulo head map"] < -0.01 and masses["pooled over 5"] < -0.01
+    good = [module.Effect(**{k: v for k, v in row.items() if k != "verdict"}) for row in rows]
+    good = [dataclasses.replace(one, samples=99, low=0.1, high=0.2) for one in good[:5]]
+    assert "better somewhere and worse nowhere: defaults, modulo" in module.better_than_defaults(
+        good
+    )
+
+
+def test_ablations_without_the_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script("ablations")
+    monkeypatch.setattr(module.ablation, "CHANGES", {})
+    monkeypatch.setattr(module, "LANGUAGE_MODEL", "embedded:nobody")
+    (tmp_path / "ablations.tasks.jsonl").write_text("not a journal\n", encoding="utf-8")
+    module.main(["--quick", "--out", str(tmp_path / "ablations.json")])
+    rows = load(tmp_path / "ablations.json")["results"]
+    assert {row["measure"] for row in rows} == {"score", "kept mass"}
+    shown = capsys.readouterr().out
+    assert "left out: text: model: got 'embedded:nobody'" in shown
+    assert "the defaults stand" in shown
+    with pytest.raises(ValueError, match="model: got 'embedded:nobody'"):
+        module.main(
+            ["--quick", "--language-model", "embedded:nobody", "--out", str(tmp_path / "x")]
+        )
+    with pytest.raises(ValueError, match="segments: got 0, allowed: an int >= 1"):
+        module.main(["--quick", "--segments", "0"])
 
 
 # ---- tiers

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 BASE = "defaults"
+LEAST_SAMPLES = 8  # fewer say nothing, whatever their interval
 
 
 class ModuloHeads(TokenSelect):
@@ -98,9 +99,11 @@ class Effect:
     @property
     def verdict(self) -> str:
         """Whether the change is better or worse, as far as the interval tells."""
-        low, high = (
-            (self.low, self.high) if self.measure != "perplexity" else (-self.high, -self.low)
-        )
+        low, high = self.low, self.high
+        if self.measure == "perplexity":
+            low, high = -high, -low
+        if self.samples < LEAST_SAMPLES:
+            return ""
         return "better" if low > 0 else "worse" if high < 0 else ""
 
 
