@@ -13,6 +13,7 @@ from kvselect import KVCache, TokenSelect, attach, decode_step
 from kvselect.eval.ablation import (
     BASE,
     CHANGES,
+    DENSE,
     Effect,
     ModuloHeads,
     mass_effects,
@@ -62,7 +63,7 @@ def test_the_modulo_map_meets_the_published_keys(positions: Any, scope: Any) -> 
 def test_every_variant_changes_what_it_says() -> None:
     base = TokenSelect(**SETTINGS)
     found = variants(base)
-    assert list(found) == [BASE, "modulo head map", *CHANGES]
+    assert list(found) == [BASE, DENSE, "modulo head map", *CHANGES]
     assert found[BASE] is base and type(found["modulo head map"]) is ModuloHeads
     for label, change in CHANGES.items():
         other = found[label]

@@ -278,7 +278,7 @@ def test_ablations(
     rows = quick("ablations", tmp_path, *asked)
     assert "going on with" in capsys.readouterr().out
     assert list(tmp_path.glob("*.jsonl")) == []
-    labels = ["defaults", "modulo head map", *some]
+    labels = ["defaults", "dense attention", "modulo head map", *some]
     for measure in ("score", "kept mass", "perplexity"):
         mine = [row for row in rows if row["measure"] == measure]
         assert [row["variant"] for row in mine] == labels

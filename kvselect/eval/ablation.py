@@ -12,12 +12,14 @@ from kvselect.eval.intervals import paired_difference
 from kvselect.eval.perplexity import PerplexityCell, ratio_to
 from kvselect.eval.results import Results
 from kvselect.policies.base import Policy
+from kvselect.policies.dense import Dense
 from kvselect.policies.scoring_vectors import BlockVectors
 from kvselect.policies.token_select import TokenSelect
 from kvselect.queries import Queries
 
 __all__ = [
     "BASE",
+    "DENSE",
     "Effect",
     "ModuloHeads",
     "mass_effects",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 BASE = "defaults"
+DENSE = "dense attention"  # for orientation: no setting of TokenSelect
 LEAST_SAMPLES = 8  # fewer say nothing, whatever their interval
 
 
@@ -63,12 +66,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 
 
 def variants(base: TokenSelect) -> dict[str, Policy]:
-    """The base, the wrong head map, and every entry of `CHANGES`."""
+    """The base, dense attention, the wrong head map, and every entry of `CHANGES`."""
     settings = {one.name: getattr(base, one.name) for one in dataclasses.fields(base)}
     changed: dict[str, Policy] = {
         label: dataclasses.replace(base, **change) for label, change in CHANGES.items()
     }
-    return {BASE: base, "modulo head map": ModuloHeads(**settings), **changed}
+    return {BASE: base, DENSE: Dense(), "modulo head map": ModuloHeads(**settings), **changed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
