@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import kvselect
 from kvselect.bench.measure import kept_heap, quantiles, threads
 from kvselect.bench.request import parse, script_parser
 from kvselect.bench.results import print_table, save
-from kvselect.eval.audit import Audit, audited
+from kvselect.bench.step_replay import Outcome, run
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.demo import demo_policies
 from kvselect.eval.step_streams import Steps, drifting_steps, trained_steps
@@ -43,22 +41,6 @@ COLUMNS = [
 ]
 
 
-@dataclass(slots=True)
-class Outcome:
-    """One contender, all layers."""
-
-    step_ms: list[float]  # summed over layers
-    bytes_read: float
-    num_hits: int
-    num_rolled: int
-    num_stopped: int
-    mass_by_layer: list[float]
-
-    @property
-    def kept_mass(self) -> float:
-        return statistics.fmean(self.mass_by_layer)
-
-
 def contenders(base: Policy, args: argparse.Namespace) -> dict[str, Policy]:
     """Every way to make the lists, of the same budget."""
 
@@ -75,53 +57,6 @@ def contenders(base: Policy, args: argparse.Namespace) -> dict[str, Policy]:
             )
     found["rolling 8, 2x, audited"] = changed(num_segments=8)
     return found
-
-
-def replay(layer: Steps, policies: dict[str, Policy]) -> Iterator[dict[str, tuple[float, Any]]]:
-    """CPU milliseconds and state of every contender, step after step, on one cache."""
-    (sketch,) = {policy.required_sketch for policy in policies.values()}
-    num_heads, head_dim = layer.k.shape[1:]
-    cache = kvselect.KVCache(
-        1, num_heads, head_dim, dtype=layer.k.dtype, capacity=layer.k.shape[0], sketch=sketch
-    )
-    n = layer.num_context
-    cache.append(layer.k[None, :n], layer.v[None, :n])
-    states = {name: policy.new_state(cache) for name, policy in policies.items()}
-    for t, q in enumerate(layer.q):
-        cache.append(layer.k[None, n + t : n + t + 1], layer.v[None, n + t : n + t + 1])
-        taken = {}
-        names = list(policies)
-        for name in names[t % len(names) :] + names[: t % len(names)]:
-            policy, state = policies[name], states[name]
-            before = time.process_time()
-            kvselect.decode_step(q[None, None], cache, policy, state, rope=layer.rope)
-            taken[name] = (1e3 * (time.process_time() - before), state)
-        yield taken
-
-
-def run(layers: list[Steps], policies: dict[str, Policy]) -> dict[str, Outcome]:
-    num_steps = layers[0].q.shape[0]
-    outcomes = {name: Outcome([0.0] * num_steps, 0.0, 0, 0, 0, []) for name in policies}
-    for layer in layers:
-        for t, taken in enumerate(replay(layer, policies)):
-            for name, (milliseconds, _) in taken.items():
-                outcomes[name].step_ms[t] += milliseconds
-        for name, (_, state) in taken.items():
-            counts, outcome = state.decode, outcomes[name]
-            outcome.bytes_read += counts.bytes_read(
-                layer.k.shape[2], layer.k.dtype.itemsize, policies[name].required_sketch
-            )
-            outcome.num_hits += counts.num_hits
-            outcome.num_rolled += counts.num_rolled
-            outcome.num_stopped += counts.num_stopped
-        audits = {name: Audit() for name in policies}
-        watched = {name: audited(policy, audits[name]) for name, policy in policies.items()}
-        for _ in replay(layer, watched):
-            pass
-        for name, audit in audits.items():
-            assert audit.recovered_mass is not None  # every step was audited
-            outcomes[name].mass_by_layer.append(audit.recovered_mass)
-    return outcomes
 
 
 def table(title: str, layers: list[Steps], outcomes: dict[str, Outcome]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from kvselect.bench import command as bench_command
 from kvselect.cli_break_even import add_break_even
+from kvselect.cli_capture import add_capture
 from kvselect.cli_eval import add_eval
 from kvselect.cli_explain import add_explain
 from kvselect.cli_perplexity import add_perplexity
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add_eval(commands)
     add_perplexity(commands)
     add_explain(commands)
+    add_capture(commands)
     add_break_even(commands)
 
     bench = commands.add_parser(

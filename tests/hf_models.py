@@ -83,11 +83,16 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
     return getattr(transformers, class_name)(**(sizes | settings))  # type: ignore[no-any-return]
 
 
-def build(settings: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def build(
+    settings: PreTrainedConfig,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    attention: str = "sdpa",
+) -> Any:
     """A model with random weights: large query and key projections, norms that are not all one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim >= 2 and any(part in name for part in ("q_", "k_", "qkv")):

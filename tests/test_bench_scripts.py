@@ -10,16 +10,20 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import hf_models
 import pretend_gpu
 import pytest
 import torch
 from bench_sizes import SHAPE, SIZES
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, policies, prefill
 from kvselect.bench.contenders import DisagreementError
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
 from kvselect.bench.results import load, save
+from kvselect.cli import main
 
 pytestmark = pytest.mark.usefixtures("small_reads")
 
@@ -182,6 +186,161 @@ def test_rolling_sweep(tmp_path: Path) -> None:
         assert rolled["num_rolled"] > 0 and rolled["bytes_read"] < full["bytes_read"]
         masses = zip(rolled["mass_by_layer"], full["mass_by_layer"], strict=True)
         assert all(0.5 * whole < part < 1.001 * whole for part, whole in masses)
+
+
+# ---- fidelity
+
+
+def test_fidelity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("fidelity")
+    sizes = ("--head-dim", "32", "--group-size", "2", "--sketches", "int4", "bounds 16")
+    dump = tmp_path / "some.safetensors"
+    asked = ("capture", "--model", "embedded", "--task", "vt", "--lengths", "1200", "--layers", "2")
+    assert main([*asked, "--queries", "4", "--out", str(dump)]) == 0
+    rows = quick("fidelity", tmp_path, *sizes, "--overselect", "1", "1.5", "--dump", str(dump))
+    kinds = ["Gaussian", "structured", "embedded vt, rotated", "embedded vt, un-rotated"]
+    assert list(dict.fromkeys(row["keys"] for row in rows)) == [
+        *kinds, "some, rotated", "some, un-rotated"]  # fmt: skip
+    assert {row["layer"] for row in rows if row["keys"].startswith("some")} == {"layer 2"}
+    for row in rows:
+        assert row["attended_tokens"] == row["overselect"] * row["topk"]
+        assert 0 < row["mass_min"] <= row["mass"] <= 1 and 0 <= row["recall"] <= 1
+    by_sketch = {
+        sketch: [row["mass"] for row in rows if row["sketch"] == sketch]
+        for sketch in ("int4", "bounds 16")
+    }
+    assert all(a > b for a, b in zip(by_sketch["int4"], by_sketch["bounds 16"], strict=True))
+    assert (tmp_path / "fidelity.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "fewest bytes that keep the exact top-k's mass in every head: int4 at 1.5x" in shown
+    assert "no sketch keeps" in module.verdict([row | {"mass_ratio_min": 0.9} for row in rows])
+
+
+def test_fidelity_refuses() -> None:
+    for arguments, message in (
+        (("--share", "1"), "share: got 1.0, allowed: between 0 and 1"),
+        (("--queries", "0"), "queries: got 0, allowed: an int >= 1"),
+        (("--tokens", "384"), r"tokens: got 384, allowed: at least 512"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script("fidelity").main(["--quick", "--models", *arguments])
+
+
+# ---- stability
+
+
+def test_stability(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("stability")
+    dump = tmp_path / "some.safetensors"
+    asked = ("capture", "--model", "embedded", "--task", "vt", "--lengths", "450", "--layers", "1")
+    assert main([*asked, "--queries", "9", "--out", str(dump)]) == 0
+    rows = quick("stability", tmp_path, "--thresholds", "0.1", "0.9", "--dump", str(dump))
+    assert list(dict.fromkeys(row["stream"] for row in rows)) == ["Embedded model vt", "some 447"]
+    pairs = [row for row in rows if row["part"] == "pairs" and row["ages"] == [1, 64]]
+    for stream, lists, steps in (("Embedded model vt", 8, 12), ("some 447", 2, 9)):
+        mine = [row["count"] for row in pairs if row["stream"] == stream]
+        assert sum(mine) == lists * steps * (steps - 1) / 2
+    cache = [row for row in rows if row["part"] == "cache"]
+    loose, tight = ([row for row in cache if row["threshold"] == t] for t in (0.1, 0.9))
+    assert all(a["hit_rate"] >= b["hit_rate"] for a, b in zip(loose, tight, strict=True))
+    assert loose[0]["hit_rate"] > 0 and loose[0]["loss_points"] > tight[0]["loss_points"]
+    sweep = {row["contender"]: row for row in rows if row["part"] == "sweep" and row["layer"] == 1}
+    assert sweep["full scan"]["mass_over_full"] == 1.0
+    assert 0.5 < sweep["rolling 2, 1x"]["mass_over_full"] <= 1.001
+    assert (tmp_path / "stability.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "old lists hold 0.95 of the fresh candidates' mass" in shown
+    none = [row | {"worst_loss_points": 3.0} for row in cache]
+    assert module.verdict(none) == "no threshold keeps every layer within 0.5 points of mass"
+    good = [row | {"share": 1.0} for row in pairs]
+    assert "mass at every cosine" in module.safe_cosine(good)
+
+
+def test_stability_refuses() -> None:
+    for arguments, message in (
+        (("--steps", "0"), "steps: got 0, allowed: an int >= 1"),
+        (("--thresholds", "1.5"), r"thresholds: got 1.5, allowed: floats in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script("stability").main(["--quick", "--models", *arguments])
+
+
+# ---- ablations
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A random model of bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["x"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "reader")
+    small = hf_models.config("llama", vocab_size=256, num_hidden_layers=1)
+    hf_models.build(small).save_pretrained(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def test_ablations(
+    tmp_path: Path,
+    reader: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run that dies before the text goes on with the tasks that it has, and ends the same."""
+    module = script("ablations")
+    some = ("one list per layer", "unscaled votes", "pooled over 5")
+    fewer = {label: module.ablation.CHANGES[label] for label in some}
+    monkeypatch.setattr(module.ablation, "CHANGES", fewer)
+    monkeypatch.setattr(module.perplexity, "library_text", lambda: "import this; " * 80)
+    asked = ("--language-model", str(reader), "--text-lengths", "400")
+    out = tmp_path / "ablations.json"
+
+    def die(*arguments: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.perplexity, "measure", die)
+        with pytest.raises(KeyboardInterrupt):
+            module.main(["--quick", *asked, "--out", str(out)])
+    assert not out.exists() and out.with_suffix(".tasks.jsonl").exists()
+    rows = quick("ablations", tmp_path, *asked)
+    assert "going on with" in capsys.readouterr().out
+    assert list(tmp_path.glob("*.jsonl")) == []
+    labels = ["defaults", "dense attention", "modulo head map", *some]
+    for measure in ("score", "kept mass", "perplexity"):
+        mine = [row for row in rows if row["measure"] == measure]
+        assert [row["variant"] for row in mine] == labels
+        assert mine[0]["effect"] == 0.0 and mine[0]["value"] == mine[0]["base"]
+    masses = {row["variant"]: row["effect"] for row in rows if row["measure"] == "kept mass"}
+    assert masses["modulo head map"] < -0.01 and masses["pooled over 5"] < -0.01
+    good = [module.Effect(**{k: v for k, v in row.items() if k != "verdict"}) for row in rows]
+    good = [dataclasses.replace(one, samples=99, low=0.1, high=0.2) for one in good[:5]]
+    assert "better somewhere and worse nowhere: defaults, modulo" in module.better_than_defaults(
+        good
+    )
+
+
+def test_ablations_without_the_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script("ablations")
+    monkeypatch.setattr(module.ablation, "CHANGES", {})
+    monkeypatch.setattr(module, "LANGUAGE_MODEL", "embedded:nobody")
+    (tmp_path / "ablations.tasks.jsonl").write_text("not a journal\n", encoding="utf-8")
+    module.main(["--quick", "--out", str(tmp_path / "ablations.json")])
+    rows = load(tmp_path / "ablations.json")["results"]
+    assert {row["measure"] for row in rows} == {"score", "kept mass"}
+    shown = capsys.readouterr().out
+    assert "left out: text: model: got 'embedded:nobody'" in shown
+    assert "the defaults stand" in shown
+    with pytest.raises(ValueError, match="model: got 'embedded:nobody'"):
+        module.main(
+            ["--quick", "--language-model", "embedded:nobody", "--out", str(tmp_path / "x")]
+        )
+    with pytest.raises(ValueError, match="segments: got 0, allowed: an int >= 1"):
+        module.main(["--quick", "--segments", "0"])
 
 
 # ---- tiers

@@ -49,7 +49,7 @@ FLOORS = (
     {"explain"},
     {"eval"},
     {"bench"},
-    {"cli", "cli_break_even", "cli_eval", "cli_explain", "cli_perplexity", "doctor"},
+    {"cli", "cli_break_even", "cli_capture", "cli_eval", "cli_explain", "cli_perplexity", "doctor"},
     {"__init__", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

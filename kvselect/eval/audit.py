@@ -127,7 +127,11 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
         )
         return mass.unflatten(2, (cache.num_kv_heads, -1)).mean((0, 1, 3))  # type: ignore[no-untyped-call]
     assert queries.rope is not None
-    rank = topk_length.amax(dim=2) - 1  # of each query's own token: the last of its list
+    # Of each query's own token: the last of its list, as `score_blocks` lays out the window. Longer
+    # lists (reused, or of a mass floor) shift window and query alike; distances stay.
+    keep = getattr(policy, "keep", 0)
+    fresh = policy.num_sink_tokens + keep + policy.num_recent_tokens
+    rank = topk_length.amax(dim=2).clamp(max=fresh) - 1
     q, q_local = compact_decode_vectors(
         queries.q.float().unsqueeze(2), queries.rope, policy.num_recent_tokens, rank
     )
@@ -141,7 +145,7 @@ def _mass(policy: Any, queries: Queries, cache: KVCache, selection: Selection) -
         window_rule="decode",
         num_sink_tokens=policy.num_sink_tokens,
         num_recent_tokens=policy.num_recent_tokens,
-        keep=getattr(policy, "keep", 0),
+        keep=keep,
         scale=queries.softmax_scale,
         sketch=None,
         q_local=q_local.contiguous(),

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvselect.cache import KVCache
+from kvselect.checks import require, require_choice
 from kvselect.eval.checkpoint import Checkpoint
 from kvselect.eval.demo import demo_policies
+from kvselect.eval.dump import LayerDump
 from kvselect.eval.tasks import TASKS, dialect_sample
 from kvselect.integrations.hf import attach
 from kvselect.policies.base import PolicyState
@@ -22,7 +24,9 @@ from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.testing import structured_keys
 
-__all__ = ["Steps", "drifting_steps", "trained_steps"]
+__all__ = ["Steps", "captured_steps", "drifting_steps", "trained_steps"]
+
+RANKS = 4096  # positions of a rotation by rank, more than any list has
 
 LOGIT_STD = 2.2  # of the structured queries, METHODS 5.2 (a)
 
@@ -37,12 +41,21 @@ class Steps:
     k, v : Tensor, [num_context + num_steps, num_kv_heads, head_dim]
     rope : Rope or None
         Given: nothing is rotated yet, positions are compact.
+    q_unrotated : Tensor of the shape of ``q``, or None
+        Queries before RoPE where ``q`` and ``k`` are rotated; None: they carry no rotation.
+    softmax_scale : float or None
+        None: ``head_dim ** -0.5``.
+    softcap : float
+        0: none.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     rope: Rope | None
+    q_unrotated: Tensor | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
 
     @property
     def num_context(self) -> int:
@@ -52,6 +65,47 @@ class Steps:
         """Mean cosine of a head's consecutive queries."""
         q = self.q.float()
         return float(torch.cosine_similarity(q[1:], q[:-1], dim=-1).mean())
+
+
+def captured_steps(layer: LayerDump, positions: str) -> Steps:
+    """The decode steps of a dump, for policies of "original" or "compact" positions.
+
+    Raises
+    ------
+    ValueError
+        If the layer has sink logits, or no rotation that positions could replace.
+    """
+    require_choice(positions, "positions", ("original", "compact"))
+    require(layer.sink_logits is None, "sink_logits", "a tensor", "None")
+    room = layer.v.shape[-1]  # narrow heads are stored filled up
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, room - x.shape[-1]))
+
+    if positions == "original":
+        unrotated = None if layer.rope is None else wide(layer.q_unrotated)
+        q, k, rope = layer.q, layer.k, layer.rope
+    else:
+        allowed = "a layer with rotation (positions='compact')"
+        require(layer.rope is not None, "rope", None, allowed)
+        assert layer.rope is not None and layer.rope.inv_freq is not None
+        q, k, unrotated = layer.q_unrotated, layer.k_unrotated, None
+        rope = Rope.from_frequencies(
+            layer.rope.inv_freq,
+            RANKS,
+            scaling=layer.rope.scaling,
+            start=layer.rope.start,
+            interleaved=layer.rope.interleaved,
+        )
+    return Steps(
+        wide(q),
+        wide(k),
+        layer.v,
+        rope,
+        q_unrotated=unrotated,
+        softmax_scale=layer.softmax_scale,
+        softcap=layer.softcap,
+    )
 
 
 def trained_steps(

@@ -1,0 +1,38 @@
+"""The rotation of every selecting layer of an attached model, for those who look at its keys."""
+
+from __future__ import annotations
+
+import torch
+
+from kvselect.integrations.hf.attach import Handle
+from kvselect.rope import Rope
+
+__all__ = ["frequencies_hold", "layer_rotations"]
+
+# Rotary modules of these types change their frequencies with the length of the context.
+CHANGING_ROPE_TYPES = ("dynamic", "longrope")
+
+
+def layer_rotations(handle: Handle) -> dict[int, Rope | None]:
+    """By the index of the layer; None: the layer knows no positions.
+
+    Each has a table of one position and the frequencies that `Rope.rotate_at` needs.
+    """
+    cpu = torch.device("cpu")
+    return {
+        layer.index: None
+        if layer.frequencies is None
+        else layer.frequencies.rope(layer.layout, 1, cpu)
+        for layer in handle._plan.layers
+        if layer.selects
+    }
+
+
+def frequencies_hold(handle: Handle, num_tokens: int) -> bool:
+    """Whether the model rotates contexts of ``num_tokens`` with the frequencies of short ones."""
+    if num_tokens <= handle._plan.trained_length:
+        return True
+    parameters = getattr(handle.model.config.get_text_config(), "rope_parameters", None) or {}
+    sets = [parameters] if "rope_type" in parameters else list(parameters.values())
+    types = {one.get("rope_type") for one in sets if isinstance(one, dict)}
+    return not types & set(CHANGING_ROPE_TYPES)
