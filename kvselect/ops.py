@@ -130,6 +130,7 @@ def _score_tokens(
     max_seqlen_k: int,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    ranking: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]
@@ -156,6 +157,7 @@ def _select_tokens(
     indices: Tensor,
     topk_length: Tensor,
     kept_score: Tensor,
+    ranking: Tensor | None = None,
 ) -> None:
     return None
 

@@ -20,7 +20,9 @@ from kvselect.checks import require, require_bool, require_choice, require_int
 from kvselect.rope import Rope
 from kvselect.sketch import op_format
 
-__all__ = ["score_tokens"]
+__all__ = ["new_ranking", "score_tokens"]
+
+RANKING_WORDS = 8 + 4096  # csrc/include/kvselect/ranking.h
 
 SCOPES = ("kv_head", "layer")
 VOTES = ("sum_vote", "max_vote")
@@ -129,6 +131,19 @@ def score_tokens(
     return scores[:, 0]
 
 
+def new_ranking(shape: tuple[int, int, int], device: torch.device) -> Tensor | None:
+    """Room for what the vote counts on its way, so that the selection need not; None on a CPU.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        [batch, num_blocks, num_kv_heads]: a list per KV head.
+    """
+    if device.type != "cuda":
+        return None
+    return torch.empty((*shape, RANKING_WORDS), dtype=torch.int32, device=device)
+
+
 def score_blocks(
     q: Tensor,
     cache: KVCache,
@@ -150,6 +165,7 @@ def score_blocks(
     hit: Tensor | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
+    ranking: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all query blocks of a call in one scan; the op itself, with checked arguments.
 
@@ -166,6 +182,8 @@ def score_blocks(
         Non-zero: this list is reused, its scores are left as they are.
     softcap, sink_logits : float, Tensor [num_q_heads] or None
         As `Queries` has them.
+    ranking : Tensor or None
+        From `new_ranking`: filled for `select_blocks` to pick ``keep`` tokens per KV head from.
 
     Returns
     -------
@@ -202,5 +220,6 @@ def score_blocks(
         max_seqlen,
         softcap,
         sink_logits,
+        ranking,
     )
     return scores, num_nonfinite

@@ -99,6 +99,7 @@ def select_blocks(
     pool_width: int = 1,
     hit: Tensor | None = None,
     reused: Lists | None = None,
+    ranking: Tensor | None = None,
 ) -> Lists:
     """Lists of all query blocks of a call; the op itself, with checked arguments.
 
@@ -111,6 +112,9 @@ def select_blocks(
         Non-zero: the row's newest token joins the list of ``reused``, in place.
     reused : Lists or None
         The lists of the last step, whose ``indices`` are written to; None: new ones.
+    ranking : Tensor or None
+        What `score_blocks` filled with these scores, blocks and ``keep``; used up. Needs
+        ``pool_width=1``.
     """
     batch, num_blocks, num_lists, _ = scores.shape
     shape, device = (batch, num_blocks, num_lists), scores.device
@@ -135,6 +139,7 @@ def select_blocks(
         indices,
         topk_length,
         kept_score,
+        ranking,
     )
     return Lists(indices, topk_length, kept_score)
 

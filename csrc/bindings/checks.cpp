@@ -384,6 +384,21 @@ const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_h
         .data<float>();
 }
 
+int32_t* read_ranking(const OptionalTensor& ranking, int64_t batch, int64_t num_blocks,
+                      int64_t num_lists, Place place) {
+    if (!ranking) return nullptr;
+    KVS_CHECK(place.is_cuda,
+              "ranking: got a tensor, allowed: none on the CPU, whose select_tokens counts alone");
+    return TensorArg("ranking", *ranking, place)
+        .require_dtype(ScalarType::Int)
+        .require_shape({{"batch", batch},
+                        {"num_blocks", num_blocks},
+                        {"num_lists", num_lists},
+                        {"words", kRankingWords}})
+        .require_contiguous()
+        .mutable_data<int32_t>();
+}
+
 void require_rope_positions(const RopeView& rope, int64_t needed) {
     KVS_CHECK(!rope.cos || rope.num_positions >= needed, "cos: got ", rope.num_positions,
               " positions, allowed: at least ", needed);

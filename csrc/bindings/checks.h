@@ -13,6 +13,7 @@
 #include "kvselect/check.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
+#include "kvselect/ranking.h"
 #include "kvselect/rope.h"
 #include "kvselect/sketch.h"
 
@@ -135,6 +136,9 @@ RopeView read_rope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t
 float read_softcap(double softcap);
 const float* read_sink_logits(const OptionalTensor& sink_logits, int64_t num_q_heads,
                               Place place = {});
+// What score_tokens counts for select_tokens; nullptr: nothing. CUDA only.
+int32_t* read_ranking(const OptionalTensor& ranking, int64_t batch, int64_t num_blocks,
+                      int64_t num_lists, Place place);
 void require_rope_positions(const RopeView& rope, int64_t needed);
 
 // Selected token lists as the kernels read them; each list checked where the host can read it:

@@ -18,13 +18,13 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
         "int num_recent_tokens, SymInt keep, float scale, bool normalise_candidates_only, "
         "bool max_vote, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved, "
-        "Tensor? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None) -> (Tensor "
-        "scores, Tensor lse, Tensor num_nonfinite)");
+        "Tensor? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None, "
+        "Tensor(a!)? ranking=None) -> (Tensor scores, Tensor lse, Tensor num_nonfinite)");
     m.def(
         "select_tokens(Tensor scores, Tensor cache_seqlens, Tensor? starts, "
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
         "int num_recent_tokens, SymInt keep, int pool_width, Tensor? hit, Tensor(a!) indices, "
-        "Tensor(b!) topk_length, Tensor(c!) kept_score) -> ()");
+        "Tensor(b!) topk_length, Tensor(c!) kept_score, Tensor(d!)? ranking=None) -> ()");
     m.def(
         "sparse_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? block_table, "
         "Tensor cache_seqlens, Tensor? starts, Tensor? indices, Tensor? topk_length, "

@@ -36,7 +36,7 @@ inline ScoreTokensParams read_score_tokens(
     int64_t keep, double scale, bool normalise_candidates_only, bool max_vote,
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t rope_start, bool rope_interleaved,
     const OptionalTensor& hit, int64_t max_seqlen_k, double softcap,
-    const OptionalTensor& sink_logits, Place place) {
+    const OptionalTensor& sink_logits, const OptionalTensor& ranking, Place place) {
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);
@@ -117,6 +117,7 @@ inline ScoreTokensParams read_score_tokens(
     p.normalise_candidates_only = normalise_candidates_only;
     p.max_vote = max_vote;
     p.max_seqlen_k = max_seqlen_k;
+    p.ranking = read_ranking(ranking, batch, p.blocks.num_blocks, keys.num_kv_heads, place);
     return p;
 }
 

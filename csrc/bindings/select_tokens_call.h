@@ -46,7 +46,7 @@ inline SelectTokensParams read_select_tokens(
     const OptionalTensor& q_block_offsets, int64_t seqlen_q, const std::string& rule,
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, int64_t pool_width,
     const OptionalTensor& hit, const Tensor& indices, const Tensor& topk_length,
-    const Tensor& kept_score, Place place) {
+    const Tensor& kept_score, const OptionalTensor& ranking, Place place) {
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);
@@ -97,6 +97,9 @@ inline SelectTokensParams read_select_tokens(
     p.indices = indices_arg.mutable_data<int32_t>();
     p.topk_length = length_arg.mutable_data<int32_t>();
     p.kept_score = kept_arg.mutable_data<float>();
+    p.ranking = read_ranking(ranking, batch, p.blocks.num_blocks, num_lists, place);
+    KVS_CHECK(!p.ranking || pool_width == 1, "pool_width: got ", pool_width,
+              ", allowed: 1 with a ranking (score_tokens counted scores, not their maxima)");
     if (place.host_readable()) require_width(p);
     return p;
 }

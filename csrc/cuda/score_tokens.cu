@@ -22,6 +22,7 @@
 #include "kvselect/score_tokens.h"
 
 #include "cuda/device/fragments.cuh"
+#include "cuda/device/ranking.cuh"
 #include "cuda/device/soft_cap.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
@@ -545,6 +546,37 @@ __device__ void finish_item(const ScoreTokensParams& p, const Workspace& w, cons
     }
 }
 
+// --- what select_tokens would count first
+
+// By the first kernel, whichever of its blocks that is.
+__device__ void clear_ranking(const ScoreTokensParams& p, const Item& item) {
+    if (p.ranking == nullptr || item.tile != 0) return;
+    int32_t* const words = p.ranking + item.number * kRankingWords;
+    for (int i = static_cast<int>(threadIdx.x); i < kRankingWords; i += kThreads) words[i] = 0;
+}
+
+// Writes the tile's scores, `score_of(i)` for its i-th token, and counts its candidates.
+template <typename ScoreOf>
+__device__ __forceinline__ void write_scores(const ScoreTokensParams& p, const Item& item,
+                                             int64_t num_tiles, float* scores,
+                                             const ScoreOf& score_of) {
+    static_assert(kThreads == kRankingThreads, "all threads count");
+    const int64_t left = item.visible_end - item.begin;
+    TopCounts counts;
+    if (p.ranking) counts.clear();
+    for (int i = static_cast<int>(threadIdx.x); i < kTileTokens && i < left; i += kThreads) {
+        const int64_t position = item.begin + i;
+        const float score = score_of(i);
+        scores[position] = score;
+        if (p.ranking && position >= item.range.sink_end && position < item.cand_end &&
+            is_finite(score))
+            counts.add(order_key(score));
+    }
+    if (!p.ranking) return;
+    Ranking* const all = reinterpret_cast<Ranking*>(p.ranking);
+    counts.finish(all[item.number], num_tiles, p.keep);
+}
+
 // --- kernels
 
 // Columns whose logits are kept: what a decode step has. More of them, and making logits again
@@ -582,6 +614,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
     float* scores = p.scores + item.number * p.max_seqlen_k;
     const int64_t num_tiles = ceil_div(item.visible_end - item.range.start, int64_t{kTileTokens});
     if (voting && item.tile == 0) finish_item<T>(p, w, item, num_tiles, scores);
+    if (!voting) clear_ranking(p, item);
     if (item.begin >= item.visible_end || item.is_hit(p)) return;
     const LanePlace at;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
@@ -687,9 +720,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
         if (!shared.any_dropped) break;
     }
     if (voting) {
-        const int64_t left = item.visible_end - item.begin;
-        for (int i = thread; i < kTileTokens && i < left; i += kThreads)
-            scores[item.begin + i] = shared.score[i];
+        write_scores(p, item, num_tiles, scores, [&](int i) { return shared.score[i]; });
     } else if (warp == 0) {
         int count = 0;
         for (int i = at.lane; i < kTileTokens; i += kWarpSize) count += shared.dropped[i];
@@ -723,8 +754,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t stride = w.num_tiles * kTileTokens;
     const float* logits = w.logits + item.number * padded * stride + item.tile * kTileTokens;
     const int64_t set_columns = w.columns.products_per_set * kQueriesPerProduct;
-    const int64_t left = item.visible_end - item.begin;
-    for (int i = thread; i < kTileTokens && i < left; i += kThreads) {
+    write_scores(p, item, num_tiles, scores, [&](int i) {
         float best = 0.f;
         bool dropped = false;
         for (int64_t first = 0; first < padded; first += set_columns) {
@@ -738,8 +768,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
             best = fmaxf(best, sum);
         }
-        scores[item.begin + i] = dropped ? NAN : best;
-    }
+        return dropped ? NAN : best;
+    });
 }
 
 // --- launcher

@@ -10,43 +10,35 @@
 //          list.
 //          1 histogram  of the top 12 bits of the order-preserving key, in shared memory, then
 //                       added up per list. The last block finds the bin in which the border lies,
-//                       and how many tokens of it are kept.
+//                       and how many tokens of it are kept. Not needed where score_tokens counted
+//                       while it voted (`ranking`).
 //          2 border     The bin's tokens are packed in order into room for the whole chunk, and
 //                       each chunk counts what lies above. The last block refines the border over
 //                       the packed ones, 8 bits at a time, down to equal keys; then it knows every
 //                       chunk's count, hence its place in the list and its share of the ties.
-//          3 write      Each chunk writes its kept positions at its place; block 0 the padding and
-//                       the sum.
+//          3 write      Each chunk writes its kept positions at its place, and its share of the
+//                       padding; the last one adds the chunks' sums, in their order.
 //          With pool_width > 1 the key is (pooled score, own score): 64 bits, the same steps.
 //          Chunks count from position 0, so no bit depends on the grid.
 #include "kvselect/select_tokens.h"
 
 #include "cuda/device/element.cuh"
 #include "cuda/device/launch.cuh"
+#include "cuda/device/ranking.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
 namespace kvselect::cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize;
+constexpr int kWarps = kRankingWarps, kThreads = kRankingThreads;
 constexpr int kChunkTokens = 4096;
-constexpr int kTopBits = 12, kTopBins = 1 << kTopBits, kDigitBits = 8, kDigitBins = 1 << kDigitBits;
+constexpr int kDigitBits = 8, kDigitBins = 1 << kDigitBits;
+static_assert(kDigitBins % kThreads == 0, "threads have whole bins");
 
-struct ListState {
-    uint64_t border;   // keys above it are kept, and of those equal to it each chunk's tie_share
-    int32_t take_all;  // no more candidates than are kept
-    uint32_t top_bin;  // bin of the border's top bits
-    int32_t in_bin;    // how many of that bin's tokens are kept
-    uint32_t tickets[2];
-    uint32_t unused;
-};
-static_assert(sizeof(ListState) % 8 == 0, "the doubles behind the lists are aligned");
-
-// Memory of all lists, zeroed where marked.
+// Memory of all lists.
 struct Workspace {
     int64_t num_chunks;
-    ListState* state;     // [lists] tickets zeroed
-    uint32_t* histogram;  // [lists, 4096] zeroed
+    Ranking* ranking;     // [lists] zeroed, or as score_tokens left it
     int32_t* num_above;   // [lists, num_chunks] always listed or above the border's bin
     int32_t* num_border;  // [lists, num_chunks] tokens in the border's bin
     int32_t* place;       // [lists, num_chunks] where the chunk's positions begin in the list
@@ -55,12 +47,6 @@ struct Workspace {
     int32_t*
         border_index;  // [lists, num_chunks * 4096] positions in the border's bin, chunk by chunk
 };
-
-// Order-preserving map of floats that are not NaN to unsigned integers; -0 and 0 are equal.
-__device__ __forceinline__ uint32_t order_key(float value) {
-    const uint32_t bits = __float_as_uint(value + 0.f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 enum class Token { kNone, kAlways, kCandidate };  // not listed in any case; listed; ranked
 
@@ -102,101 +88,19 @@ struct List {
     }
 };
 
-// The block that comes last; what the others wrote before is visible to it.
-__device__ __forceinline__ bool is_last_block(uint32_t* ticket, int64_t num_blocks) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) + 1 == static_cast<uint32_t>(num_blocks);
-    __syncthreads();
-    if (last) __threadfence();
-    return last;
-}
-
-// Sums of `value` over the threads before this one, and over all (`total`).
-__device__ __forceinline__ int exclusive_sum(int value, int* total) {
-    __shared__ int of_warp[kWarps];
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
-              warp = static_cast<int>(threadIdx.x) / kWarpSize;
-    int inclusive = value;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const int before = __shfl_up_sync(kAllLanes, inclusive, static_cast<unsigned>(step));
-        if (lane >= step) inclusive += before;
-    }
-    __syncthreads();  // of_warp may still be read
-    if (lane == kWarpSize - 1) of_warp[warp] = inclusive;
-    __syncthreads();
-    int offset = 0, all = 0;
-    for (int i = 0; i < kWarps; ++i) {
-        if (i < warp) offset += of_warp[i];
-        all += of_warp[i];
-    }
-    *total = all;
-    return offset + inclusive - value;
-}
-
-struct Bin {
-    int number;
-    int64_t wanted;  // how many of its tokens are
-};
-
-// Of bins counted in `counts` [num_bins], the one in which the `wanted`-th best lies. By all
-// threads; `counts` may be global memory.
-__device__ __forceinline__ Bin find_bin(const uint32_t* counts, int num_bins, int64_t wanted) {
-    __shared__ Bin found;
-    const int per_thread = num_bins / kThreads;
-    // Thread 0 has the highest bins.
-    const int high = num_bins - 1 - static_cast<int>(threadIdx.x) * per_thread;
-    int own = 0;
-    for (int i = 0; i < per_thread; ++i) own += static_cast<int>(counts[high - i]);
-    int total;
-    int64_t before = exclusive_sum(own, &total);
-    if (before < wanted && before + own >= wanted) {
-        int i = 0;
-        for (; before + counts[high - i] < wanted; ++i) before += counts[high - i];
-        found = Bin{high - i, wanted - before};
-    }
-    __syncthreads();
-    const Bin out = found;
-    __syncthreads();
-    return out;
-}
-static_assert(kTopBins % kThreads == 0 && kDigitBins % kThreads == 0, "threads have whole bins");
-
 __global__ void __launch_bounds__(kThreads)
     histogram_kernel(const SelectTokensParams p, const Workspace w) {
-    __shared__ uint32_t counts[kTopBins];
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
-    const int thread = static_cast<int>(threadIdx.x);
     const List list(p, blockIdx.x / w.num_chunks);
-    const int64_t chunk = blockIdx.x % w.num_chunks;
+    const int64_t begin = blockIdx.x % w.num_chunks * kChunkTokens;
     if (list.hit) return;
-    ListState& state = w.state[list.number];
-    for (int i = thread; i < kTopBins; i += kThreads) counts[i] = 0;
-    __syncthreads();
-    const int64_t begin = chunk * kChunkTokens;
-    for (int i = thread; i < kChunkTokens; i += kThreads)
+    TopCounts counts;
+    counts.clear();
+    for (int i = static_cast<int>(threadIdx.x); i < kChunkTokens; i += kThreads)
         if (list.kind(begin + i) == Token::kCandidate)
-            atomicAdd(&counts[list.key(begin + i, p.pool_width) >> (64 - kTopBits)], 1u);
-    __syncthreads();
-    uint32_t* all = w.histogram + list.number * kTopBins;
-    for (int i = thread; i < kTopBins; i += kThreads)
-        if (counts[i] > 0) atomicAdd(&all[i], counts[i]);
-    if (!is_last_block(&state.tickets[0], w.num_chunks)) return;
-
-    int own = 0, num_candidates;
-    for (int i = thread; i < kTopBins; i += kThreads) own += static_cast<int>(__ldcg(&all[i]));
-    exclusive_sum(own, &num_candidates);
-    const bool take_all = num_candidates <= p.keep;
-    Bin bin{kTopBins, 0};  // no token is in that one
-    if (!take_all && p.keep > 0) bin = find_bin(all, kTopBins, p.keep);
-    if (thread == 0) {
-        state.take_all = take_all;
-        state.top_bin = static_cast<uint32_t>(bin.number);
-        state.in_bin = static_cast<int32_t>(bin.wanted);
-    }
+            counts.add(static_cast<uint32_t>(list.key(begin + i, p.pool_width) >> 32));
+    counts.finish(w.ranking[list.number], w.num_chunks, p.keep);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -208,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const List list(p, blockIdx.x / w.num_chunks);
     const int64_t chunk = blockIdx.x % w.num_chunks;
     if (list.hit) return;
-    ListState& state = w.state[list.number];
+    ListState& state = w.ranking[list.number].state;
     const int64_t at = list.number * w.num_chunks + chunk;
     int32_t* packed = w.border_index + at * kChunkTokens;
     int num_above = 0, num_border = 0;
@@ -323,7 +227,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         return;
     }
-    const ListState& state = w.state[list.number];
+    ListState& state = w.ranking[list.number].state;
     int place = w.place[at], ties = w.tie_share[at];
     double sum = 0.0;
     for (int first = 0; first < kChunkTokens; first += kThreads) {
@@ -357,18 +261,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t i = p.topk_length[list.number] + chunk * kThreads + thread; i < p.width;
          i += w.num_chunks * kThreads)
         indices[i] = -1;
-}
-
-// Sums of the chunks, in their order.
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const SelectTokensParams p, const Workspace w, int64_t num_lists) {
-    ptx::wait_for_previous_kernel();
-    ptx::allow_next_kernel();
-    const int64_t number = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-    if (number >= num_lists || List(p, number).hit) return;
-    double sum = 0.0;
-    for (int64_t c = 0; c < w.num_chunks; ++c) sum += w.sum[number * w.num_chunks + c];
-    p.kept_score[number] = static_cast<float>(sum);
+    if (!is_last_block(&state.tickets[2], w.num_chunks) || thread != 0) return;
+    double all = 0.0;  // of the chunks, in their order
+    for (int64_t c = 0; c < w.num_chunks; ++c)
+        all += __ldcg(&w.sum[list.number * w.num_chunks + c]);
+    p.kept_score[list.number] = static_cast<float>(all);
 }
 
 int64_t num_lists_of(const SelectTokensParams& p) {
@@ -377,15 +274,15 @@ int64_t num_lists_of(const SelectTokensParams& p) {
 int64_t num_chunks_of(const SelectTokensParams& p) {
     return p.max_seqlen_k > 0 ? ceil_div(p.max_seqlen_k, kChunkTokens) : 1;
 }
-int64_t zeroed_bytes(int64_t lists) {
-    return lists * static_cast<int64_t>(sizeof(ListState) + kTopBins * sizeof(uint32_t));
+int64_t ranking_bytes(const SelectTokensParams& p) {
+    return p.ranking ? 0 : num_lists_of(p) * static_cast<int64_t>(sizeof(Ranking));
 }
 
 }  // namespace
 
 int64_t select_tokens_workspace_bytes(const SelectTokensParams& p) {
-    const int64_t lists = num_lists_of(p), chunks = lists * num_chunks_of(p);
-    return zeroed_bytes(lists) + chunks * (8 + 4 * 4 + 4 * int64_t{kChunkTokens});
+    const int64_t chunks = num_lists_of(p) * num_chunks_of(p);
+    return ranking_bytes(p) + chunks * (8 + 4 * 4 + 4 * int64_t{kChunkTokens});
 }
 
 void select_tokens(const SelectTokensParams& p, void* workspace, const CudaLaunch& where) {
@@ -394,22 +291,23 @@ void select_tokens(const SelectTokensParams& p, void* workspace, const CudaLaunc
     w.num_chunks = num_chunks_of(p);
     const int64_t chunks = lists * w.num_chunks;
     uint8_t* memory = static_cast<uint8_t*>(workspace);
-    w.state = reinterpret_cast<ListState*>(memory);
-    w.histogram = reinterpret_cast<uint32_t*>(memory + lists * sizeof(ListState));
-    w.sum = reinterpret_cast<double*>(memory + zeroed_bytes(lists));
+    w.ranking = reinterpret_cast<Ranking*>(p.ranking ? static_cast<void*>(p.ranking) : workspace);
+    w.sum = reinterpret_cast<double*>(memory + ranking_bytes(p));
     w.num_above = reinterpret_cast<int32_t*>(w.sum + chunks);
     w.num_border = w.num_above + chunks;
     w.place = w.num_border + chunks;
     w.tie_share = w.place + chunks;
     w.border_index = w.tie_share + chunks;
     if (lists == 0) return;
-    KVS_CUDA_CHECK(
-        cudaMemsetAsync(workspace, 0, static_cast<size_t>(zeroed_bytes(lists)), where.stream));
-    // A memory operation is no kernel to overlap with.
-    launch(CudaLaunch{where.stream, false}, histogram_kernel, chunks, 1, kThreads, 0, p, w);
+    if (!p.ranking) {
+        const size_t num_bytes = static_cast<size_t>(ranking_bytes(p));
+        KVS_CUDA_CHECK(cudaMemsetAsync(workspace, 0, num_bytes, where.stream));
+        // A memory operation is no kernel to overlap with.
+        const CudaLaunch alone{where.stream, false};
+        launch(alone, histogram_kernel, chunks, 1, kThreads, 0, p, w);
+    }
     launch(where, border_kernel, chunks, 1, kThreads, 0, p, w);
     launch(where, write_kernel, chunks, 1, kThreads, 0, p, w);
-    launch(where, sum_kernel, ceil_div(lists, kThreads), 1, kThreads, 0, p, w, lists);
 }
 
 }  // namespace kvselect::cuda

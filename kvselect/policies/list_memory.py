@@ -90,7 +90,7 @@ def lists_of_call(
     if remembers and queries.phase == "decode" and queries.q_block_offsets is None:
         return _lists_with_memory(settings, state, parts, queries, cache)
     state.invalidate()
-    vote = soft_vote(settings, parts, queries, cache)
+    vote = soft_vote(settings, parts, queries, cache, rank=_picks_best(settings))
     width = list_width(min(longest_list(settings, queries, cache), queries.max_seqlen))
     statistics = state.statistics(queries.phase)
     counts = None
@@ -98,6 +98,11 @@ def lists_of_call(
         counts = _pooled_counts(settings, state, vote, queries, cache)
     lists = pick_tokens(settings, vote, queries, cache, width, statistics=statistics, counts=counts)
     return StepLists(lists, vote.total, vote.num_nonfinite)
+
+
+def _picks_best(settings: TokenSettings) -> bool:
+    """Whether lists begin with the ``keep`` best of the scores as they are."""
+    return settings.pool_width == 1 and settings.keep_max == settings.keep
 
 
 def _pooled_counts(
@@ -158,7 +163,7 @@ def _lists_with_memory(
         lists = with_dense_rows(settings, lists, queries, cache)
         made = StepLists(lists, total, swept.num_nonfinite, hit, swept.counts)
     else:
-        vote = soft_vote(settings, parts, queries, cache, hit)
+        vote = soft_vote(settings, parts, queries, cache, hit, rank=_picks_best(settings))
         lists = pick_tokens(
             settings, vote, queries, cache, width, hit, reused, statistics=statistics
         )

@@ -11,7 +11,7 @@ from kvselect.cache import KVCache
 from kvselect.policies.scoring_vectors import BlockVectors
 from kvselect.policies.token_settings import VoteSettings, window_rule
 from kvselect.queries import Queries
-from kvselect.score import score_blocks
+from kvselect.score import new_ranking, score_blocks
 from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
 __all__ = ["Vote", "num_lists", "scores_are_mass", "soft_vote", "vote_scale"]
@@ -24,6 +24,7 @@ class Vote(NamedTuple):
     # What all tokens of a list score together; None where scores are no shares of attention mass.
     total: float | Tensor | None
     num_nonfinite: Tensor  # tokens and vectors that were not finite
+    ranking: Tensor | None = None  # `score_blocks`: what picking the settings' ``keep`` starts from
 
 
 def num_lists(settings: VoteSettings, cache: KVCache) -> int:
@@ -43,6 +44,7 @@ def soft_vote(
     cache: KVCache,
     hit: Tensor | None = None,
     exact: bool = False,
+    rank: bool = False,
 ) -> Vote:
     """``scores[g, i] = sum over vectors and heads h of g of exp(s[h, i] - lse[h])``.
 
@@ -54,6 +56,8 @@ def soft_vote(
         Non-zero: this list is reused, nobody reads its scores.
     exact : bool
         From the keys, whatever the sketch.
+    rank : bool
+        Count on the way what picking ``settings.keep`` tokens starts from, where that can be done.
 
     Notes
     -----
@@ -63,6 +67,9 @@ def soft_vote(
     num_kv_heads, shared = cache.num_kv_heads, settings.scope == "layer"
     if hit is not None and shared:
         hit = hit.expand(-1, num_kv_heads).contiguous()
+    ranking = None
+    if rank and len(parts) == 1 and not shared:
+        ranking = new_ranking((cache.batch, parts[0].q.shape[1], num_kv_heads), cache.device)
     scores, counts = [], []
     for part in parts:
         offsets = queries.q_block_offsets
@@ -88,6 +95,7 @@ def soft_vote(
             hit=hit,
             softcap=queries.softcap,
             sink_logits=queries.sink_logits,
+            ranking=ranking,
         )
         scores.append(part_scores)
         counts.append(num_nonfinite)
@@ -102,7 +110,7 @@ def soft_vote(
     total = _total_score(settings, parts, heads)
     if total is not None and queries.sink_logits is not None:
         total = votes.nansum(3)  # the sinks took the rest
-    return Vote(votes, total, num_nonfinite)
+    return Vote(votes, total, num_nonfinite, ranking)
 
 
 def scores_are_mass(settings: VoteSettings) -> bool:

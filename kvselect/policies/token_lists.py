@@ -65,6 +65,7 @@ def pick_tokens(
         pool_width=settings.pool_width,
         hit=hit,
         reused=reused,
+        ranking=vote.ranking,
     )
     if settings.mass_target is not None and keep is None:
         assert vote.total is not None and statistics is not None

@@ -3,7 +3,9 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cuda_emulated.h"
 #include "inputs.h"
+#include "kvselect/select_tokens.h"
 #include "sketch_codec.h"
 
 using namespace kvselect;
@@ -109,6 +111,51 @@ struct Scored {
     ScoreTokensParams p;
 };
 
+// Emulated CUDA only: select_tokens picks the same from what the vote counted as from the scores
+// alone.
+void select_from_ranking(const cpu::Implementation& ops, ScoreTokensParams p, int line) {
+    if (&ops != &cuda_emulated_implementation()) return;
+    const int64_t lists = p.blocks.batch * p.blocks.num_blocks * p.num_kv_heads;
+    std::vector<float> scores(lists * p.max_seqlen_k, -3.f),
+        lse(p.blocks.batch * p.blocks.num_blocks * p.num_vectors * p.num_q_heads);
+    std::vector<int64_t> num_nonfinite(lists), ranking(lists * kRankingWords / 2, -1);
+    p.scores = scores.data();
+    p.lse = lse.data();
+    p.num_nonfinite = num_nonfinite.data();
+    p.ranking = reinterpret_cast<int32_t*>(ranking.data());
+    const CudaLaunch launch{nullptr, false};
+    std::vector<uint8_t> memory(cuda::score_tokens_workspace_bytes(p), 0xff);
+    cuda::score_tokens(p, memory.data(), launch);
+    const int64_t width = p.max_seqlen_k + 1;
+    std::vector<int32_t> indices[2], lengths[2];
+    std::vector<float> kept[2];
+    for (const bool ranked : {false, true}) {
+        indices[ranked].assign(lists * width, 12345);
+        lengths[ranked].assign(lists, 0);
+        kept[ranked].assign(lists, -5.f);
+        SelectTokensParams s{};
+        s.blocks = p.blocks;
+        s.num_lists = p.num_kv_heads;
+        s.scores = scores.data();
+        s.scores_strides[0] = p.blocks.num_blocks * p.num_kv_heads * p.max_seqlen_k;
+        s.scores_strides[1] = p.num_kv_heads * p.max_seqlen_k;
+        s.scores_strides[2] = p.max_seqlen_k;
+        s.max_seqlen_k = p.max_seqlen_k;
+        s.keep = p.keep;
+        s.pool_width = 1;
+        s.width = width;
+        s.hit = p.hit;
+        s.ranking = ranked ? p.ranking : nullptr;
+        s.indices = indices[ranked].data();
+        s.topk_length = lengths[ranked].data();
+        s.kept_score = kept[ranked].data();
+        std::vector<uint8_t> workspace(cuda::select_tokens_workspace_bytes(s), 0xff);
+        cuda::select_tokens(s, workspace.data(), launch);
+    }
+    EXPECT(indices[0] == indices[1] && lengths[0] == lengths[1] && same_bits(kept[0], kept[1]),
+           "from line ", line, ": other lists from a ranking, keep ", p.keep);
+}
+
 constexpr int32_t kLongRow = kScoreTileTokens * kScorePartTiles + 300;
 
 // Scores of exact keys against the definition in double.
@@ -121,6 +168,7 @@ void score_and_compare(const cpu::Implementation& ops, const Case& c, int line,
         for (int64_t t = 0; t < c.starts[row]; ++t) cache.poison(row, t);
     if (with_nonfinite) cache.k.set(cache.keys().offset(0, 40, 0) + 5, kInf);
     const Scored got(ops, c, cache, nullptr, with_nonfinite);
+    select_from_ranking(ops, got.p, line);
     RelativeError score_error;
     for (int64_t row = 0; row < got.batch; ++row)
         for (int64_t block = 0; block < got.num_blocks; ++block)
@@ -304,6 +352,31 @@ TEST(score_tokens_leaves_hits_alone) {
     for (int64_t list = 0; list < 4; ++list)
         for (int64_t t = 0; t < 50; ++t)
             EXPECT(some.scores[list * 50 + t] == (hit[list] ? -3.f : fresh.scores[list * 50 + t]));
+    some.p.keep = 9;
+    select_from_ranking(ops, some.p, __LINE__);
+}
+
+TEST(score_tokens_counts_for_any_number_kept) {
+    Random random(5);
+    const Case c{.dtype = DType::kBFloat16,
+                 .seqlens = {kLongRow, 700, 0},
+                 .starts = {33, 0, 0},
+                 .head_dim = 32,
+                 .sinks = 3,
+                 .recent = 40};
+    Cache cache(c.dtype, c.layout, c.seqlens, c.num_kv_heads, c.head_dim);
+    cache.fill(random);
+    const auto channel = [&](int64_t token, int64_t d) {
+        return cache.keys().offset(1, token, 0) + d;
+    };
+    for (int64_t token = 100; token < 600; ++token)  // equal keys: 500 ties of row 1, head 0
+        for (int64_t d = 0; d < c.head_dim; ++d) cache.k.set(channel(token, d), 0.25);
+    cache.k.set(channel(650, 1), kNaN);
+    Scored got(ops, c, cache, nullptr);
+    for (int64_t keep : {0, 1, 250, 656, 657, 100000}) {
+        got.p.keep = keep;
+        select_from_ranking(ops, got.p, __LINE__);
+    }
 }
 
 // With one vector and one query head per KV head, log(score) + lse is the logit: it must be that of

@@ -39,13 +39,13 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits);
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking);
 
 void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
                    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep,
                    int64_t pool_width, OptionalTensor hit, Tensor indices, Tensor topk_length,
-                   Tensor kept_score);
+                   Tensor kept_score, OptionalTensor ranking);
 
 std::tuple<Tensor, Tensor> sparse_attention(
     Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor block_table, Tensor cache_seqlens,

@@ -4,6 +4,7 @@
 #include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
+#include "kvselect/ranking.h"
 #include "kvselect/rope.h"
 #include "kvselect/sketch.h"
 
@@ -41,6 +42,8 @@ struct ScoreTokensParams {
                  // not finite
     int64_t* num_nonfinite;  // [batch, num_blocks, num_kv_heads] tokens and query vectors that were
                              // not finite
+    int32_t* ranking;  // CUDA: [batch, num_blocks, num_kv_heads, kRankingWords] for select_tokens
+                       // to pick `keep` from, pool_width 1; or nullptr
 };
 
 constexpr int64_t kMaxScoreColumns = 4096;  // num_vectors * group_size
