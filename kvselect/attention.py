@@ -170,7 +170,7 @@ def _attend(
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
         if indices is None:
-            longest = min(max_seqlen, max(cache.num_real_tokens, default=0))
+            longest = min(max_seqlen, max((0, *cache.num_real_tokens)))
             allowed = (
                 f"at most {rope.num_positions} (positions of rope) for dense attention by rank"
             )

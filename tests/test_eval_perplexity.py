@@ -166,7 +166,7 @@ def test_the_command_writes_resumes_and_refuses(
         (("--model", "embedded"), "model: got 'embedded', whose 512 words cannot spell a text"),
         (("--model", "embedded", "--segments", "0"), "segments: got 0, allowed: an int >= 1"),
         (("--model", "/none"), "model: got '/none', which is not a folder"),
-        (("--model", "embedded", "--policies", "x"), "policies: got 'x', allowed: dense"),
+        (("--model", "embedded", "--policies", "x"), "policies: got 'x', allowed: act_qkv"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -442,7 +442,7 @@ def selection_of(
 
 def longest_block(queries: Queries, cache: KVCache) -> tuple[int, int]:
     """The last block in the longest row, in real tokens: what `Policy.is_dense` asks for."""
-    end = max(cache.num_real_tokens, default=0) - queries.num_later_tokens
+    end = max((0, *cache.num_real_tokens)) - queries.num_later_tokens  # no default=: dynamo's max
     begin = end - (queries.offsets[-1] - queries.offsets[-2])
     return max(begin, 0), max(end, 0)
 
