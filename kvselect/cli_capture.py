@@ -23,7 +23,7 @@ def add_capture(commands: Any) -> None:
         "  kvselect capture --model ~/models/llama --prompt-file book.txt --lengths 16k,32k \\\n"
         "      --layers 0,15,31 --out book.safetensors",
     )
-    command.add_argument("--model", required=True, help="a checkpoint's folder, or: embedded")
+    command.add_argument("--model", required=True, help="a checkpoint's folder, or embedded:NAME")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt-file", type=Path, help="a text, UTF-8; its first tokens are read")
     source.add_argument(

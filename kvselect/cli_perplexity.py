@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from kvselect.eval.checkpoint import Checkpoint
     from kvselect.eval.perplexity import PerplexityRequest, Text
 
-JOURNAL_NAME = "perplexity.jsonl"
+JOURNAL_NAME, RESULTS_NAME = "perplexity.jsonl", "perplexity.json"
 
 
 def add_perplexity(commands: Any) -> None:
@@ -104,13 +105,34 @@ def _prepare(options: argparse.Namespace) -> Job:
     perplexity.segment_ends(request, text)
     header = perplexity.describe_request(checkpoint, request, text)
     if options.restart:
-        move_aside(options.out / JOURNAL_NAME, options.out / "perplexity.json")
+        move_aside(options.out / JOURNAL_NAME, options.out / RESULTS_NAME)
     require_same_request(options.out / JOURNAL_NAME, header)
+    notes = _make_way(options.out)
 
     def job() -> int:
-        return _run(checkpoint, request, text, header, options.out)
+        return _run(checkpoint, request, text, header, options.out, notes)
 
     return on_one_thread(job) if is_embedded(options.model) else job
+
+
+def _make_way(out: Path) -> list[str]:
+    """Nothing that this run did not write is overwritten; what was found damaged, for the user."""
+    from kvselect.eval.journal import keep_aside
+
+    found = out / RESULTS_NAME
+    if not found.exists():
+        return []
+    try:
+        json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        aside = keep_aside(found)
+        return [f"{found} is damaged ({type(error).__name__}: {error}); kept as {aside.name}"]
+    if not (out / JOURNAL_NAME).exists():
+        raise ValueError(
+            f"out: got {str(out)!r}, which holds a {RESULTS_NAME} without the {JOURNAL_NAME} it "
+            "was made from, allowed: another folder, or --restart"
+        )
+    return []
 
 
 def _run(
@@ -119,6 +141,7 @@ def _run(
     text: Text,
     header: dict[str, Any],
     out: Path,
+    notes: list[str],
 ) -> int:
     from rich.console import Console
 
@@ -128,6 +151,8 @@ def _run(
     def job() -> int:
         out.mkdir(parents=True, exist_ok=True)
         errors = Console(stderr=True)
+        for note in notes:
+            errors.print(note, highlight=False, markup=False, soft_wrap=True)
         with (
             resumed(out / JOURNAL_NAME, header, errors) as journal,
             progress_shown(errors, perplexity.total_progress(request)) as advance,
@@ -136,7 +161,7 @@ def _run(
                 checkpoint, request, text, journal=journal, on_progress=advance
             )
         found = perplexity.to_dict(checkpoint, request, text, cells)
-        perplexity.save(out / "perplexity.json", found)
+        perplexity.save(out / RESULTS_NAME, found)
         save_pngs([perplexity_chart(found)], out)
         console = wide_console()
         console.print(_table(found))

@@ -183,7 +183,8 @@ def score_blocks(
     softcap, sink_logits : float, Tensor [num_q_heads] or None
         As `Queries` has them.
     ranking : Tensor or None
-        From `new_ranking`: filled for `select_blocks` to pick ``keep`` tokens per KV head from.
+        From `new_ranking`: filled for `select_blocks` to pick ``keep`` tokens per KV head from;
+        not with ``window_rule="block_end"``.
 
     Returns
     -------

@@ -188,3 +188,34 @@ def test_a_step_of_a_tiered_cache_reads_its_lists_back_and_nothing_else(
             assert noted.ops == STEP and not noted.reads
             # Lists to the host; places, keys, values, block table and lengths to the device.
             assert len(noted.copies) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({}, {"prefill", "decode"}),
+        # Tokens that a block does not see may be candidates there, and the vote counts none.
+        ({"window_anchor": "block_end"}, {"decode"}),
+        ({"scope": "layer"}, set()),
+        ({"pool_width": 3}, set()),
+        ({"mass_target": 0.9, "topk_max": 128}, set()),
+    ],
+)
+def test_the_vote_counts_for_the_selection_where_it_ranks_by_its_scores(
+    settings: dict[str, Any], counts: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        "kvselect.policies.soft_vote.new_ranking", lambda shape, device: asked.append(shape)
+    )
+    policy = TokenSelect(**SMALL, **settings)
+    cache = KVCache(1, 2, 64, sketch="int4")
+    state = policy.new_state(cache)
+    k, q = torch.randn(1, 500, 2, 64), torch.randn(1, 500, 8, 64)
+    cache.append(k, k)
+    prefill(q, cache, policy, state)
+    assert bool(asked) == ("prefill" in counts)
+    asked.clear()
+    cache.append(k[:, :1], k[:, :1])
+    decode_step(q[:, :1], cache, policy, state)
+    assert asked == ([(1, 1, 2)] if "decode" in counts else [])

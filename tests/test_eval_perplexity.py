@@ -159,6 +159,16 @@ def test_the_command_writes_resumes_and_refuses(
     assert run("--seed", "1", "--restart") == 0
     assert (out / "perplexity.jsonl.before-1").exists()
 
+    (out / "perplexity.json").write_text('{"cells": [')
+    assert run("--seed", "1") == 0
+    assert "kept as perplexity.json.damaged-1" in " ".join(capsys.readouterr().err.split())
+    assert (out / "perplexity.json.damaged-1").read_text() == '{"cells": ['
+    written = (out / "perplexity.json").read_bytes()
+    journal.unlink()
+    assert run("--seed", "1") == 2
+    assert "a perplexity.json without the perplexity.jsonl" in capsys.readouterr().err
+    assert (out / "perplexity.json").read_bytes() == written
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -118,6 +118,9 @@ inline ScoreTokensParams read_score_tokens(
     p.max_vote = max_vote;
     p.max_seqlen_k = max_seqlen_k;
     p.ranking = read_ranking(ranking, batch, p.blocks.num_blocks, keys.num_kv_heads, place);
+    KVS_CHECK(!p.ranking || p.blocks.rule != WindowRule::kBlockEnd,
+              "window_rule: got 'block_end', allowed: decode, block_start with a ranking (which "
+              "counts no candidates among a block's own tokens)");
     return p;
 }
 

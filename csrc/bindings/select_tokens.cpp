@@ -12,10 +12,10 @@ void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    int64_t pool_width, OptionalTensor hit, Tensor indices, Tensor topk_length,
                    Tensor kept_score, OptionalTensor ranking) {
     const std::string rule = take_string(window_rule);
-    const SelectTokensParams p = read_select_tokens(
-        scores, cache_seqlens, starts, q_block_offsets, seqlen_q, rule, num_sink_tokens,
-        num_recent_tokens, keep, pool_width, hit, indices, topk_length, kept_score, ranking,
-        Place{});
+    const SelectTokensParams p =
+        read_select_tokens(scores, cache_seqlens, starts, q_block_offsets, seqlen_q, rule,
+                           num_sink_tokens, num_recent_tokens, keep, pool_width, hit, indices,
+                           topk_length, kept_score, ranking, Place{});
     const auto kernel = cpu::current_implementation().select_tokens;
     run_parallel(
         p.blocks.batch * p.blocks.num_blocks * p.num_lists, select_tokens_scratch_floats(p),

@@ -67,8 +67,10 @@ def soft_vote(
     num_kv_heads, shared = cache.num_kv_heads, settings.scope == "layer"
     if hit is not None and shared:
         hit = hit.expand(-1, num_kv_heads).contiguous()
+    rule = window_rule(settings, queries.phase)
     ranking = None
-    if rank and len(parts) == 1 and not shared:
+    # With "block_end" tokens that a block does not see may be candidates: the vote counts none.
+    if rank and len(parts) == 1 and not shared and rule != "block_end":
         ranking = new_ranking((cache.batch, parts[0].q.shape[1], num_kv_heads), cache.device)
     scores, counts = [], []
     for part in parts:
@@ -82,7 +84,7 @@ def soft_vote(
             max_seqlen=queries.max_seqlen,
             q_block_offsets=offsets,
             seqlen_q=queries.seqlen_q,
-            window_rule=window_rule(settings, queries.phase),
+            window_rule=rule,
             num_sink_tokens=settings.num_sink_tokens,
             num_recent_tokens=settings.num_recent_tokens,
             keep=settings.keep,

@@ -17,11 +17,11 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     const OnDevice device("q", q);
     const Place place = device.place();
-    ScoreTokensParams p =
-        read_score_tokens(q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format,
-                          q_block_offsets, seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep,
-                          scale, normalise_candidates_only, max_vote, cos, sin, rope_start,
-                          rope_interleaved, hit, max_seqlen_k, softcap, sink_logits, ranking, place);
+    ScoreTokensParams p = read_score_tokens(
+        q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
+        seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
+        max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
+        ranking, place);
     // A decode step brings its queries as the model made them.
     if (q.scalar_type() != ScalarType::Float) q = torch::stable::to(q, ScalarType::Float);
     p.q = TensorArg("q", q, place).data<float>();

@@ -14,10 +14,10 @@ void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    Tensor kept_score, OptionalTensor ranking) {
     const std::string rule = take_string(window_rule);
     const OnDevice device("scores", scores);
-    const SelectTokensParams p = read_select_tokens(
-        scores, cache_seqlens, starts, q_block_offsets, seqlen_q, rule, num_sink_tokens,
-        num_recent_tokens, keep, pool_width, hit, indices, topk_length, kept_score, ranking,
-        device.place());
+    const SelectTokensParams p =
+        read_select_tokens(scores, cache_seqlens, starts, q_block_offsets, seqlen_q, rule,
+                           num_sink_tokens, num_recent_tokens, keep, pool_width, hit, indices,
+                           topk_length, kept_score, ranking, device.place());
     const Tensor workspace = new_output({kvselect::cuda::select_tokens_workspace_bytes(p)},
                                         ScalarType::Byte, device.place());
     kvselect::cuda::select_tokens(p, workspace.mutable_data_ptr(), device.launch());

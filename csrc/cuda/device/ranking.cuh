@@ -13,10 +13,10 @@ constexpr int kTopBits = 12, kTopBins = 1 << kTopBits;
 
 // What is known of one list, beside the counts of its bins.
 struct ListState {
-    uint64_t border;   // keys above it are kept, and of those equal to it each chunk's tie_share
-    int32_t take_all;  // no more candidates than are kept
-    uint32_t top_bin;  // bin of the border's top bits
-    int32_t in_bin;    // how many of that bin's tokens are kept
+    uint64_t border;      // keys above it are kept, and of those equal to it each chunk's tie_share
+    int32_t take_all;     // no more candidates than are kept
+    uint32_t top_bin;     // bin of the border's top bits
+    int32_t in_bin;       // how many of that bin's tokens are kept
     uint32_t tickets[3];  // of blocks: counted, bordered, written
 };
 

@@ -42,8 +42,10 @@ struct ScoreTokensParams {
                  // not finite
     int64_t* num_nonfinite;  // [batch, num_blocks, num_kv_heads] tokens and query vectors that were
                              // not finite
-    int32_t* ranking;  // CUDA: [batch, num_blocks, num_kv_heads, kRankingWords] for select_tokens
-                       // to pick `keep` from, pool_width 1; or nullptr
+    int32_t*
+        ranking;  // CUDA: [batch, num_blocks, num_kv_heads, kRankingWords] for select_tokens
+                  // to pick `keep` from, pool_width 1; or nullptr. Not with kBlockEnd: a
+                  // block's own tokens may then be candidates, and only what it sees is counted
 };
 
 constexpr int64_t kMaxScoreColumns = 4096;  // num_vectors * group_size
