@@ -24,6 +24,9 @@ from kvselect.rope import Rope
 from kvselect.selection import Lists, Selection
 from kvselect.selection_cache import SelectionCache
 
+_KEPT = frozenset({"prefill", "decode", "crossovers", "stack", "layer"})
+"""Of a state that goes on under other settings."""
+
 __all__ = ["POLICIES", "Policy", "PolicyState", "policy_from_dict", "register_policy"]
 
 
@@ -125,8 +128,9 @@ class PolicyState:
         got, wanted = type(self.policy).__name__, type(policy).__name__
         require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
         fresh = policy.new_state(cache, self.crossovers)
-        self.policy, self.decode_policies = policy, fresh.decode_policies
-        self.selection_cache, self.rolling_pools = fresh.selection_cache, fresh.rolling_pools
+        for part in dataclasses.fields(self):  # what a method adds is of its settings as well
+            if part.name not in _KEPT:
+                setattr(self, part.name, getattr(fresh, part.name))
         if self.stack is not None:
             self.stack.serve(policy)
 

@@ -56,6 +56,12 @@ class EvictionState(PolicyState):
     window: Tensor | None = None  # [batch, at most num_window_queries, num_q_heads, head_dim]
     warned: bool = False
 
+    def follow(self, policy: Policy, cache: KVCache) -> None:
+        """As `PolicyState`; the last queries are the prompt's, under whatever settings."""
+        window, warned = self.window, self.warned
+        super(EvictionState, self).follow(policy, cache)
+        self.window, self.warned = window, warned
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionPolicy(Policy):
