@@ -216,3 +216,31 @@ def test_a_state_goes_on_under_other_settings(before: Any, after: Any) -> None:
     out, _ = decode_step(q, cache, wanted, state)
     assert torch.equal(out, decode_step(q, cache, wanted, wanted.new_state(cache))[0])
     assert state.decode.num_calls == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "joins", "alone"),
+    [
+        (TokenSelect(), False, False),
+        (TokenSelect(scope="layer"), True, False),
+        (TokenSelect(layer_budget="entropy_pool"), False, True),
+        (TokenSelect(layer_budget="entropy_pool", scope="layer"), True, False),
+        (Dilated(inner=TokenSelect(scope="layer")), True, False),
+        (ActQKV(), True, False),
+        (ActQKV(scope="kv_head"), False, True),
+        (AdaSpa(), False, True),
+        (AdaSpa(recall_threshold=None), False, False),
+        (InfLLM(), True, False),
+        (Landmark(scope="layer"), True, True),
+        (Landmark(), False, False),
+        (Quest(), False, False),
+        (SnapKV(), False, False),
+        (SnapKV(budgets="layer"), False, True),
+        (SpAtten(), True, False),
+    ],
+    ids=str,
+)
+def test_who_decides_with_all_heads(policy: Policy, joins: bool, alone: bool) -> None:
+    """What tensor parallel goes by."""
+    assert policy.joins_heads == joins
+    assert (policy.needs_all_heads is not None) == alone

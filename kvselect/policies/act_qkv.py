@@ -166,6 +166,12 @@ class ActQKV(Policy):
     def reads_unlisted(self) -> str | None:
         return "mean keys of blocks are made of keys that may lie outside of the window"
 
+    @property
+    def needs_all_heads(self) -> str | None:
+        if self.layer_budget == "entropy_pool" and self.scope == "kv_head":
+            return "layer_budget='entropy_pool' draws by the mean over all heads; scope='layer' can"
+        return None
+
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> ActQKVState:

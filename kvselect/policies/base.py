@@ -226,6 +226,17 @@ class Policy:
         return "nobody has said that its steps read only what they list"
 
     @property
+    def joins_heads(self) -> bool:
+        """Whether all heads of a layer decide together: processes with a share of them each add up
+        what they found (`sum_over_ranks`)."""
+        return getattr(self, "scope", "kv_head") == "layer"
+
+    @property
+    def needs_all_heads(self) -> str | None:
+        """Why a process with a share of a layer's heads cannot run it; None: it can."""
+        return None
+
+    @property
     def capacity(self) -> int:
         """Most tokens in one list, and so most positions that "compact" uses; 0: no lists."""
         return 0
