@@ -54,13 +54,35 @@ class EvictionState(PolicyState):
     """`PolicyState`, and the last queries of the prompt."""
 
     window: Tensor | None = None  # [batch, at most num_window_queries, num_q_heads, head_dim]
+    version: int = 0  # of the cache, and its longest row, when the window was as it is
+    num_tokens: int = 0
     warned: bool = False
+
+    def keep_window(self, window: Tensor | None, cache: KVCache) -> None:
+        """Remember the last queries of what ``cache`` holds."""
+        self.window, self.version = window, cache.version
+        self.num_tokens = max(cache.num_real_tokens, default=0)
+
+    def follow_rows(self, cache: KVCache) -> None:
+        """Have the window follow crops and new orders of the rows; others lose it."""
+        if self.window is None or self.version == cache.version:
+            return
+        changes, window = cache.changes_since(self.version), self.window
+        for change in changes or ():
+            longest = max(change.num_real_tokens, default=0)
+            if change.rows is None:  # every row lost as many tokens
+                window = window[:, : max(window.shape[1] - (self.num_tokens - longest), 0)]
+            else:
+                window = window[change.rows]
+            self.num_tokens = longest
+        self.window = None if changes is None or window.shape[1] == 0 else window
+        self.version = cache.version
 
     def follow(self, policy: Policy, cache: KVCache) -> None:
         """As `PolicyState`; the last queries are the prompt's, under whatever settings."""
-        window, warned = self.window, self.warned
+        kept = self.window, self.version, self.num_tokens, self.warned
         super(EvictionState, self).follow(policy, cache)
-        self.window, self.warned = window, warned
+        self.window, self.version, self.num_tokens, self.warned = kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +166,8 @@ class EvictionPolicy(Policy):
         allowed = "a kvselect.evictable_cache.EvictableKVCache (attach makes one: no static cache)"
         require(isinstance(cache, EvictableKVCache), "cache", type(cache).__name__, allowed)
         assert isinstance(cache, EvictableKVCache)
+        if cache.rows is None:
+            state.follow_rows(cache)
         if queries.phase == "decode" and cache.rows is None:
             self._evict(state, queries, cache)
         elif queries.phase == "prefill" and cache.rows is None:
@@ -151,7 +175,7 @@ class EvictionPolicy(Policy):
             before = state.window
             if before is not None and before.shape[0] == last.shape[0]:
                 last = torch.cat((before, last), 1)[:, -self.num_window_queries :]
-            state.window = last.clone()
+            state.keep_window(last.clone(), cache)
         elif queries.phase == "prefill" and not state.warned:
             state.warned = True
             warnings.warn(
