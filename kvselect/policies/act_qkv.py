@@ -43,6 +43,10 @@ class ActQKVState(PolicyState):
 
     blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
 
+    def take_over(self, before: PolicyState) -> None:
+        if isinstance(before, ActQKVState):
+            self.blocks = before.blocks
+
 
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)

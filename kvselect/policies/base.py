@@ -134,6 +134,10 @@ class PolicyState:
         if self.stack is not None:
             self.stack.serve(policy)
 
+    def take_over(self, before: PolicyState) -> None:
+        """Go on with what ``before``, the state of fewer or more rows, remembered, as far as that
+        follows the rows of the cache by itself."""
+
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
         if self.selection_cache is not None:
@@ -159,6 +163,9 @@ class Policy:
     @property
     def positions(self) -> Literal["original", "compact", "clamp"]:
         return "original"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        return self  # nothing in it changes: a copy of a cache goes on with what is remembered
 
     @property
     def caches_unrotated(self) -> bool:

@@ -17,6 +17,7 @@ from kvselect.cache import KVCache
 from kvselect.checks import require, require_float, require_int, require_type
 from kvselect.crossovers import Crossover
 from kvselect.evictable_cache import EvictableKVCache
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, visible_tokens
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
@@ -62,6 +63,11 @@ class EvictionState(PolicyState):
         """Remember the last queries of what ``cache`` holds."""
         self.window, self.version = window, cache.version
         self.num_tokens = max(cache.num_real_tokens, default=0)
+
+    def take_over(self, before: PolicyState) -> None:
+        if isinstance(before, EvictionState):
+            self.window, self.warned = before.window, before.warned
+            self.version, self.num_tokens = before.version, before.num_tokens
 
     def follow_rows(self, cache: KVCache) -> None:
         """Have the window follow crops and new orders of the rows; others lose it."""
@@ -163,6 +169,9 @@ class EvictionPolicy(Policy):
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """What remains, by the tokens' positions; None: everything."""
         assert isinstance(state, EvictionState)
+        if queries.phase == "prefill" and not isinstance(cache, FixedKVCache | EvictableKVCache):
+            state.statistics("prefill").record_dense(visible_tokens(queries, cache))
+            return None  # of a call without a cache nothing is left that could be dropped
         allowed = "a kvselect.evictable_cache.EvictableKVCache (attach makes one: no static cache)"
         require(isinstance(cache, EvictableKVCache), "cache", type(cache).__name__, allowed)
         assert isinstance(cache, EvictableKVCache)
