@@ -14,7 +14,18 @@ import hf_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvselect import TokenSelect, attach
+from kvselect import (
+    ActQKV,
+    AdaSpa,
+    Dilated,
+    InfLLM,
+    Landmark,
+    Policy,
+    SnapKV,
+    SpAtten,
+    TokenSelect,
+    attach,
+)
 
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 10,
@@ -22,6 +33,22 @@ GREEDY: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+
+JOINING: tuple[Policy, ...] = (
+    InfLLM(topk_blocks=2, block_size=4, num_recent_tokens=8, q_block_size=16),
+    SpAtten(num_recent_tokens=8, q_block_size=16),
+    SpAtten(cascade="hard", num_recent_tokens=8, q_block_size=16),
+    Dilated(inner=hf_models.narrow(scope="layer")),
+)
+"""Whose heads decide together, in every layer."""
+ALONE: tuple[Policy, ...] = (
+    ActQKV(scope="kv_head"),
+    AdaSpa(),
+    Landmark(scope="layer"),
+    SnapKV(budgets="layer"),
+    TokenSelect(layer_budget="entropy_pool"),
+)
+"""Who need all heads in one process."""
 
 
 def generate(model: Any, scope: str, positions: str) -> dict[str, Any]:
@@ -34,6 +61,10 @@ def generate(model: Any, scope: str, positions: str) -> dict[str, Any]:
             layer = handle.report().layers[0]
         result[f"{form} steps"] = layer.decode["num_calls"] - layer.decode["num_dense_calls"]
         result[f"{form} mass"] = layer.decode["kept_mass"]
+    if scope == "layer":
+        for policy in JOINING:
+            with attach(model, policy):
+                result[repr(policy)] = model.generate(ids, attention_mask=mask, **GREEDY)
     ids, mask = hf_models.left_padded((300, 270), 300)
     policy = TokenSelect(
         topk=32, num_sink_tokens=4, num_recent_tokens=128, scope=scope, positions=positions
@@ -46,9 +77,10 @@ def generate(model: Any, scope: str, positions: str) -> dict[str, Any]:
 
 def refusals(model: Any) -> list[str]:
     messages = []
-    for settings in ({"similarity_threshold": 0.9}, {"num_segments": 4}):
+    remembering = ({"similarity_threshold": 0.9}, {"num_segments": 4})
+    for policy in (*(hf_models.narrow(scope="layer", **x) for x in remembering), *ALONE):
         try:
-            attach(model, hf_models.narrow(scope="layer", **settings))
+            attach(model, policy)
         except ValueError as error:
             messages.append(str(error))
     return messages

@@ -429,3 +429,32 @@ def test_every_bound_is_checked(
 ) -> None:
     with pytest.raises(error, match=message):
         kind(**changes)
+
+
+def test_the_window_follows_crops_and_new_orders_of_the_rows() -> None:
+    policy = small(SnapKV)
+    run, plain_run = Run(policy, (120, 120)), Run(policy, (120, 120))
+    for cache in (run.cache, run.whole):
+        cache.reorder([1, 0])
+    new = plain_run.append()
+    for cache in (run.cache, run.whole):
+        cache.append(*(x[:, -1:].flip(0) for x in (plain_run.whole.k, plain_run.whole.v)))
+    decode_step(new, plain_run.cache, policy, plain_run.state)
+    decode_step(new.flip(0), run.cache, policy, run.state)
+    assert torch.equal(run.kept().indices, plain_run.kept().indices.flip(0))
+
+    # A question is put, taken back, and another is put that is shorter than the window.
+    asked, fresh = EvictableKVCache(2, HEADS, DIM), EvictableKVCache(2, HEADS, DIM)
+    for cache in (asked, fresh):
+        state = policy.new_state(cache)
+        calls = [(0, 100), (100, 120), (100, 103)] if cache is asked else [(0, 100), (100, 103)]
+        for begin, end in calls:
+            cache.crop(cache.max_seqlen - begin)
+            cache.append(run.new_k[:, begin:end], run.new_v[:, begin:end])
+            prefill(run.q[:, begin:end], cache, policy, state)
+            window = state.window
+            assert window is not None and window.shape[1] <= policy.num_window_queries
+        # Of what was taken back nothing is left, nor of what it had pushed out.
+        assert torch.equal(window, run.q[:, (95 if cache is fresh else 100) : 103])
+        cache.append(run.new_k[:, 103:104], run.new_v[:, 103:104])
+        decode_step(run.q[:, 103:104], cache, policy, state)

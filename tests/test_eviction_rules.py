@@ -20,6 +20,7 @@ from kvselect import (
     KVCache,
     LayerSchedule,
     MaxMin,
+    Quest,
     RegionQuota,
     Selection,
     SnapKV,
@@ -248,6 +249,20 @@ def test_dilated_through_json_and_attach() -> None:
         assert layer.tokens_per_step is not None and 34 < layer.tokens_per_step < 200
 
 
+def test_dilated_is_verified_and_scores_the_queries_before_rope() -> None:
+    inner = TokenSelect(topk=16, num_sink_tokens=2, num_recent_tokens=16, sketch=None)
+    policy, model = Dilated(inner=inner), hf_models.model("llama")
+    with attach(model, policy) as handle:
+        assert set(handle.verify().logit_error) == {"dense", "lists"}
+        assert [layer.needs_unrotated for layer in handle._plan.layers] == [{"prefill"}] * 3
+
+
+def test_dilated_refuses_a_static_cache() -> None:
+    model, policy = hf_models.model("llama"), Dilated(inner=TokenSelect(topk=16))
+    with attach(model, policy), pytest.raises(ValueError, match="cache: got 'FixedKVCache'"):
+        model.generate(hf_models.tokens(1, 20), max_new_tokens=2, cache_implementation="static")
+
+
 # ---- what later queries find
 
 
@@ -296,6 +311,13 @@ def test_diversity_serves_questions_that_were_not_asked() -> None:
         (Dilated, {"inner": 3}, TypeError, "inner: got int 3"),
         (Dilated, {"inner": StreamingLLM()}, ValueError, "inner: got 'StreamingLLM', allowed: a m"),
         (Dilated, {"inner": SnapKV()}, ValueError, "inner: got 'SnapKV'"),
+        (Dilated, {"inner": Quest()}, ValueError, "inner: got 'Quest'"),
+        (
+            Dilated,
+            {"inner": TokenSelect(layer_budget="entropy_pool")},
+            ValueError,
+            "inner.layer_budget: got 'entropy_pool', allowed: 'fixed'",
+        ),
         (Dilated, {"inner": Dilated()}, ValueError, "inner: got 'Dilated'"),
         (
             Dilated,

@@ -49,10 +49,14 @@ def test_two_ranks_choose_the_tokens_of_one(scope: str, positions: str, tmp_path
             assert torch.equal(rank[form], expected["resident"]), form
         assert torch.equal(rank["listing"], rank["stock"])
         assert not torch.equal(rank["narrow"], rank["stock"])
-        assert [
-            "similarity_threshold: got 0.9, allowed: None with scope='layer'" in rank["refused"][0]
-        ]
-        assert len(rank["refused"]) == 2
+        for policy in hf_tensor_parallel.JOINING if scope == "layer" else ():
+            assert torch.equal(rank[repr(policy)], expected[repr(policy)]), policy
+            assert not torch.equal(rank[repr(policy)], rank["stock"]), policy
+        wanted = "similarity_threshold: got 0.9, allowed: None with scope='layer'"
+        assert wanted in rank["refused"][0]
+        assert "num_segments: got 4, allowed: None" in rank["refused"][1]
+        for policy, message in zip(hf_tensor_parallel.ALONE, rank["refused"][2:], strict=True):
+            assert f"tensor parallel: got 'a policy {type(policy).__name__}'" in message
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

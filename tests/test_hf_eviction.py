@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -9,9 +10,9 @@ import hf_models
 import pytest
 import torch
 from test_hf_attach import EXACT, error, logits_of
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
-from kvselect import Coverage, MaxMin, SnapKV
+from kvselect import Coverage, InfLLM, MaxMin, Quest, SnapKV
 from kvselect.eval.session import Session
 from kvselect.explain import explain
 from kvselect.integrations.hf import attach
@@ -120,3 +121,39 @@ def test_a_session_reads_the_context_again_for_every_question() -> None:
 def test_explain_refuses_what_it_would_get_wrong() -> None:
     with pytest.raises(ValueError, match="policy: got 'SnapKV', allowed: a policy that drops no"):
         explain(hf_models.model("llama"), small(SnapKV), hf_models.tokens(1, 60))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        small(SnapKV, num_window_queries=8),
+        InfLLM(topk_blocks=2, block_size=4, num_recent_tokens=8, q_block_size=16),
+        Quest(token_budget=16, page_size=4, dense_layers=()),
+    ],
+    ids=str,
+)
+def test_a_prompt_cache_that_is_copied_or_repeated_remembers_the_prompt(policy: Any) -> None:
+    """A window of queries, and attention that was received, cannot be computed again."""
+    model, ids = hf_models.model("llama"), hf_models.tokens(1, 60)
+
+    def steps(cache: Any, batch: int = 1) -> torch.Tensor:
+        new = ids[:, :1].repeat(batch, 1)
+        return torch.cat([model(new, past_key_values=cache).logits for _ in range(3)], 1)
+
+    with attach(model, policy), torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        copied, repeated = copy.deepcopy(cache), copy.deepcopy(cache)
+        repeated.batch_repeat_interleave(2)
+        wanted = steps(cache)
+        assert torch.equal(steps(copied), wanted)
+        for row in steps(repeated, 2):
+            assert error(row, wanted[0]) <= EXACT
+
+
+def test_a_call_without_a_cache_is_dense() -> None:
+    model, ids = hf_models.model("llama"), hf_models.tokens(1, 60)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with attach(model, small(SnapKV)):
+            assert error(model(ids, use_cache=False).logits, expected) <= EXACT

@@ -11,7 +11,21 @@ import pytest
 import torch
 from test_hf_attach import fingerprint, logits_of
 
-from kvselect import Dense, StreamingLLM, TokenSelect, attach
+from kvselect import (
+    ActQKV,
+    AdaSpa,
+    Dense,
+    InfLLM,
+    Landmark,
+    LayerSchedule,
+    Quest,
+    RegionQuota,
+    SnapKV,
+    SpAtten,
+    StreamingLLM,
+    TokenSelect,
+    attach,
+)
 from kvselect.integrations.hf import VerificationError, attention
 from kvselect.integrations.hf.rope_fit import Frequencies
 from kvselect.integrations.hf.verify import widened_policies
@@ -32,7 +46,23 @@ def test_verify_passes(name: str, positions: str, sketch: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [Dense(), StreamingLLM(), StreamingLLM(positions="original")], ids=str
+    "policy",
+    [
+        Dense(),
+        StreamingLLM(),
+        StreamingLLM(positions="original"),
+        ActQKV(topk_blocks=2, block_size=4, num_recent_tokens=8),
+        AdaSpa(block_size=16, dense_prefill_tokens=0),
+        InfLLM(topk_blocks=2, block_size=4, num_recent_tokens=8, q_block_size=16),
+        Landmark(topk_blocks=2, block_size=4, num_recent_tokens=8, attention="residual"),
+        LayerSchedule(ratio=0.1, first_layer=0, last_layer=2),
+        Quest(token_budget=16, page_size=4, dense_layers=()),
+        RegionQuota(topk=8, span=(4, 90), num_recent_tokens=8),
+        SnapKV(ratio=0.1, num_recent_tokens=8),
+        SpAtten(cascade="hard", value_fraction=0.3),
+        SpAtten(value_mass=0.5, refine_below=0.1),
+    ],
+    ids=str,
 )
 def test_verify_runs_for_other_policies(policy: Any) -> None:
     with attach(hf_models.model("llama"), policy) as handle:

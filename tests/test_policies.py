@@ -38,6 +38,7 @@ from kvselect.policies import POLICIES
 from kvselect.policies.budgets import MIN_BUDGET
 from kvselect.queries import Queries
 from kvselect.rope import Rope
+from kvselect.testing import make_qkv
 
 EXAMPLES: list[Policy] = [
     ActQKV(),
@@ -188,3 +189,58 @@ def test_a_step_attends_to_its_budget(method: type[Policy], budget: int) -> None
 def test_budgets_that_hold_nothing_are_refused(method: type[Policy], budget: int) -> None:
     with pytest.raises(ValueError, match=f"budget: got {budget}, allowed: an int >= {MIN_BUDGET}"):
         method.at_budget(budget)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Quest(token_budget=64, page_size=16), Quest(token_budget=64, page_size=4)),
+        (Landmark(topk_blocks=2, block_size=16, num_recent_tokens=32), {"block_size": 8}),
+        (Landmark(topk_blocks=2, num_recent_tokens=32), {"attention": "residual"}),
+        (InfLLM(topk_blocks=2, num_recent_tokens=32, positions="original"), {"block_size": 16}),
+        (ActQKV(topk_blocks=2, block_size=16, num_recent_tokens=32), {"block_size": 8}),
+        (
+            Dilated(inner=TokenSelect(topk=8, num_recent_tokens=32, sketch=None)),
+            {"inner": TokenSelect(topk=20, num_recent_tokens=32, sketch=None)},
+        ),
+    ],
+)
+def test_a_state_goes_on_under_other_settings(before: Any, after: Any) -> None:
+    """What it remembers of blocks is of their size: all of it is made anew."""
+    wanted = dataclasses.replace(before, **after) if isinstance(after, dict) else after
+    q, k, v = make_qkv(1, 1, 300, 4, 2, 32)
+    cache = KVCache(1, 2, 32, sketch=None)
+    cache.append(k, v)
+    state = before.new_state(cache)
+    decode_step(q, cache, before, state)
+    out, _ = decode_step(q, cache, wanted, state)
+    assert torch.equal(out, decode_step(q, cache, wanted, wanted.new_state(cache))[0])
+    assert state.decode.num_calls == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "joins", "alone"),
+    [
+        (TokenSelect(), False, False),
+        (TokenSelect(scope="layer"), True, False),
+        (TokenSelect(layer_budget="entropy_pool"), False, True),
+        (TokenSelect(layer_budget="entropy_pool", scope="layer"), True, False),
+        (Dilated(inner=TokenSelect(scope="layer")), True, False),
+        (ActQKV(), True, False),
+        (ActQKV(scope="kv_head"), False, True),
+        (AdaSpa(), False, True),
+        (AdaSpa(recall_threshold=None), False, False),
+        (InfLLM(), True, False),
+        (Landmark(scope="layer"), True, True),
+        (Landmark(), False, False),
+        (Quest(), False, False),
+        (SnapKV(), False, False),
+        (SnapKV(budgets="layer"), False, True),
+        (SpAtten(), True, False),
+    ],
+    ids=str,
+)
+def test_who_decides_with_all_heads(policy: Policy, joins: bool, alone: bool) -> None:
+    """What tensor parallel goes by."""
+    assert policy.joins_heads == joins
+    assert (policy.needs_all_heads is not None) == alone

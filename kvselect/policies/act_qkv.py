@@ -43,6 +43,10 @@ class ActQKVState(PolicyState):
 
     blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
 
+    def take_over(self, before: PolicyState) -> None:
+        if isinstance(before, ActQKVState):
+            self.blocks = before.blocks
+
 
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +169,12 @@ class ActQKV(Policy):
     @property
     def reads_unlisted(self) -> str | None:
         return "mean keys of blocks are made of keys that may lie outside of the window"
+
+    @property
+    def needs_all_heads(self) -> str | None:
+        if self.layer_budget == "entropy_pool" and self.scope == "kv_head":
+            return "layer_budget='entropy_pool' draws by the mean over all heads; scope='layer' can"
+        return None
 
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None

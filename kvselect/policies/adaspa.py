@@ -98,6 +98,12 @@ class AdaSpa(Policy):
         return self.block_size
 
     @property
+    def needs_all_heads(self) -> str | None:
+        if self.recall_threshold is None:
+            return None
+        return "recall_threshold compares all heads; None does not"
+
+    @property
     def reads_unlisted(self) -> str:
         return "its decode steps are dense"
 

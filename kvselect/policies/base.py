@@ -24,6 +24,9 @@ from kvselect.rope import Rope
 from kvselect.selection import Lists, Selection
 from kvselect.selection_cache import SelectionCache
 
+_KEPT = frozenset({"prefill", "decode", "crossovers", "stack", "layer"})
+"""Of a state that goes on under other settings."""
+
 __all__ = ["POLICIES", "Policy", "PolicyState", "policy_from_dict", "register_policy"]
 
 
@@ -125,10 +128,15 @@ class PolicyState:
         got, wanted = type(self.policy).__name__, type(policy).__name__
         require(got == wanted, "state", f"a state of {got}", f"a state of {wanted}")
         fresh = policy.new_state(cache, self.crossovers)
-        self.policy, self.decode_policies = policy, fresh.decode_policies
-        self.selection_cache, self.rolling_pools = fresh.selection_cache, fresh.rolling_pools
+        for part in dataclasses.fields(self):  # what a method adds is of its settings as well
+            if part.name not in _KEPT:
+                setattr(self, part.name, getattr(fresh, part.name))
         if self.stack is not None:
             self.stack.serve(policy)
+
+    def take_over(self, before: PolicyState) -> None:
+        """Go on with what ``before``, the state of fewer or more rows, remembered, as far as that
+        follows the rows of the cache by itself."""
 
     def invalidate(self) -> None:
         """Make the next step select anew; counts stay."""
@@ -155,6 +163,9 @@ class Policy:
     @property
     def positions(self) -> Literal["original", "compact", "clamp"]:
         return "original"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Policy:
+        return self  # nothing in it changes: a copy of a cache goes on with what is remembered
 
     @property
     def caches_unrotated(self) -> bool:
@@ -220,6 +231,17 @@ class Policy:
         None: they do not, so that a `TieredKVCache` may keep the rest in host memory.
         """
         return "nobody has said that its steps read only what they list"
+
+    @property
+    def joins_heads(self) -> bool:
+        """Whether all heads of a layer decide together: processes with a share of them each add up
+        what they found (`sum_over_ranks`)."""
+        return getattr(self, "scope", "kv_head") == "layer"
+
+    @property
+    def needs_all_heads(self) -> str | None:
+        """Why a process with a share of a layer's heads cannot run it; None: it can."""
+        return None
 
     @property
     def capacity(self) -> int:

@@ -50,6 +50,10 @@ class BlockState(PolicyState):
 
     blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
 
+    def take_over(self, before: PolicyState) -> None:
+        if isinstance(before, BlockState):
+            self.blocks = before.blocks
+
     @property
     def scored_nbytes(self) -> int:
         return self.blocks.scored_nbytes

@@ -11,6 +11,7 @@ import torch
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_int, require_type
 from kvselect.crossovers import Crossover
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, policy_from_dict, register_policy
 from kvselect.policies.token_select import TokenSelect
 from kvselect.queries import Phase, Queries
@@ -40,7 +41,8 @@ class Dilated(Policy):
     ----------
     inner : Policy or dict
         A method that lists tokens anew and may take any back: `TokenSelect` with original
-        positions, without reuse of lists (what is added would be remembered) and without blocks.
+        positions and a budget of its own per layer, without reuse of lists (what is added would be
+        remembered).
     radius : int >= 1
 
     Raises
@@ -68,9 +70,11 @@ class Dilated(Policy):
         require_int(self.radius, "radius", 1)
         inner: Any = self.inner
         name = type(inner).__name__
-        lists_anew = inner.revocable and inner.query_aware and inner.capacity > 0
-        allowed = "a method that lists tokens by their scores, such as TokenSelect"
-        require(lists_anew and not isinstance(inner, Dilated), "inner", name, allowed)
+        # Others attend in ways of their own, or have a state that follows more than the lists.
+        allowed = "a method that lists tokens by their scores (TokenSelect)"
+        require(isinstance(inner, TokenSelect), "inner", name, allowed)
+        allowed = "'fixed' (neighbours are outside of the pool)"
+        require(inner.layer_budget == "fixed", "inner.layer_budget", inner.layer_budget, allowed)
         allowed = "'original' (ranks of compact positions are those of the inner list)"
         require(inner.positions == "original", "inner.positions", inner.positions, allowed)
         for reuse in ("similarity_threshold", "num_segments"):
@@ -99,6 +103,23 @@ class Dilated(Policy):
         return self.inner.tail_q_block_size
 
     @property
+    def scope(self) -> str:
+        """Who shares one list."""
+        inner: Any = self.inner
+        return str(inner.scope)
+
+    @property
+    def dense_prefill(self) -> bool:
+        inner: Any = self.inner
+        return bool(inner.dense_prefill)
+
+    @property
+    def average_queries(self) -> str:
+        """Read by `attach`, which passes the queries before RoPE where the inner method asks."""
+        inner: Any = self.inner
+        return str(inner.average_queries)
+
+    @property
     def required_sketch(self) -> str | None:
         return self.inner.required_sketch
 
@@ -109,6 +130,8 @@ class Dilated(Policy):
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> DilatedState:
+        allowed = "a cache that grows (widened lists are not captured)"
+        require(not isinstance(cache, FixedKVCache), "cache", type(cache).__name__, allowed)
         inner = self.inner.new_state(cache, {})
         state = DilatedState(self, crossovers=crossovers, inner=inner)
         inner.prefill, inner.decode = state.prefill, state.decode

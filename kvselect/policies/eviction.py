@@ -17,6 +17,7 @@ from kvselect.cache import KVCache
 from kvselect.checks import require, require_float, require_int, require_type
 from kvselect.crossovers import Crossover
 from kvselect.evictable_cache import EvictableKVCache
+from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, visible_tokens
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
@@ -54,7 +55,40 @@ class EvictionState(PolicyState):
     """`PolicyState`, and the last queries of the prompt."""
 
     window: Tensor | None = None  # [batch, at most num_window_queries, num_q_heads, head_dim]
+    version: int = 0  # of the cache, and its longest row, when the window was as it is
+    num_tokens: int = 0
     warned: bool = False
+
+    def keep_window(self, window: Tensor | None, cache: KVCache) -> None:
+        """Remember the last queries of what ``cache`` holds."""
+        self.window, self.version = window, cache.version
+        self.num_tokens = max(cache.num_real_tokens, default=0)
+
+    def take_over(self, before: PolicyState) -> None:
+        if isinstance(before, EvictionState):
+            self.window, self.warned = before.window, before.warned
+            self.version, self.num_tokens = before.version, before.num_tokens
+
+    def follow_rows(self, cache: KVCache) -> None:
+        """Have the window follow crops and new orders of the rows; others lose it."""
+        if self.window is None or self.version == cache.version:
+            return
+        changes, window = cache.changes_since(self.version), self.window
+        for change in changes or ():
+            longest = max(change.num_real_tokens, default=0)
+            if change.rows is None:  # every row lost as many tokens
+                window = window[:, : max(window.shape[1] - (self.num_tokens - longest), 0)]
+            else:
+                window = window[change.rows]
+            self.num_tokens = longest
+        self.window = None if changes is None or window.shape[1] == 0 else window
+        self.version = cache.version
+
+    def follow(self, policy: Policy, cache: KVCache) -> None:
+        """As `PolicyState`; the last queries are the prompt's, under whatever settings."""
+        kept = self.window, self.version, self.num_tokens, self.warned
+        super(EvictionState, self).follow(policy, cache)
+        self.window, self.version, self.num_tokens, self.warned = kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +169,14 @@ class EvictionPolicy(Policy):
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """What remains, by the tokens' positions; None: everything."""
         assert isinstance(state, EvictionState)
+        if queries.phase == "prefill" and not isinstance(cache, FixedKVCache | EvictableKVCache):
+            state.statistics("prefill").record_dense(visible_tokens(queries, cache))
+            return None  # of a call without a cache nothing is left that could be dropped
         allowed = "a kvselect.evictable_cache.EvictableKVCache (attach makes one: no static cache)"
         require(isinstance(cache, EvictableKVCache), "cache", type(cache).__name__, allowed)
         assert isinstance(cache, EvictableKVCache)
+        if cache.rows is None:
+            state.follow_rows(cache)
         if queries.phase == "decode" and cache.rows is None:
             self._evict(state, queries, cache)
         elif queries.phase == "prefill" and cache.rows is None:
@@ -145,7 +184,7 @@ class EvictionPolicy(Policy):
             before = state.window
             if before is not None and before.shape[0] == last.shape[0]:
                 last = torch.cat((before, last), 1)[:, -self.num_window_queries :]
-            state.window = last.clone()
+            state.keep_window(last.clone(), cache)
         elif queries.phase == "prefill" and not state.warned:
             state.warned = True
             warnings.warn(

@@ -92,6 +92,10 @@ class Landmark(WindowedBlocks):
             return "attention='residual' averages values of the host"
         return super(Landmark, self).reads_unlisted
 
+    @property
+    def needs_all_heads(self) -> str | None:
+        return "scope='layer' takes maxima over all heads" if self.scope == "layer" else None
+
     def new_statistics(self) -> BlockStatistics:
         kinds = ("moments", "mean_value") if self.attention == "residual" else ("moments",)
         return BlockStatistics(self.block_size, kinds)

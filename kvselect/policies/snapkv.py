@@ -61,6 +61,10 @@ class SnapKV(EvictionPolicy):
         sinks, recent, picked = share_out(budget)
         return cls(topk=picked, num_sink_tokens=sinks, num_recent_tokens=recent)
 
+    @property
+    def needs_all_heads(self) -> str | None:
+        return "budgets='layer' ranks over all heads" if self.budgets == "layer" else None
+
     def choose(self, span: Span, budget: int) -> Tensor:
         scores = max_pool1d(span.received, self.pool_width, 1, self.pool_width // 2)
         if self.budgets == "kv_head":

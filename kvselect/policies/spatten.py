@@ -152,6 +152,10 @@ class SpAtten(Policy):
         return "the layers before the cascade attend to everything"
 
     @property
+    def joins_heads(self) -> bool:
+        return True
+
+    @property
     def flows_between_layers(self) -> bool:
         return True
 

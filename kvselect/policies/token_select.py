@@ -246,6 +246,12 @@ class TokenSelect(Policy):
         """Where dense attention ends: at the trained length, if it rotates by rank."""
         return unbounded if rope is None or self.positions == "original" else rope.num_positions
 
+    @property
+    def needs_all_heads(self) -> str | None:
+        if self.layer_budget == "entropy_pool" and self.scope == "kv_head":
+            return "layer_budget='entropy_pool' draws by the mean over all heads; scope='layer' can"
+        return None
+
     def new_state(
         self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
     ) -> PolicyState:

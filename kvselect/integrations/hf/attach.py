@@ -376,8 +376,8 @@ def _join_ranks(plan: StackPlan, config: Any) -> None:
     Raises
     ------
     ValueError
-        If the policy wants one list for all heads and remembers something about it, which ranks
-        would have to agree on; or if other processes take part.
+        If the policy needs all heads, or wants one list for all of them and remembers something
+        about it, which ranks would have to agree on; or if other processes take part.
     """
     shares = {
         config.num_attention_heads // layer.num_q_heads
@@ -390,10 +390,13 @@ def _join_ranks(plan: StackPlan, config: Any) -> None:
     got = f"1 of {max(shares)} shares of the heads, in {ranks} processes"
     require(shares == {ranks}, "tensor parallel", got, "as many processes as shares")
     policy: Any = plan.policy
-    if getattr(policy, "scope", "kv_head") != "layer":
+    reason = policy.needs_all_heads
+    allowed = f"a policy that does with a share of the heads ({reason})"
+    require(reason is None, "tensor parallel", f"a policy {type(policy).__name__}", allowed)
+    if not policy.joins_heads:
         return  # every head decides for itself
     for name in ("similarity_threshold", "num_segments"):
-        value = getattr(policy, name)
+        value = getattr(policy, name, None)
         allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
         require(value is None, name, value, f"{allowed}='kv_head'")
     plan.process_group = torch.distributed.group.WORLD

@@ -113,6 +113,7 @@ class AttachedLayer(CacheLayerMixin):
         for reader, kept in self._states.items():
             fresh = kept.policy.new_state(self.cache, kept.crossovers)
             fresh.stack, fresh.layer = kept.state.stack, kept.state.layer
+            fresh.take_over(kept.state)
             self._states[reader] = kept._replace(state=fresh)
 
     def validity_of(self, seqlen_k: int) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,14 @@ class KVSelectStaticLayer(AttachedLayer, StaticLayer):
             self.sketch = sketch
         allowed = f"{self.sketch!r}, which this static cache was made with"
         require(sketch is None or sketch == self.sketch, "sketch", sketch, allowed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVSelectStaticLayer:
+        """A copy whose policies remember nothing: captured steps write to tensors of this one."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            setattr(made, name, {} if name == "_states" else copy.deepcopy(value, memo))
+        return made
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values like the first ones, ``[batch, heads, n, head_dim]``.

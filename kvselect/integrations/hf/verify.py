@@ -17,7 +17,9 @@ from kvselect.integrations.hf.plan import StackPlan
 from kvselect.integrations.hf.stack import execution_device
 from kvselect.integrations.hf.tiered_layer import make_tiers
 from kvselect.policies.base import Policy
+from kvselect.policies.dilated import Dilated
 from kvselect.policies.phase_statistics import PhaseStatistics
+from kvselect.policies.spatten import SpAtten
 from kvselect.sketch import BLOCK_TOKENS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -126,6 +128,9 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
     candidate is picked, while the rule for short contexts, which goes by ``topk``, still says that
     there is something to select. Its lists are no longer than the context and a query block.
     """
+    if isinstance(policy, Dilated):
+        inner = widened_policies(policy.inner, length)
+        return {name: dataclasses.replace(policy, inner=form) for name, form in inner.items()}
     fields = {field.name for field in dataclasses.fields(policy)}
     forms: dict[str, dict[str, Any]] = {"dense": {}}
     if "topk" in fields:
@@ -140,6 +145,8 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
         forms["dense"] = {"token_budget": length + QUERY_BLOCK}  # whole pages of it
     elif "num_recent_tokens" in fields:
         forms["dense"] = {"num_recent_tokens": length}
+        if isinstance(policy, SpAtten):  # steps that weigh read less than what is listed
+            forms["dense"] |= {"value_fraction": 1.0, "value_mass": None, "refine_below": None}
     if {"topk", "overselect", "num_sink_tokens", "num_recent_tokens", "q_block_size"} <= fields:
         settings: Any = policy
         shortest = BLOCK_TOKENS if policy.required_sketch is not None else QUERY_BLOCK
