@@ -325,6 +325,7 @@ def test_the_command_reads_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("arguments", "message"),
     [
         (("--queries", "0"), "queries: got 0, allowed: an int >= 1"),
+        (("--queries", "600"), "queries: got 600, allowed: an int in 1..510 at 512 tokens"),
         (("--layers", "0,x"), "layers: got 'x', allowed: indices >= 0 with commas"),
         (("--layers", "1,1"), "layers: got '1', allowed: indices >= 0 with commas, each once"),
         (("--layers", ","), "layers: got ',', allowed: at least one index"),

@@ -83,8 +83,10 @@ def task_text(
     Raises
     ------
     ValueError
-        If the task does not fit into the length.
+        If the task does not fit into the length, or the queries leave no context.
     """
+    allowed = f"an int in 1..{num_tokens - 2} at {num_tokens} tokens"
+    require(1 <= num_queries <= num_tokens - 2, "queries", num_queries, allowed)
     length = num_tokens - num_queries
     if checkpoint.speaks_dialect:
         sample = dialect_sample(task, length, seed=seed, max_questions=num_queries)
