@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvselect import Dense, KVCache, Policy, attach, decode_step, policy_from_dict
+from kvselect import Dense, KVCache, Policy, decode_step, policy_from_dict
 from kvselect.eval.checkpoint import EMBEDDED, embedded_model_path, load_checkpoint
 from kvselect.eval.request import parse_policies
 from kvselect.eval.results import Length
 from kvselect.eval.runner import Request, run
 from kvselect.eval.tasks import TASKS
+from kvselect.integrations.hf import attach
 from kvselect.policies.base import POLICIES
 from kvselect.testing import make_qkv, rel_err
 
