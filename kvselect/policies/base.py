@@ -430,7 +430,7 @@ def require_listed_reads(policy: Policy) -> None:
     reason = policy.reads_unlisted
     allowed = (
         f"None with this {type(policy).__name__} ({reason}); 'cpu' goes with StreamingLLM, and "
-        "with TokenSelect that has a sketch and no num_segments, InfLLM, Landmark(attention='joint')"
+        "with TokenSelect that has a sketch and no num_segments, InfLLM, joint Landmark"
     )
     require(reason is None, "keep", "cpu", allowed)
 

@@ -22,7 +22,7 @@ struct SelectTokensParams {
         hit;  // [batch, num_lists] non-zero: only append the newest token to the list; or nullptr
     int32_t* ranking;  // CUDA: what score_tokens counted with the same blocks, keep and pool_width
                        // 1, used up; or nullptr
-    int32_t* indices;      // [batch, num_blocks, num_lists, width] ascending positions, -1 pads
+    int32_t* indices;  // [batch, num_blocks, num_lists, width] ascending positions, -1 pads
     int32_t* topk_length;  // [batch, num_blocks, num_lists]
     float* kept_score;     // [batch, num_blocks, num_lists] sum of the scores of all listed tokens;
                            // NaN on a hit
