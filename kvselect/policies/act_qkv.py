@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -12,23 +11,19 @@ from kvselect.arguments import require_compact_rope
 from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_choice, require_float, require_int
-from kvselect.crossovers import Crossover
+from kvselect.checks import require, require_choice, require_float
 from kvselect.policies.base import (
-    Policy,
     PolicyState,
     longest_block,
     register_policy,
-    require_listed_reads,
     visible_tokens,
 )
+from kvselect.policies.block_policy import BlockState, WindowedBlocks
 from kvselect.policies.budgets import share_out
 from kvselect.policies.pooled_blocks import candidate_blocks, cosine_scores, only_best, pooled
 from kvselect.policies.probe_query import QueryMoments
 from kvselect.policies.query_aggregation import probe_vectors
-from kvselect.policies.token_settings import require_layers
-from kvselect.queries import Phase, Queries
-from kvselect.rope import Rope
+from kvselect.queries import Queries
 from kvselect.selection import Selection
 from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
@@ -37,20 +32,9 @@ __all__ = ["ActQKV"]
 GRANULE = 4  # blocks: what the counts of a pool are rounded to
 
 
-@dataclass(slots=True, eq=False)
-class ActQKVState(PolicyState):
-    """`PolicyState` and the mean key of each block."""
-
-    blocks: BlockStatistics = field(default_factory=lambda: BlockStatistics(1))
-
-    def take_over(self, before: PolicyState) -> None:
-        if isinstance(before, ActQKVState):
-            self.blocks = before.blocks
-
-
 @register_policy
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ActQKV(Policy):
+class ActQKV(WindowedBlocks):
     """The blocks most like a probe of the queries; flat layers take more of them than peaked ones.
 
     ``score[B] = mean_h cos(probe[h], mean key of B)``, ``probe = sum_t w[t] q[t]`` with weights in
@@ -112,17 +96,13 @@ class ActQKV(Policy):
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("topk_blocks", "block_size", "num_recent_tokens", "chunk_size"):
-            require_int(getattr(self, name), name, 1)
-        require_int(self.q_block_size, "q_block_size", 1)
-        require_int(self.num_sink_tokens, "num_sink_tokens", 0)
+        self.require_counts()
         require_choice(self.scope, "scope", ("layer", "kv_head"))
         require_choice(self.probe_statistics, "probe_statistics", ("window", "running"))
         require_choice(self.layer_budget, "layer_budget", ("entropy_pool", "fixed"))
         require_choice(self.positions, "positions", ("original", "compact"))
         weight = require_float(self.question_weight, "question_weight", "a float >= 0")
         require(weight >= 0.0, "question_weight", self.question_weight, "a float >= 0")
-        require_layers(self.dense_layers)
 
     @classmethod
     def at_budget(cls, budget: int) -> ActQKV:
@@ -152,19 +132,7 @@ class ActQKV(Policy):
 
     @property
     def most_blocks(self) -> int:
-        """That a layer may pick."""
         return self.topk_blocks * (2 if self.layer_budget == "entropy_pool" else 1)
-
-    @property
-    def num_sink_blocks(self) -> int:
-        """Blocks with a sink in them."""
-        return -(-self.num_sink_tokens // self.block_size)
-
-    @property
-    def capacity(self) -> int:
-        longest = self.num_recent_tokens + self.q_block_size
-        window = (longest + self.block_size - 2) // self.block_size + 1
-        return (self.num_sink_blocks + self.most_blocks + window) * self.block_size
 
     @property
     def reads_unlisted(self) -> str | None:
@@ -176,25 +144,12 @@ class ActQKV(Policy):
             return "layer_budget='entropy_pool' draws by the mean over all heads; scope='layer' can"
         return None
 
-    def new_state(
-        self, cache: KVCache, crossovers: Mapping[int, Crossover] | None = None
-    ) -> ActQKVState:
-        if cache.keep is not None:
-            require_listed_reads(self)
-        blocks = BlockStatistics(self.block_size, ("moments",))
-        return ActQKVState(self, crossovers=crossovers, blocks=blocks)
-
-    def update(self, state: PolicyState, cache: KVCache) -> None:
-        assert isinstance(state, ActQKVState)
-        state.blocks.follow(cache)
-
-    def is_dense(self, phase: Phase, begin: int, end: int, rope: Rope | None) -> bool:
-        before_window = (end if phase == "decode" else begin) - self.num_recent_tokens
-        return before_window // self.block_size <= self.num_sink_blocks + self.topk_blocks
+    def new_statistics(self) -> BlockStatistics:
+        return BlockStatistics(self.block_size, ("moments",))
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """The best blocks of every query block, with sinks and window; None where that is all."""
-        assert isinstance(state, ActQKVState)
+        assert isinstance(state, BlockState)
         if self.positions == "compact":
             require_compact_rope(queries.rope, self.capacity)
         visible, statistics = visible_tokens(queries, cache), state.statistics(queries.phase)

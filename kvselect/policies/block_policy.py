@@ -119,6 +119,11 @@ class WindowedBlocks(BlockPolicy):
             require_int(layer, "dense_layers", 0, "layer indices >= 0")
 
     @property
+    def most_blocks(self) -> int:
+        """Most blocks that one list picks."""
+        return self.topk_blocks
+
+    @property
     def num_sink_blocks(self) -> int:
         """Blocks with a sink in them."""
         return -(-self.num_sink_tokens // self.block_size)
@@ -128,7 +133,7 @@ class WindowedBlocks(BlockPolicy):
         """Sinks, picked blocks, and the window of a query block, in whole blocks."""
         longest = self.num_recent_tokens + self.q_block_size
         window = (longest + self.block_size - 2) // self.block_size + 1
-        return (self.num_sink_blocks + self.topk_blocks + window) * self.block_size
+        return (self.num_sink_blocks + self.most_blocks + window) * self.block_size
 
     @property
     def reads_unlisted(self) -> str | None:
