@@ -555,11 +555,13 @@ __device__ void clear_ranking(const ScoreTokensParams& p, const Item& item) {
     for (int i = static_cast<int>(threadIdx.x); i < kRankingWords; i += kThreads) words[i] = 0;
 }
 
-// Writes the tile's scores, `score_of(i)` for its i-th token, and counts its candidates.
+// Writes the tile's scores, `score_of(i)` for its i-th token, and counts its candidates. Not
+// inlined: once a tile a call costs nothing, and the loop before it spills without (float16,
+// head_dim 128).
 template <typename ScoreOf>
-__device__ __forceinline__ void write_scores(const ScoreTokensParams& p, const Item& item,
-                                             int64_t num_tiles, float* scores,
-                                             const ScoreOf& score_of) {
+__device__ __attribute__((noinline)) void write_scores(const ScoreTokensParams& p, const Item& item,
+                                                       int64_t num_tiles, float* scores,
+                                                       const ScoreOf& score_of) {
     static_assert(kThreads == kRankingThreads, "all threads count");
     const int64_t left = item.visible_end - item.begin;
     TopCounts counts;
