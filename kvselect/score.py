@@ -23,6 +23,7 @@ from kvselect.sketch import op_format
 __all__ = ["new_ranking", "score_tokens"]
 
 RANKING_WORDS = 8 + 4096  # csrc/include/kvselect/ranking.h
+MAX_RANKED_COLUMNS = 16  # kMaxKeptColumns of csrc/cuda/score_tokens.cu
 
 SCOPES = ("kv_head", "layer")
 VOTES = ("sum_vote", "max_vote")
@@ -131,17 +132,23 @@ def score_tokens(
     return scores[:, 0]
 
 
-def new_ranking(shape: tuple[int, int, int], device: torch.device) -> Tensor | None:
-    """Room for what the vote counts on its way, so that the selection need not; None on a CPU.
+def new_ranking(q: Tensor, num_kv_heads: int) -> Tensor | None:
+    """Room for what the vote counts on its way, so that the selection need not.
+
+    None on a CPU, and where a list has more than 16 columns (scoring vectors times query heads, by
+    fours): in prefill, mostly. The kernel that votes for them has no registers left.
 
     Parameters
     ----------
-    shape : tuple of int
-        [batch, num_blocks, num_kv_heads]: a list per KV head.
+    q : Tensor
+        As `score_blocks` takes it; a list per KV head.
     """
-    if device.type != "cuda":
+    batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
+    columns = num_vectors * -(-(num_q_heads // num_kv_heads) // 4) * 4
+    if q.device.type != "cuda" or columns > MAX_RANKED_COLUMNS:
         return None
-    return torch.empty((*shape, RANKING_WORDS), dtype=torch.int32, device=device)
+    shape = (batch, num_blocks, num_kv_heads, RANKING_WORDS)
+    return torch.empty(shape, dtype=torch.int32, device=q.device)
 
 
 def score_blocks(

@@ -25,6 +25,7 @@ from kvselect import (
 )
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.lru_slots import LruSlots, Taken
+from kvselect.score import RANKING_WORDS, new_ranking
 from kvselect.tiered_rows import TieredRows
 
 SMALL: dict[str, Any] = {"topk": 64, "num_sink_tokens": 16, "num_recent_tokens": 128}
@@ -206,7 +207,8 @@ def test_the_vote_counts_for_the_selection_where_it_ranks_by_its_scores(
 ) -> None:
     asked: list[tuple[int, ...]] = []
     monkeypatch.setattr(
-        "kvselect.policies.soft_vote.new_ranking", lambda shape, device: asked.append(shape)
+        "kvselect.policies.soft_vote.new_ranking",
+        lambda q, num_kv_heads: asked.append((*q.shape[:2], num_kv_heads)),
     )
     policy = TokenSelect(**SMALL, **settings)
     cache = KVCache(1, 2, 64, sketch="int4")
@@ -219,3 +221,20 @@ def test_the_vote_counts_for_the_selection_where_it_ranks_by_its_scores(
     cache.append(k[:, :1], k[:, :1])
     decode_step(q[:, :1], cache, policy, state)
     assert asked == ([(1, 1, 2)] if "decode" in counts else [])
+
+
+@pytest.mark.parametrize(
+    ("num_vectors", "num_q_heads", "ranked"),
+    [(1, 8, True), (1, 32, True), (1, 34, False), (4, 8, True), (8, 8, False), (2, 10, True)],
+)
+def test_the_vote_counts_for_sixteen_columns(
+    num_vectors: int, num_q_heads: int, ranked: bool
+) -> None:
+    """By fours, as its products are; the kernel for more has no registers left."""
+    with fake_cuda():
+        q = torch.zeros(2, 3, num_vectors, num_q_heads, 64, device="cuda")
+        found = new_ranking(q, 2)
+        assert (None if found is None else tuple(found.shape)) == (
+            (2, 3, 2, RANKING_WORDS) if ranked else None
+        )
+    assert new_ranking(torch.zeros(1, 1, 1, 8, 64), 2) is None

@@ -555,13 +555,11 @@ __device__ void clear_ranking(const ScoreTokensParams& p, const Item& item) {
     for (int i = static_cast<int>(threadIdx.x); i < kRankingWords; i += kThreads) words[i] = 0;
 }
 
-// Writes the tile's scores, `score_of(i)` for its i-th token, and counts its candidates. Not
-// inlined: once a tile a call costs nothing, and the loop before it spills without (float16,
-// head_dim 128).
+// Writes the tile's scores, `score_of(i)` for its i-th token, and counts its candidates.
 template <typename ScoreOf>
-__device__ __attribute__((noinline)) void write_scores(const ScoreTokensParams& p, const Item& item,
-                                                       int64_t num_tiles, float* scores,
-                                                       const ScoreOf& score_of) {
+__device__ __forceinline__ void write_scores(const ScoreTokensParams& p, const Item& item,
+                                             int64_t num_tiles, float* scores,
+                                             const ScoreOf& score_of) {
     static_assert(kThreads == kRankingThreads, "all threads count");
     const int64_t left = item.visible_end - item.begin;
     TopCounts counts;
@@ -722,7 +720,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
         if (!shared.any_dropped) break;
     }
     if (voting) {
-        write_scores(p, item, num_tiles, scores, [&](int i) { return shared.score[i]; });
+        const int64_t left = item.visible_end - item.begin;
+        for (int i = thread; i < kTileTokens && i < left; i += kThreads)
+            scores[item.begin + i] = shared.score[i];
     } else if (warp == 0) {
         int count = 0;
         for (int i = at.lane; i < kTileTokens; i += kWarpSize) count += shared.dropped[i];
@@ -821,6 +821,9 @@ int64_t score_tokens_workspace_bytes(const ScoreTokensParams& p) {
 
 void score_tokens(const ScoreTokensParams& p, void* workspace, const CudaLaunch& where) {
     const Sizes sizes = sizes_of(p);
+    // The kernel that makes logits again has no registers left for it.
+    KVS_CHECK(!p.ranking || sizes.kept, "ranking: got a tensor with ", sizes.padded,
+              " columns of scores, allowed: none beyond ", kMaxKeptColumns);
     Workspace w{};
     w.columns = columns_of(p);
     w.num_tiles = sizes.tiles;

@@ -71,7 +71,7 @@ def soft_vote(
     ranking = None
     # With "block_end" tokens that a block does not see may be candidates: the vote counts none.
     if rank and len(parts) == 1 and not shared and rule != "block_end":
-        ranking = new_ranking((cache.batch, parts[0].q.shape[1], num_kv_heads), cache.device)
+        ranking = new_ranking(parts[0].q, num_kv_heads)
     scores, counts = [], []
     for part in parts:
         offsets = queries.q_block_offsets

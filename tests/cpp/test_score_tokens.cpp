@@ -115,6 +115,8 @@ struct Scored {
 // alone.
 void select_from_ranking(const cpu::Implementation& ops, ScoreTokensParams p, int line) {
     if (&ops != &cuda_emulated_implementation()) return;
+    const int64_t group = p.num_q_heads / p.num_kv_heads, sets = p.max_vote ? p.num_vectors : 1;
+    if (sets * ((p.num_vectors * group / sets + 3) / 4 * 4) > 16) return;  // logits are not kept
     const int64_t lists = p.blocks.batch * p.blocks.num_blocks * p.num_kv_heads;
     std::vector<float> scores(lists * p.max_seqlen_k, -3.f),
         lse(p.blocks.batch * p.blocks.num_blocks * p.num_vectors * p.num_q_heads);
