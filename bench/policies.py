@@ -162,7 +162,8 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(lengths), squeeze=False)[0]
     methods = list(dict.fromkeys(row.method for row in rows if row.policy != policies.DENSE))
-    markers = "osD^vPX<>*hp"
+    markers = "osD^vPX<>dhp"
+    colours = [*(f"C{number}" for number in range(10)), "black", "navy"]
     for axes, tokens in zip(panels, lengths):
         for number, method in enumerate(methods):
             points = sorted(
@@ -171,7 +172,7 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
                 if row.tokens == tokens and row.method == method and row.kept_mass is not None
             )
             if points:
-                style = {"marker": markers[number % len(markers)], "color": f"C{number % 10}"}
+                style = {"marker": markers[number % len(markers)], "color": colours[number % 12]}
                 axes.plot(*zip(*points), label=method, markeredgecolor="white", **style)
         axes.axhline(1.0, color="#4d4d4d", linewidth=1)
         axes.text(0.01, 1.03, "dense", fontsize=8, color="#4d4d4d")
