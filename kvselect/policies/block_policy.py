@@ -10,11 +10,12 @@ from torch import Tensor
 
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
-from kvselect.checks import require_int, require_type
+from kvselect.checks import require_int
 from kvselect.crossovers import Crossover
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, require_listed_reads
 from kvselect.policies.budgets import share_out
+from kvselect.policies.token_settings import require_layers
 from kvselect.queries import Phase
 from kvselect.rope import Rope
 
@@ -114,9 +115,7 @@ class WindowedBlocks(BlockPolicy):
             require_int(getattr(self, name), name, 1)
         require_int(self.q_block_size, "q_block_size", 1)
         require_int(self.num_sink_tokens, "num_sink_tokens", 0)
-        require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
-        for layer in self.dense_layers:
-            require_int(layer, "dense_layers", 0, "layer indices >= 0")
+        require_layers(self.dense_layers)
 
     @property
     def most_blocks(self) -> int:

@@ -9,10 +9,11 @@ from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_scores import signed_parts, soft_votes
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
-from kvselect.checks import require_int, require_type
+from kvselect.checks import require_int
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
 from kvselect.policies.block_policy import BlockPolicy, BlockState
 from kvselect.policies.budgets import share_out
+from kvselect.policies.token_settings import require_layers
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
@@ -64,9 +65,7 @@ class Quest(BlockPolicy):
     def __post_init__(self) -> None:
         require_int(self.page_size, "page_size", 1)
         require_int(self.token_budget, "token_budget", 1)
-        require_type(self.dense_layers, tuple, "dense_layers", "a tuple of layer indices")
-        for layer in self.dense_layers:
-            require_int(layer, "dense_layers", 0, "layer indices >= 0")
+        require_layers(self.dense_layers)
 
     @classmethod
     def at_budget(cls, budget: int) -> Quest:
