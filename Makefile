@@ -26,8 +26,11 @@ endif
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
 
+# Where pytest-xdist is (a .venv has it), on at most eight processes; each takes 1 to 2 GB.
+IN_PARALLEL = $$($(PY) -c "import xdist; print('-n auto --maxprocesses 8')" 2>/dev/null)
+
 test: build/.built-$(KIND)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q $(IN_PARALLEL)
 
 # 10,000 random lives of a cache against transformers' own; minutes.
 test-long: build/.built-$(KIND)
@@ -68,7 +71,8 @@ cpp-test: $(READY)
 	$(CMAKE_CONFIGURE) -B build/cpp-test -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1" \
 	    -DKVSELECT_MODULES=OFF -DKVSELECT_CPP_TESTS=ON -DKVSELECT_SANITIZE=ON -DKVSELECT_WERROR=ON
 	cmake --build build/cpp-test --parallel $(JOBS)
-	build/cpp-test/tests/cpp/kvselect_tests
+	for part in $$(seq 0 $$(($(JOBS) - 1))); do echo --part $$part/$(JOBS); done \
+	    | xargs -P $(JOBS) -L 1 build/cpp-test/tests/cpp/kvselect_tests
 
 # Compiles and links every .cu for all architectures, then prints what each kernel takes; needs nvcc, but neither a GPU
 # nor a CUDA build of torch.
