@@ -4,8 +4,12 @@ Every registered method that has a budget, at several, in two places. On a layer
 (simulated): time of a decode step and of a prompt's last chunk over our dense attention's in the
 same run, attention mass kept, output error, bytes, memory. On the embedded model, inside and beyond
 its trained window: scores of all tasks under context *and* question processed by the method, with
-the difference to Dense on the same questions. Methods that renumber positions ("compact") take part
-once more in that form; beyond the window only these can answer.
+the difference to Dense on the same questions. There methods take part in all their forms: those
+that renumber positions ("compact"; beyond the window only these can answer), and evictions that act
+before they see the question ("next_call").
+
+Methods that no budget of tokens sizes are named with their settings by ``--also``. Those that flow
+through the layers of a model take part in the second place only.
 """
 
 from __future__ import annotations
@@ -31,11 +35,13 @@ from kvselect.bench.request import (
 from kvselect.bench.results import as_row, print_table, save
 from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
-from kvselect.eval.request import parse_lengths
+from kvselect.eval.request import parse_lengths, parse_policies
 from kvselect.eval.results import Results
 from kvselect.eval.tasks import TASKS
 from kvselect.policies.base import Policy
 
+FORMS = {"positions": "original", "evict_at": "decode"}  # setting -> the value that is not named
+ALSO = "ada_spa:sparsity=0.8,sp_atten:mean_pruned=0.5,sp_atten:mean_pruned=0.5,cascade=hard"
 MASSES = (0.5, 0.7, 0.8, 0.9)
 LAYER_COLUMNS = [
     "policy",
@@ -74,18 +80,18 @@ def layer_table(rows: Sequence[policies.PolicyRow], tokens: int) -> None:
     )
 
 
-def with_compact(found: Mapping[str, Policy]) -> dict[str, Policy]:
-    """The policies, and those that have a setting ``positions`` in all forms that it has."""
-    both: dict[str, Policy] = {}
+def in_all_forms(found: Mapping[str, Policy]) -> dict[str, Policy]:
+    """The policies, and those that have a setting of `FORMS` with every value of it."""
+    every: dict[str, Policy] = {}
     for label, policy in found.items():
-        both[label] = policy
+        every[label] = policy
         fields = {setting.name for setting in dataclasses.fields(policy)}
-        forms = get_args(get_type_hints(type(policy))["positions"]) if "positions" in fields else ()
-        for form in forms:
-            settings: Any = {"positions": form}
-            name = label if form == "original" else f"{label} {form}"
-            both[name] = dataclasses.replace(policy, **settings)
-    return both
+        for name, unnamed in FORMS.items():
+            for form in get_args(get_type_hints(type(policy))[name]) if name in fields else ():
+                settings: Any = {name: form}
+                labelled = label if form == unnamed else f"{label} {form}"
+                every[labelled] = dataclasses.replace(policy, **settings)
+    return every
 
 
 def answers(options: Any, found: Mapping[str, Policy]) -> Results:
@@ -94,7 +100,7 @@ def answers(options: Any, found: Mapping[str, Policy]) -> Results:
     request = runner.Request(
         tasks=tuple(task for task in TASKS.values() if task.draw is not None),
         lengths=parse_lengths(options.windows, checkpoint.window_tokens),
-        policies=with_compact(found),
+        policies=in_all_forms(found),
         samples=options.samples,
         max_contexts=options.max_contexts,
         timed_steps=1,
@@ -205,6 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--policies", nargs="+", metavar="CLASS", help="classes, such as Quest (default: all)"
     )
+    parser.add_argument(
+        "--also",
+        default=ALSO,
+        metavar="POLICIES",
+        help=f"with settings, as kvselect eval reads them ({ALSO})",
+    )
     parser.add_argument("--budgets", default="512,1k,2k,4k", help="of the layer (512,1k,2k,4k)")
     parser.add_argument("--chunk-tokens", type=int, default=512)
     parser.add_argument("--model", default=EMBEDDED, help="of the second part")
@@ -226,9 +238,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "max_contexts": 1,
     }
     options = parse(parser, arguments, quick=quick)
+    also = parse_policies([options.also]) if options.also else {}
+    of_layer = {label: policy for label, policy in also.items() if not policy.flows_between_layers}
+    budgets = parse_counts(options.budgets, "budgets")
     request = policies.PoliciesRequest(
         tokens=parse_counts(options.tokens, "tokens"),
-        policies=policies.budgeted(options.policies, parse_counts(options.budgets, "budgets")),
+        policies=policies.budgeted(options.policies, budgets) | of_layer,
         shape=shape_of(options),
         chunk_tokens=options.chunk_tokens,
         rounds=options.rounds,
@@ -238,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     on_model = policies.budgeted(
         options.policies, parse_counts(options.model_budgets, "model-budgets")
     )
+    on_model |= also
     with progress_bar() as on_progress:
         rows = policies.run(request, on_progress)
     for tokens in request.tokens:

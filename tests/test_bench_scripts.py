@@ -367,14 +367,17 @@ def test_tier(tmp_path: Path) -> None:
 
 
 def test_policies(tmp_path: Path) -> None:
-    small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM")
-    rows = quick("policies", tmp_path, *small)
+    small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM", "SnapKV")
+    also = ("ada_spa:sparsity=0.5,dense_prefill_tokens=0", "sp_atten:mean_pruned=0.5")
+    rows = quick("policies", tmp_path, *small, "--also", ",".join(also))
     layer = [row for row in rows if row["part"] == "layer"]
+    named = [entry.replace(":", " ").replace(",", " ") for entry in also]
     assert [row["policy"] for row in layer] == [
         *("Dense", "TokenSelect 512", "TokenSelect 1024"),
-        *("StreamingLLM 512", "StreamingLLM 1024"),
+        *("StreamingLLM 512", "StreamingLLM 1024", "SnapKV 512", "SnapKV 1024"),
+        named[0],  # a cascade has no single layer
     ]
-    dense, few, more, window, _ = layer
+    dense, few, more, window = layer[:4]
     assert dense["kept_mass"] == 1.0 and dense["output_error"] < 1e-4
     assert window["kept_mass"] < few["kept_mass"] < more["kept_mass"] < 1.0
     assert dense["output_error"] < more["output_error"] < window["output_error"]
@@ -384,6 +387,7 @@ def test_policies(tmp_path: Path) -> None:
     assert set(asked) == {
         *("Dense", "TokenSelect 228", "TokenSelect 228 compact"),
         *("StreamingLLM 228", "StreamingLLM 228 compact"),
+        *("SnapKV 228", "SnapKV 228 next_call", *named),
     }
     assert asked["Dense"]["score"] > 0.9 > asked["StreamingLLM 228"]["score"]
     assert (tmp_path / "policies.png").stat().st_size > 10_000

@@ -126,6 +126,65 @@ def test_a_budget_for_everything_is_dense(kind: type[Any], group: int) -> None:
 
 
 @pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("seqlen_q", [1, 6])
+def test_next_call_drops_before_the_question_is_read(kind: type[Any], seqlen_q: int) -> None:
+    kept = []
+    for seed in (0, 5):  # of the question
+        run = Run(small(kind, evict_at="next_call"), starts=[0, 4])
+        assert run.cache.rows is None
+        run.seed = seed
+        q = run.append(seqlen_q)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = prefill(q, run.cache, run.policy, run.state)[0]
+        found = run.kept()
+        assert found.topk_length.tolist() == [[32 + seqlen_q] * HEADS] * 2
+        for row, length in enumerate(run.seqlens):
+            listed = found.indices[row, :, : 32 + seqlen_q]
+            # The question, and the recent tokens of the prompt.
+            expected = torch.arange(length - 9, length + seqlen_q, dtype=torch.int32)
+            assert torch.equal(listed[:, -9 - seqlen_q :], expected.expand(HEADS, -1))
+        kept.append(found.indices[..., :32])
+        for j in range(seqlen_q):  # causal: query j sees what is kept, and the question up to it
+            later = seqlen_q - 1 - j
+            seen = Selection(
+                found.indices[..., : 32 + j + 1].contiguous(), found.topk_length - later
+            )
+            one = reference.sparse_attention(q[:, j : j + 1], run.whole, seen)[0]
+            assert rel_err(out[:, j : j + 1], one) <= 2e-6
+        q, out = run.step()
+        assert rel_err(out, reference.sparse_attention(q, run.whole, run.kept())[0]) <= 2e-6
+        run.cache.crop(seqlen_q + 1)  # another question may be asked
+        assert run.cache.num_real_tokens == (120, 86)
+        run.whole.crop(seqlen_q + 1)
+        q = run.append(2)
+        prefill(q, run.cache, run.policy, run.state)
+        assert torch.equal(run.kept().indices[..., :32], kept[-1])
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_next_call_at_full_budget_is_dense(kind: type[Any]) -> None:
+    run = Run(small(kind, topk=200, evict_at="next_call"))
+    q = run.append(5)
+    out = prefill(q, run.cache, run.policy, run.state)[0]
+    assert run.cache.rows is not None
+    assert rel_err(out, reference.sparse_attention(q, run.whole)[0]) <= 2e-6
+
+
+def test_no_more_can_be_cropped_than_every_head_has() -> None:
+    """A state that never saw the prompt protects the recent tokens, the newest among them."""
+    run = Run(small(SnapKV))
+    run.state = run.policy.new_state(run.cache)
+    run.step()
+    with pytest.raises(
+        ValueError, match=r"num_tokens: got 10, allowed: 0\.\.9 \(tokens at the end"
+    ):
+        run.cache.crop(10)
+    run.cache.crop(9)
+
+
+@pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_is_attended_exactly(kind: type[Any], dtype: torch.dtype) -> None:
     run = Run(small(kind), starts=[0, 4], dtype=dtype)
@@ -417,6 +476,7 @@ def test_keys_are_compared_before_their_rotation() -> None:
         (SnapKV, {"num_sink_tokens": -1}, ValueError, "num_sink_tokens: got -1"),
         (SnapKV, {"num_recent_tokens": 0}, ValueError, "num_recent_tokens: got 0"),
         (SnapKV, {"num_window_queries": 0}, ValueError, "num_window_queries: got 0"),
+        (SnapKV, {"evict_at": "once"}, ValueError, "evict_at: got 'once', allowed: 'decode' or"),
         (SnapKV, {"pool_width": 4}, ValueError, "pool_width: got 4"),
         (SnapKV, {"budgets": "row"}, ValueError, "budgets: got 'row'"),
         (Coverage, {"alpha": -0.5}, ValueError, "alpha: got -0.5"),

@@ -118,6 +118,25 @@ def test_a_session_reads_the_context_again_for_every_question() -> None:
         assert session.audit.take() == []  # what is gone has no mass
 
 
+def test_a_session_that_drops_before_the_question_reads_the_context_once() -> None:
+    model = hf_models.model("llama")
+    context, question = hf_models.tokens(1, 90)[0], hf_models.tokens(1, 5, seed=2)[0]
+    other = hf_models.tokens(1, 7, seed=3)[0]
+    policy = small(SnapKV, evict_at="next_call")
+    with Session("evicts", model, policy) as session, torch.no_grad():
+        session.prefill(context)
+        answers, kept = [], []
+        for asked in (question, other, question):
+            answers.append(session.step(asked))
+            assert all(layer.has_dropped for layer in session.cache.layers)
+            session.crop_to(90)
+            assert all(layer.has_dropped for layer in session.cache.layers)
+            assert session.cache.get_seq_length() == 90
+            kept.append([layer.cache.listed().indices for layer in session.cache.layers])
+        assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
+        assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1]))
+
+
 def test_explain_refuses_what_it_would_get_wrong() -> None:
     with pytest.raises(ValueError, match="policy: got 'SnapKV', allowed: a policy that drops no"):
         explain(hf_models.model("llama"), small(SnapKV), hf_models.tokens(1, 60))

@@ -166,11 +166,13 @@ class Session:
     def crop_to(self, num_tokens: int) -> None:
         """Forget everything after the context.
 
-        A cache that dropped tokens cannot go back: it reads the context again, so that an eviction
-        meets every question as the first.
+        A cache whose tokens were dropped with the question in sight reads the context again, so
+        that an eviction meets every question as the first.
         """
         surplus = self.cache.get_seq_length() - num_tokens
-        if any(getattr(layer, "has_dropped", False) for layer in self.cache.layers):
+        saw_question = getattr(self.policy, "evict_at", None) == "decode"
+        dropped = any(getattr(layer, "has_dropped", False) for layer in self.cache.layers)
+        if dropped and saw_question:
             assert self._context is not None and len(self._context) == num_tokens
             self.prefill(self._context)
         elif surplus > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from kvselect.attention import attend_queries
 from kvselect.block_masks import BlockMask
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_float, require_int, require_type
+from kvselect.checks import require, require_choice, require_float, require_int, require_type
 from kvselect.crossovers import Crossover
 from kvselect.evictable_cache import EvictableKVCache
 from kvselect.fixed_cache import FixedKVCache
@@ -93,12 +93,12 @@ class EvictionState(PolicyState):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionPolicy(Policy):
-    """Base of methods that act once, at the first decode step after a prefill.
+    """Base of methods that act once, when the prompt has been read.
 
-    Prefill is dense. The step keeps, in every KV head, sinks, recent tokens, all tokens outside of
-    the span, and ``topk`` tokens of the span that `choose` names; the others leave the cache, which
-    must be an `EvictableKVCache` (`attach` makes one). Later tokens are all kept and a later prompt
-    finds only what was kept: a warning says so once.
+    Prefill is dense. Then every KV head keeps sinks, recent tokens, all tokens outside of the span,
+    and ``topk`` tokens of the span that `choose` names; the others leave the cache, which must be
+    an `EvictableKVCache` (`attach` makes one). Later tokens are all kept and a later prompt finds
+    only what was kept: with ``evict_at="decode"`` a warning says so once.
 
     Parameters
     ----------
@@ -113,6 +113,11 @@ class EvictionPolicy(Policy):
         Protected tokens at either end of the prompt.
     num_window_queries : int
         Last queries of the prompt whose attention weights methods may ask for.
+    evict_at : "decode" or "next_call"
+        "decode": at the first decode step, so that a question that ends the prompt is read over all
+        of it. "next_call": before whatever follows the first call is read, so that a question finds
+        what was kept without knowing it; a prompt that comes in several calls loses tokens after
+        the first of them.
     """
 
     revocable: ClassVar[bool] = False
@@ -125,6 +130,7 @@ class EvictionPolicy(Policy):
     num_sink_tokens: int = 16
     num_recent_tokens: int = 64
     num_window_queries: int = 32
+    evict_at: Literal["decode", "next_call"] = "decode"
 
     def __post_init__(self) -> None:
         require_int(self.topk, "topk", 0)
@@ -139,6 +145,7 @@ class EvictionPolicy(Policy):
         require_int(self.num_sink_tokens, "num_sink_tokens", 0)
         require_int(self.num_recent_tokens, "num_recent_tokens", 1)
         require_int(self.num_window_queries, "num_window_queries", 1)
+        require_choice(self.evict_at, "evict_at", ("decode", "next_call"))
 
     @property
     def dense_prefill(self) -> bool:
@@ -177,7 +184,7 @@ class EvictionPolicy(Policy):
         assert isinstance(cache, EvictableKVCache)
         if cache.rows is None:
             state.follow_rows(cache)
-        if queries.phase == "decode" and cache.rows is None:
+        if cache.rows is None and self._is_due(queries, cache):
             self._evict(state, queries, cache)
         elif queries.phase == "prefill" and cache.rows is None:
             last = queries.q[:, -self.num_window_queries :]
@@ -185,7 +192,7 @@ class EvictionPolicy(Policy):
             if before is not None and before.shape[0] == last.shape[0]:
                 last = torch.cat((before, last), 1)[:, -self.num_window_queries :]
             state.keep_window(last.clone(), cache)
-        elif queries.phase == "prefill" and not state.warned:
+        elif self.evict_at == "decode" and queries.phase == "prefill" and not state.warned:
             state.warned = True
             warnings.warn(
                 f"kvselect: {type(self).__name__} dropped tokens before this prompt came; it "
@@ -226,6 +233,11 @@ class EvictionPolicy(Policy):
             batch, num_kv_heads, head_dim, dtype=dtype, device=device, capacity=capacity
         )
 
+    def _is_due(self, queries: Queries, cache: EvictableKVCache) -> bool:
+        if self.evict_at == "decode":
+            return queries.phase == "decode"
+        return max(cache.num_real_tokens, default=0) > queries.seqlen_q  # something came before
+
     def _evict(self, state: EvictionState, queries: Queries, cache: EvictableKVCache) -> None:
         window = queries.q if state.window is None else state.window
         if window.shape[0] != cache.batch:  # rows came or went since
@@ -250,7 +262,7 @@ class EvictionPolicy(Policy):
         place = torch.arange(cache.max_seqlen, dtype=torch.int32, device=cache.device)
         listed = place.where(masks, cache.max_seqlen).sort(2).values[..., :width]
         listed = listed.where(listed < cache.max_seqlen, -1)
-        cache.evict(listed, lengths.int(), self.num_recent_tokens + queries.seqlen_q)
+        cache.evict(listed, lengths.int(), self.num_recent_tokens + newer)
         state.window = None
 
     def _span(
