@@ -120,6 +120,16 @@ class BlockStatistics:
         """Bytes held, with room not yet used."""
         return sum(table.nbytes for table in self._tables.values())
 
+    def bytes_of(self, num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """`nbytes` of one row of so many tokens, without room to grow."""
+        each = self._block_size + 4  # finite, num_finite
+        each += 2 * itemsize * head_dim * ("min_max" in self._kinds)
+        each += 8 * head_dim * ("moments" in self._kinds)
+        each += 4 * head_dim * ("mean_value" in self._kinds)
+        if self._num_representatives:
+            each += 4 * self._block_size + 4 * head_dim  # received, representatives
+        return -(-num_tokens // self._block_size) * num_kv_heads * each
+
     @property
     def scored_nbytes(self) -> int:
         """Bytes by which the blocks that are there are scored: what a step reads of the tables."""

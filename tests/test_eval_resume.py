@@ -9,16 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kvselect import StreamingLLM, TokenSelect, cli
 from kvselect.eval import checkpoint, memory, runner
 from kvselect.eval.journal import Journal, keep_aside
 from kvselect.eval.memory import available_bytes, estimate, in_units
-from kvselect.eval.results import load_results
+from kvselect.eval.request import parse_policy
+from kvselect.eval.results import Length, load_results
+from kvselect.policies.block_policy import BlockState
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECT = "token_select:topk=8,sketch=none,num_recent_tokens=16,positions=compact"
@@ -283,6 +287,47 @@ def test_lengths_beyond_memory_are_refused_with_the_number(
     assert error.count("\n") == 1 and not out.exists()
 
 
+@pytest.mark.parametrize("text", ["quest", "landmark:attention=residual", "inf_llm", "act_qkv"])
+def test_what_blocks_remember_is_estimated_exactly(text: str) -> None:
+    policy = parse_policy(text)
+    cache = policy.new_cache(1, 2, 64, dtype=torch.bfloat16)
+    keys = torch.zeros(1, 5000, 2, 64, dtype=torch.bfloat16)
+    cache.append(keys, keys)
+    state = policy.new_state(cache)
+    policy.update(state, cache)
+    sizes = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "itemsize": 2}
+    remembered, momentary = policy.extra_bytes(5000, **sizes)
+    assert isinstance(state, BlockState) and momentary == 0
+    assert remembered <= state.blocks.nbytes <= 1.5 * remembered  # room to grow
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("snap_kv", True), ("max_min", True), ("coverage", False)]
+)
+def test_an_eviction_that_compares_all_tokens_is_refused_at_length(
+    name: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 8_000_000_000)
+    lengths, policies = [Length(label="64k", tokens=65536)], {name: parse_policy(name)}
+    embedded = checkpoint.load_checkpoint("embedded")
+    with (
+        nullcontext()
+        if fits  # 16 bytes for each of 65,536 ** 2 pairs
+        else pytest.raises(
+            ValueError, match=r"lengths: got '64k', which .* 6\d\.\d GB of activations"
+        )
+    ):
+        runner.require_memory(embedded, policies, lengths, at_once=1)
+
+
+def test_a_schedule_takes_what_its_method_takes() -> None:
+    sizes = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64, "itemsize": 2}
+    schedule = parse_policy("layer_schedule:method=Coverage")
+    assert schedule.extra_bytes(4096, **sizes) == parse_policy("coverage").extra_bytes(
+        4096, **sizes
+    )
+
+
 PEAK = """
 import resource, torch
 from kvselect.eval import runner
@@ -319,8 +364,6 @@ def test_the_estimate_is_near_what_a_run_takes() -> None:
 
 
 def test_free_memory_is_known_here() -> None:
-    import torch
-
     free = available_bytes(torch.device("cpu"))
     assert free is not None and 1e8 < free < 1e14
     assert in_units(3.21e9) == "3.2 GB" and in_units(41e6) == "41 MB"

@@ -22,9 +22,11 @@ class Estimate:
     Attributes
     ----------
     cache_bytes : int
-        Keys, values and sketches of all policies at once, with room to grow.
+        Keys, values, sketches and what methods remember, of all policies at once, with room to
+        grow.
     activation_bytes : int
-        Of one forward pass over a whole context.
+        Of one forward pass over a whole context, and what the hungriest method takes beside it for
+        a moment.
     """
 
     cache_bytes: int
@@ -48,15 +50,25 @@ def estimate(model: Any, policies: Iterable[Policy], num_tokens: int) -> Estimat
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     itemsize = model.dtype.itemsize
-    cache = 0.0
+    cache, momentary = 0.0, 0
     for policy in policies:
         per_head = 2.0 * head_dim * itemsize
         if policy.required_sketch is not None:
             per_head += bytes_per_token(policy.required_sketch, head_dim)
-        cache += ROOM_TO_GROW * per_head * num_kv_heads * config.num_hidden_layers * num_tokens
+        remembered, taken = policy.extra_bytes(
+            num_tokens,
+            num_q_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            itemsize=itemsize,
+        )
+        per_layer = per_head * num_kv_heads * num_tokens + remembered
+        cache += ROOM_TO_GROW * per_layer * config.num_hidden_layers
+        momentary = max(momentary, taken)
     channels = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 0)
     channels += 3 * (num_heads + 2 * num_kv_heads) * head_dim
-    return Estimate(cache_bytes=int(cache), activation_bytes=int(channels * itemsize * num_tokens))
+    activations = int(channels * itemsize * num_tokens) + momentary
+    return Estimate(cache_bytes=int(cache), activation_bytes=activations)
 
 
 def available_bytes(device: torch.device) -> int | None:

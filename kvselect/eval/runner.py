@@ -147,14 +147,15 @@ def require_memory(
     model = checkpoint.model
     each = [estimate(model, [policy], longest.tokens) for policy in policies.values()]
     caches = sorted((one.cache_bytes for one in each), reverse=True)[:at_once]
-    wanted = sum(caches) + each[0].activation_bytes
+    activations = max(one.activation_bytes for one in each)
+    wanted = sum(caches) + activations
     free = available_bytes(next(model.parameters()).device)
     if free is not None and wanted > free:
         holders = "one policy" if len(caches) == 1 else f"{len(caches)} policies at once"
         raise ValueError(
             f"lengths: got {longest.label!r}, which takes about {in_units(wanted)} "
             f"beside the weights ({in_units(sum(caches))} of caches for {holders}, "
-            f"{in_units(each[0].activation_bytes)} of activations), allowed: what fits into the "
+            f"{in_units(activations)} of activations), allowed: what fits into the "
             f"{in_units(free)} that are free (fewer policies, shorter contexts, a smaller dtype)"
         )
 

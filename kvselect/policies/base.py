@@ -318,6 +318,16 @@ class Policy:
             sketch=self.required_sketch,
         )
 
+    def extra_bytes(
+        self, num_tokens: int, *, num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int
+    ) -> tuple[int, int]:
+        """What a row of ``num_tokens`` takes beside keys, values and sketch, in bytes, at most.
+
+        First what a layer remembers, then what one layer at a time takes for a moment; workspaces
+        of a step's own size are not counted.
+        """
+        return 0, 0
+
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:

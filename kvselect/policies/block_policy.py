@@ -75,6 +75,12 @@ class BlockPolicy(Policy):
             require_listed_reads(self)
         return BlockState(self, crossovers=crossovers, blocks=self.new_statistics())
 
+    def extra_bytes(
+        self, num_tokens: int, *, num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int
+    ) -> tuple[int, int]:
+        blocks = self.new_statistics()
+        return blocks.bytes_of(num_tokens, num_kv_heads, head_dim, itemsize), 0
+
     def prepare_capture(
         self, state: PolicyState, cache: FixedKVCache, num_q_heads: int, rope: Rope | None
     ) -> list[Tensor]:

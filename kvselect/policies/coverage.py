@@ -72,6 +72,10 @@ class Coverage(EvictionPolicy):
             kept[head, greedy_cover(rows, budget)] = True
         return kept
 
+    def extra_bytes(self, num_tokens: int, **sizes: int) -> tuple[int, int]:
+        remembered, momentary = super(Coverage, self).extra_bytes(num_tokens, **sizes)
+        return remembered, momentary + 16 * num_tokens**2  # four tables of one head
+
     def rows(self, weights: Tensor, unit_keys: Tensor) -> Tensor:
         """``[P; alpha * Q]`` of one head, [num_rows, num_tokens]."""
         alike = (unit_keys @ unit_keys.T / self.temperature).softmax(1) / unit_keys.shape[0]

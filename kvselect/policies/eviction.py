@@ -233,6 +233,14 @@ class EvictionPolicy(Policy):
             batch, num_kv_heads, head_dim, dtype=dtype, device=device, capacity=capacity
         )
 
+    def extra_bytes(
+        self, num_tokens: int, *, num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int
+    ) -> tuple[int, int]:
+        """For a moment: float32 keys, the window's weights, and what remains beside what was."""
+        rows = self.num_window_queries * num_q_heads // num_kv_heads
+        floats = 3 * rows + 2 * head_dim
+        return 0, num_kv_heads * num_tokens * (4 * floats + 2 * head_dim * itemsize)
+
     def _is_due(self, queries: Queries, cache: EvictableKVCache) -> bool:
         if self.evict_at == "decode":
             return queries.phase == "decode"

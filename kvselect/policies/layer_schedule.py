@@ -83,6 +83,9 @@ class LayerSchedule(EvictionPolicy):
             settings["ratio"] = fraction * self.ratio
         return POLICIES[self.method](**settings)
 
+    def extra_bytes(self, num_tokens: int, **sizes: int) -> tuple[int, int]:
+        return self.for_layer(0).extra_bytes(num_tokens, **sizes)
+
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """ValueError: only a layer's share of it can be run."""
         require(False, "policy", "a LayerSchedule", "policy.for_layer(index): one of a layer")

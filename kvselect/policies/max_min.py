@@ -51,6 +51,11 @@ class MaxMin(EvictionPolicy):
         sinks, recent, picked = share_out(budget)
         return cls(topk=picked, num_sink_tokens=sinks, num_recent_tokens=recent)
 
+    def extra_bytes(self, num_tokens: int, **sizes: int) -> tuple[int, int]:
+        remembered, momentary = super(MaxMin, self).extra_bytes(num_tokens, **sizes)
+        distances = min(_ROWS_AT_ONCE, num_tokens) * num_tokens * sizes["num_kv_heads"]
+        return remembered, momentary + 8 * distances
+
     def choose(self, span: Span, budget: int) -> Tensor:
         return far_apart(span.unit_keys, budget)[0]
 
