@@ -153,8 +153,8 @@ def draw_pairs(
     Keys are two names out of `num_names`; the fewer, the more pairs differ in one word alone. With
     `num_hubs` they are two of all names, of which one is one of so many: more near misses than any
     `num_names` that leaves room for as many pairs. Values are two out of `num_values` words of a
-    context's own. `even_depths` asks for pairs that stand evenly spaced from the first to the last, as HELMET's
-    JSON-KV does, rather than for pairs drawn at random.
+    context's own. `even_depths` asks for pairs that stand evenly spaced from the first to the last,
+    as HELMET's JSON-KV does, rather than for pairs drawn at random.
     """
     rows = np.arange(batch)[:, None]
     asked: IntArray | None = None

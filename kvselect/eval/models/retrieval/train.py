@@ -235,14 +235,6 @@ PRESETS = {
                 learning_rate=1e-3,
                 seed=5,
             ),
-            Stage(
-                mixture=_NEAR_MISSES | {"many_values": 5.0},
-                phases=((256, 28, 200), (512, 14, 550)),
-                learning_rate=1e-3,
-                seed=6,
-                even_drawings=True,
-                values_compete=False,
-            ),
         ),
     ),
     # No weights of this one are embedded: after these stages (5 M tokens) it finds needles at its
