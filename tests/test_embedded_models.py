@@ -386,7 +386,7 @@ def test_muon_makes_every_update_orthogonal() -> None:
     ("arguments", "message"),
     [
         (("huge", "--out", "x"), "invalid choice: 'huge'"),
-        (("base", "--out", "x", "--first-stage", "9"), "first-stage: got 9, allowed: 1 to 6"),
+        (("base", "--out", "x", "--first-stage", "11"), "first-stage: got 11, allowed: 1 to 10"),
         (("base", "--out", "x", "--first-stage", "2"), "weights: allowed: with --first-stage 2"),
     ],
 )

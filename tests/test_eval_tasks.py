@@ -270,6 +270,14 @@ def test_hubs_make_near_misses_of_what_is_asked(num_hubs: int) -> None:
         assert len(hubs) == num_hubs and all(hubs & set(key) for key in keys)
 
 
+def test_what_is_asked_may_come_last() -> None:
+    problem = draw_pairs(rng(), 3, 60, 3, num_hubs=3, asked_last=True)
+    assert problem.evidence[:, :, 0].tolist() == [[59, 58, 57]] * 3
+    for row, questions in zip(problem.statements, problem.questions):
+        assert (row[[59, 58, 57], 1:3] == questions[:, 1:3]).all()
+        assert (row[[59, 58, 57], 4:] == questions[:, 4:]).all()
+
+
 def test_needles_of_hubs_have_keys_of_two_words() -> None:
     problem = draw_needles(rng(), 3, 40, 6, key_words=2, value_words=3, num_hubs=2)
     assert problem.question_words == 3

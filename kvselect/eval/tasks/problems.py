@@ -61,13 +61,20 @@ def _column(rows: int, count: int, word: int) -> IntArray:
 
 
 def _draw_near_miss_keys(
-    rng: np.random.Generator, batch: int, num_keys: int, num_questions: int, num_hubs: int
+    rng: np.random.Generator,
+    batch: int,
+    num_keys: int,
+    num_questions: int,
+    num_hubs: int,
+    *,
+    asked_last: bool = False,
 ) -> tuple[IntArray, IntArray]:
     """Two-word keys that all hold one of `num_hubs` names, and which of them to ask for.
 
     A key of two hubs shares its first word, its second, or either at the other place, with some
     ``num_keys / (2 * num_hubs)`` other keys each. Among keys drawn freely from all names that takes
     ``NUM_NAMES / (2 * num_hubs)`` times as many. Keys of two hubs are asked for first.
+    `asked_last`: the keys asked for come after all others, that of the first question last.
 
     Returns
     -------
@@ -85,7 +92,10 @@ def _draw_near_miss_keys(
     first = np.concatenate([both // num_hubs, np.where(one % 2 == 0, hub, other)], axis=1)
     second = np.concatenate([both % num_hubs, np.where(one % 2 == 0, other, hub)], axis=1)
     keys = np.stack([names[rows, first], names[rows, second]], axis=-1)
-    order = np.argsort(rng.random((batch, num_keys)), axis=1)
+    ranks = rng.random((batch, num_keys))
+    if asked_last:
+        ranks[:, :num_questions] = 2.0 - np.arange(num_questions) / num_questions
+    order = np.argsort(ranks, axis=1)
     return FIRST_NAME + keys[rows, order], np.argsort(order, axis=1)[:, :num_questions]
 
 
@@ -146,6 +156,7 @@ def draw_pairs(
     num_names: int = NUM_NAMES,
     num_values: int = NUM_VALUES,
     num_hubs: int | None = None,
+    asked_last: bool = False,
     even_depths: bool = False,
 ) -> Problem:
     """`" key key : value value`, the pairs of a JSON object; `KEY key key :` asks for the value.
@@ -153,13 +164,17 @@ def draw_pairs(
     Keys are two names out of `num_names`; the fewer, the more pairs differ in one word alone. With
     `num_hubs` they are two of all names, of which one is one of so many: more near misses than any
     `num_names` that leaves room for as many pairs. Values are two out of `num_values` words of a
-    context's own. `even_depths` asks for pairs that stand evenly spaced from the first to the last,
-    as HELMET's JSON-KV does, rather than for pairs drawn at random.
+    context's own. `asked_last`, which needs `num_hubs`, tells the pairs that are asked for after
+    all others, that of the first question last. `even_depths` asks for pairs that stand evenly
+    spaced from the first to the last, as HELMET's JSON-KV does, rather than for pairs drawn at
+    random.
     """
     rows = np.arange(batch)[:, None]
     asked: IntArray | None = None
     if num_hubs is not None:
-        keys, asked = _draw_near_miss_keys(rng, batch, num_pairs, num_questions, num_hubs)
+        keys, asked = _draw_near_miss_keys(
+            rng, batch, num_pairs, num_questions, num_hubs, asked_last=asked_last
+        )
     else:
         pools = choose_distinct(rng, batch, num_names, NUM_NAMES)
         both = choose_distinct(rng, batch, num_pairs, num_names**2)

@@ -235,6 +235,31 @@ PRESETS = {
                 learning_rate=1e-3,
                 seed=5,
             ),
+            Stage(
+                mixture=_NEAR_MISSES | {"many_values": 5.0},
+                phases=((256, 28, 120), (512, 14, 230)),
+                learning_rate=1e-3,
+                seed=6,
+                even_drawings=True,
+                values_compete=False,
+            ),
+            Stage(
+                mixture=_NEAR_MISSES | {"near_pairs": 8.0},
+                phases=((512, 14, 420),),
+                learning_rate=1e-3,
+                seed=7,
+                even_drawings=True,
+                values_compete=False,
+            ),
+            Stage(
+                mixture=_NEAR_MISSES
+                | {"near_pairs": 4.0, "last_near_pairs": 3.0, "variables": 3.0, "many_values": 4.0},
+                phases=((512, 14, 300),),
+                learning_rate=7e-4,
+                seed=8,
+                even_drawings=True,
+                values_compete=False,
+            ),
         ),
     ),
     # No weights of this one are embedded: after these stages (5 M tokens) it finds needles at its
@@ -352,10 +377,11 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
         problem = draw_pairs(
             rng, rows, num_pairs, min(num_questions, num_pairs), num_names=num_names
         )
-    elif task == "near_pairs":
+    elif task in ("near_pairs", "last_near_pairs"):
         # With few words for the values, what follows a value's first word does not tell its pair.
         num_values = round(float(np.exp(rng.uniform(np.log(4), np.log(dialect.NUM_VALUES)))))
-        num_questions = uniform(1, room // 16)
+        asked_last = task == "last_near_pairs"
+        num_questions = uniform(1, min(8, room // 16) if asked_last else room // 16)
         problem = draw_pairs(
             rng,
             rows,
@@ -363,6 +389,7 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
             min(num_questions, room // 6 - num_questions),
             num_hubs=uniform(2, 6),
             num_values=num_values,
+            asked_last=asked_last,
         )
     elif task == "chains":
         num_hops = uniform(1, 6)
