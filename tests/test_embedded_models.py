@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,52 @@ def test_training_sequences_have_the_asked_length_and_true_targets(task: str, le
         assert set(batch.targets[row][answers[row]].ravel().tolist()) - {-1} <= told
 
 
+def test_values_of_a_set_need_not_compete() -> None:
+    """One value of three that is found with certainty is no reason to lower it."""
+
+    class Fixed(nn.Module):
+        """Logits of its own at every place, by way of one-hot states."""
+
+        def __init__(self, logits: list[float]) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(4, 4)
+            with torch.no_grad():
+                self.embed_tokens.weight.copy_(torch.diag(torch.tensor(logits)))
+            self.model = self
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 4))
+
+    logits = torch.tensor([3.0, 1.0, 0.5, -2.0])
+    targets = np.full((1, 3, train.MAX_VALUES_PER_KEY), -1)
+    targets[0, 1, :2] = [0, 1]
+    targets[0, 2, 0] = 2
+    batch = train.Batch(tokens=np.zeros((1, 3), np.int64), targets=targets)
+    model: Any = Fixed(logits.tolist())
+    together, hit, row = train.answer_loss(model, batch)
+    apart, *same = train.answer_loss(model, batch, values_compete=False)
+    assert hit.tolist() == [True, False] == same[0].tolist() and row.tolist() == [0, 0]
+    logs = logits.log_softmax(0)
+    assert torch.allclose(together, torch.stack([-(logs[0] + logs[1]) / 2, -logs[2]]))
+    each = [logits[[i, 2, 3]].log_softmax(0)[0] for i in (0, 1)]
+    assert torch.allclose(apart, torch.stack([-sum(each) / 2, -logs[2]]))
+
+
+def test_even_drawings_weigh_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawing with nine times the answers of the others counts as one of four, not as three."""
+    answers = [9, 1, 1, 1]
+    rows = torch.repeat_interleave(torch.arange(4), torch.tensor(answers))
+    losses = torch.where(rows == 0, 4.0, 1.0)
+    monkeypatch.setattr(train, "answer_loss", lambda *_, **__: (losses, losses > 2, rows))
+    found = {}
+    for even in (False, True):
+        stage = dataclasses.replace(STAGE, phases=((32, 4, 3),), even_drawings=even)
+        loss, _, values = train.training_step(stage, None, np.random.default_rng(0), 0)  # type: ignore[arg-type]
+        found[even] = loss.item()
+        assert [value for _, value in values] == [1.0, 0.0, 0.0, 0.0]
+    assert found == {False: 39 / 12, True: 7 / 4}
+
+
 def test_unknown_training_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match="task: got 'poetry'"):
         train.draw_batch(np.random.default_rng(0), "poetry", 4, 64)
@@ -339,7 +386,7 @@ def test_muon_makes_every_update_orthogonal() -> None:
     ("arguments", "message"),
     [
         (("huge", "--out", "x"), "invalid choice: 'huge'"),
-        (("base", "--out", "x", "--first-stage", "9"), "first-stage: got 9, allowed: 1 to 6"),
+        (("base", "--out", "x", "--first-stage", "11"), "first-stage: got 11, allowed: 1 to 10"),
         (("base", "--out", "x", "--first-stage", "2"), "weights: allowed: with --first-stage 2"),
     ],
 )

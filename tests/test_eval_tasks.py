@@ -10,6 +10,7 @@ import pytest
 
 from kvselect.eval.tasks import (
     TASKS,
+    Problem,
     Question,
     Sample,
     dialect,
@@ -244,6 +245,50 @@ def test_few_names_make_keys_that_share_words() -> None:
         assert len(np.unique(row[:, 1:3], axis=0)) == 60
     places = [np.unique(evidence) for evidence in problem.evidence]
     assert all(len(asked) == 10 for asked in places)
+
+
+def keys_and_answers(problem: Problem, key: slice, value: slice) -> list[dict[Any, Any]]:
+    return [{tuple(s[key]): tuple(s[value]) for s in row.tolist()} for row in problem.statements]
+
+
+@pytest.mark.parametrize("num_hubs", [1, 2, 4])
+def test_hubs_make_near_misses_of_what_is_asked(num_hubs: int) -> None:
+    """As many as 64 windows of free keys have, in a context of one."""
+    problem = draw_pairs(rng(), 3, 80, num_hubs**2, num_hubs=num_hubs, num_values=8)
+    for told_pairs, questions, evidence in zip(
+        keys_and_answers(problem, slice(1, 3), slice(4, 6)), problem.questions, problem.evidence
+    ):
+        keys = list(told_pairs)
+        assert len(keys) == 80  # different ones
+        assert len({word for value in told_pairs.values() for word in value}) <= 8
+        for row, (place,) in zip(questions.tolist(), evidence):
+            asked = tuple(row[1:3])
+            assert told_pairs[asked] == tuple(row[4:6]) and keys[place] == asked
+            near = [sum(a in key for a in set(asked)) == 1 for key in keys if key != asked]
+            assert sum(near) >= 80 // (2 * num_hubs)
+        hubs = {word for row in questions for word in row[1:3].tolist()}
+        assert len(hubs) == num_hubs and all(hubs & set(key) for key in keys)
+
+
+def test_what_is_asked_may_come_last() -> None:
+    problem = draw_pairs(rng(), 3, 60, 3, num_hubs=3, asked_last=True)
+    assert problem.evidence[:, :, 0].tolist() == [[59, 58, 57]] * 3
+    for row, questions in zip(problem.statements, problem.questions):
+        assert (row[[59, 58, 57], 1:3] == questions[:, 1:3]).all()
+        assert (row[[59, 58, 57], 4:] == questions[:, 4:]).all()
+
+
+def test_needles_of_hubs_have_keys_of_two_words() -> None:
+    problem = draw_needles(rng(), 3, 40, 6, key_words=2, value_words=3, num_hubs=2)
+    assert problem.question_words == 3
+    for row, told_keys in zip(
+        problem.questions, keys_and_answers(problem, slice(1, 3), slice(3, 6))
+    ):
+        assert len(told_keys) == 40
+        assert all(told_keys[tuple(q[1:3])] == tuple(q[3:6]) for q in row.tolist())
+        # The four keys of two hubs come first; the other two questions name one hub.
+        shared = [sum(len({*q[1:3]} & {*key}) > 0 for key in told_keys) for q in row.tolist()]
+        assert min(shared[:4]) >= 10
 
 
 # ---- prose

@@ -60,6 +60,45 @@ def _column(rows: int, count: int, word: int) -> IntArray:
     return np.full((rows, count, 1), word, np.int64)
 
 
+def _draw_near_miss_keys(
+    rng: np.random.Generator,
+    batch: int,
+    num_keys: int,
+    num_questions: int,
+    num_hubs: int,
+    *,
+    asked_last: bool = False,
+) -> tuple[IntArray, IntArray]:
+    """Two-word keys that all hold one of `num_hubs` names, and which of them to ask for.
+
+    A key of two hubs shares its first word, its second, or either at the other place, with some
+    ``num_keys / (2 * num_hubs)`` other keys each. Among keys drawn freely from all names that takes
+    ``NUM_NAMES / (2 * num_hubs)`` times as many. Keys of two hubs are asked for first.
+    `asked_last`: the keys asked for come after all others, that of the first question last.
+
+    Returns
+    -------
+    keys : int64 [batch, num_keys, 2]
+    asked : int64 [batch, num_questions], places in `keys`
+    """
+    rows = np.arange(batch)[:, None]
+    names = choose_distinct(rng, batch, NUM_NAMES, NUM_NAMES)
+    num_both = min(num_keys, num_hubs**2)
+    both = choose_distinct(rng, batch, num_both, num_hubs**2)
+    one = choose_distinct(
+        rng, batch, max(1, num_keys - num_both), 2 * num_hubs * (NUM_NAMES - num_hubs)
+    )[:, : num_keys - num_both]
+    hub, other = one // 2 % num_hubs, num_hubs + one // 2 // num_hubs
+    first = np.concatenate([both // num_hubs, np.where(one % 2 == 0, hub, other)], axis=1)
+    second = np.concatenate([both % num_hubs, np.where(one % 2 == 0, other, hub)], axis=1)
+    keys = np.stack([names[rows, first], names[rows, second]], axis=-1)
+    ranks = rng.random((batch, num_keys))
+    if asked_last:
+        ranks[:, :num_questions] = 2.0 - np.arange(num_questions) / num_questions
+    order = np.argsort(ranks, axis=1)
+    return FIRST_NAME + keys[rows, order], np.argsort(order, axis=1)[:, :num_questions]
+
+
 def draw_needles(
     rng: np.random.Generator,
     batch: int,
@@ -70,15 +109,21 @@ def draw_needles(
     value_words: int = 2,
     digits: bool = False,
     distinct_values: bool = False,
+    num_hubs: int | None = None,
 ) -> Problem:
     """`SET key value...` for `num_keys` keys; `GET key` asks for the value.
 
     `digits` draws values from the ten digits (a passkey). `distinct_values` draws a value's words
     without replacement: a repeated digit asks for more than the embedded model's two-word matching
-    can do.
+    can do. With `num_hubs` every key is of two words, one of which is one of so many names: near
+    misses.
     """
     rows = np.arange(batch)[:, None]
-    if key_words == 1:
+    asked: IntArray | None = None
+    if num_hubs is not None:
+        keys, asked = _draw_near_miss_keys(rng, batch, num_keys, num_questions, num_hubs)
+        key_words = 2
+    elif key_words == 1:
         keys = FIRST_NAME + choose_distinct(rng, batch, num_keys, NUM_NAMES)[:, :, None]
     else:  # pairs share words with each other on purpose: one word alone must not identify a key
         pairs = np.stack([rng.choice(NUM_NAMES**2, num_keys, replace=False) for _ in range(batch)])
@@ -90,7 +135,8 @@ def draw_needles(
     else:
         values = rng.integers(0, num_choices, (batch, num_keys, value_words))
     values = FIRST_VALUE + values
-    asked = choose_distinct(rng, batch, num_questions, num_keys)
+    if asked is None:
+        asked = choose_distinct(rng, batch, num_questions, num_keys)
     return Problem(
         statements=np.concatenate([_column(batch, num_keys, SET), keys, values], axis=2),
         questions=np.concatenate(
@@ -108,24 +154,41 @@ def draw_pairs(
     num_questions: int,
     *,
     num_names: int = NUM_NAMES,
+    num_values: int = NUM_VALUES,
+    num_hubs: int | None = None,
+    asked_last: bool = False,
     even_depths: bool = False,
 ) -> Problem:
     """`" key key : value value`, the pairs of a JSON object; `KEY key key :` asks for the value.
 
-    Keys are two names out of `num_names`; the fewer, the more pairs differ in one word alone.
-    `even_depths` asks for pairs that stand evenly spaced from the first to the last, as HELMET's
-    JSON-KV does, rather than for pairs drawn at random.
+    Keys are two names out of `num_names`; the fewer, the more pairs differ in one word alone. With
+    `num_hubs` they are two of all names, of which one is one of so many: more near misses than any
+    `num_names` that leaves room for as many pairs. Values are two out of `num_values` words of a
+    context's own. `asked_last`, which needs `num_hubs`, tells the pairs that are asked for after
+    all others, that of the first question last. `even_depths` asks for pairs that stand evenly
+    spaced from the first to the last, as HELMET's JSON-KV does, rather than for pairs drawn at
+    random.
     """
     rows = np.arange(batch)[:, None]
-    pools = choose_distinct(rng, batch, num_names, NUM_NAMES)
-    both = choose_distinct(rng, batch, num_pairs, num_names**2)
-    keys = np.stack([pools[rows, both // num_names], pools[rows, both % num_names]], axis=-1)
-    keys += FIRST_NAME
-    values = FIRST_VALUE + rng.integers(0, NUM_VALUES, (batch, num_pairs, 2))
+    asked: IntArray | None = None
+    if num_hubs is not None:
+        keys, asked = _draw_near_miss_keys(
+            rng, batch, num_pairs, num_questions, num_hubs, asked_last=asked_last
+        )
+    else:
+        pools = choose_distinct(rng, batch, num_names, NUM_NAMES)
+        both = choose_distinct(rng, batch, num_pairs, num_names**2)
+        keys = np.stack([pools[rows, both // num_names], pools[rows, both % num_names]], axis=-1)
+        keys += FIRST_NAME
+    values = rng.integers(0, num_values, (batch, num_pairs, 2))
+    if num_values < NUM_VALUES:
+        pools = choose_distinct(rng, batch, num_values, NUM_VALUES)
+        values = pools[rows[:, :, None], values]
+    values += FIRST_VALUE
     if even_depths:
         places = np.unique(np.round(np.linspace(0, num_pairs - 1, num_questions)).astype(np.int64))
         asked = np.tile(places, (batch, 1))
-    else:
+    elif asked is None:
         asked = choose_distinct(rng, batch, num_questions, num_pairs)
     colons, answers = _column(batch, num_pairs, COLON), _column(batch, asked.shape[1], COLON)
     return Problem(

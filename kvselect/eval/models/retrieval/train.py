@@ -45,13 +45,31 @@ GROUPS_PER_BATCH = 4  # one batch mixes this many drawings, each of one task
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One optimiser run: phases are (tokens, sequences per step, steps), `mixture` task weights."""
+    """One optimiser run.
+
+    Attributes
+    ----------
+    mixture : dict, task -> weight
+    phases : tuple of (tokens, sequences per step, steps)
+    learning_rate : float
+    seed : int
+    needle_steps : int
+        Plain needles first: they settle the planted circuit.
+    even_drawings : bool
+        Every drawing of a batch weighs alike. Otherwise every answer does, of which a drawing of
+        passkeys has some ten times as many as one of sets.
+    values_compete : bool
+        The values of a set share one likelihood. Otherwise each only has to be likelier than what
+        is no value of the set, which is what the answer is read off by.
+    """
 
     mixture: dict[str, float]
     phases: tuple[tuple[int, int, int], ...]
     learning_rate: float
     seed: int
-    needle_steps: int = 0  # plain needles first: they settle the planted circuit
+    needle_steps: int = 0
+    even_drawings: bool = False
+    values_compete: bool = True
 
     def schedule(self) -> list[tuple[int, int]]:
         return [(length, rows) for length, rows, steps in self.phases for _ in range(steps)]
@@ -102,6 +120,19 @@ _ALL = {
     "multivalue": 2.5,
     "variables": 2.5,
     "pairs": 2.5,
+}
+# What shares words with the key is as frequent as in contexts of 64 windows.
+_NEAR_MISSES = {
+    "needles": 0.5,
+    "pair_keys": 0.5,
+    "near_pair_keys": 1.5,
+    "passkey": 1.0,
+    "chains": 0.7,
+    "multivalue": 1.0,
+    "many_values": 3.0,
+    "variables": 2.0,
+    "pairs": 1.5,
+    "near_pairs": 5.0,
 }
 
 PRESETS = {
@@ -198,6 +229,37 @@ PRESETS = {
                 learning_rate=5e-4,
                 seed=4,
             ),
+            Stage(
+                mixture=_NEAR_MISSES,
+                phases=((256, 28, 300), (512, 14, 250)),
+                learning_rate=1e-3,
+                seed=5,
+            ),
+            Stage(
+                mixture=_NEAR_MISSES | {"many_values": 5.0},
+                phases=((256, 28, 120), (512, 14, 230)),
+                learning_rate=1e-3,
+                seed=6,
+                even_drawings=True,
+                values_compete=False,
+            ),
+            Stage(
+                mixture=_NEAR_MISSES | {"near_pairs": 8.0},
+                phases=((512, 14, 420),),
+                learning_rate=1e-3,
+                seed=7,
+                even_drawings=True,
+                values_compete=False,
+            ),
+            Stage(
+                mixture=_NEAR_MISSES
+                | {"near_pairs": 4.0, "last_near_pairs": 3.0, "variables": 3.0, "many_values": 4.0},
+                phases=((512, 14, 300),),
+                learning_rate=7e-4,
+                seed=8,
+                even_drawings=True,
+                values_compete=False,
+            ),
         ),
     ),
     # No weights of this one are embedded: after these stages (5 M tokens) it finds needles at its
@@ -286,8 +348,8 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
 
     bare_words = float(rng.choice([0.0, 0.0, 0.05, 0.15]))
     room, question_room = length - 1, int(0.55 * length)
-    if task in ("needles", "pair_keys", "passkey"):
-        key_words = 2 if task == "pair_keys" else 1
+    if task in ("needles", "pair_keys", "near_pair_keys", "passkey"):
+        key_words = 2 if task in ("pair_keys", "near_pair_keys") else 1
         value_words = 5 if task == "passkey" else uniform(1, 4)
         words = 1 + key_words + value_words
         # Half of the drawings may fill the context with statements, so that noise is no crutch.
@@ -305,6 +367,7 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
             key_words=key_words,
             value_words=value_words,
             digits=task == "passkey",
+            num_hubs=uniform(2, 6) if task == "near_pair_keys" else None,
         )
     elif task == "pairs":
         # Few names make near-miss keys as frequent as they are in contexts of 64 windows.
@@ -314,6 +377,20 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
         problem = draw_pairs(
             rng, rows, num_pairs, min(num_questions, num_pairs), num_names=num_names
         )
+    elif task in ("near_pairs", "last_near_pairs"):
+        # With few words for the values, what follows a value's first word does not tell its pair.
+        num_values = round(float(np.exp(rng.uniform(np.log(4), np.log(dialect.NUM_VALUES)))))
+        asked_last = task == "last_near_pairs"
+        num_questions = uniform(1, min(8, room // 16) if asked_last else room // 16)
+        problem = draw_pairs(
+            rng,
+            rows,
+            room // 6 - num_questions,
+            min(num_questions, room // 6 - num_questions),
+            num_hubs=uniform(2, 6),
+            num_values=num_values,
+            asked_last=asked_last,
+        )
     elif task == "chains":
         num_hops = uniform(1, 6)
         answer_words = num_hops + 2
@@ -322,8 +399,8 @@ def draw_batch(rng: np.random.Generator, task: str, rows: int, length: int) -> B
         )
         num_questions = max(1, min(num_chains, question_room // answer_words))
         problem = draw_chains(rng, rows, num_chains, num_hops, num_questions)
-    elif task == "multivalue":
-        num_values = uniform(1, MAX_VALUES_PER_KEY)
+    elif task in ("multivalue", "many_values"):
+        num_values = uniform(1 if task == "multivalue" else 3, MAX_VALUES_PER_KEY)
         num_keys = uniform(1, min(dialect.NUM_NAMES, room // (3 * num_values + 3)))
         num_questions = max(1, min(num_keys, question_room // 3))
         problem = draw_multivalue(rng, rows, num_keys, num_values, num_questions)
@@ -350,12 +427,16 @@ def new_optimizers(learning_rate: float, model: nn.Module) -> list[torch.optim.O
     return [torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))]
 
 
-def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_loss(
+    model: LlamaForCausalLM, batch: Batch, *, values_compete: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy at the answer places, averaged over the targets of a place.
+
+    `values_compete`: as in `Stage`.
 
     Returns
     -------
-    loss : Tensor, [], float32
+    loss : Tensor, [num_answers], float32
     hit : Tensor, [num_answers], bool; the likeliest word is among the targets
     row : Tensor, [num_answers], int64; the sequence of the batch that each answer is from
     """
@@ -367,9 +448,15 @@ def answer_loss(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, 
     logits = states.float() @ model.model.embed_tokens.weight.T
     targets = targets[is_answer]
     present = targets >= 0
-    log_likelihood = logits.log_softmax(-1).gather(1, targets.clamp_min(0))
-    loss = -((log_likelihood * present).sum(1) / present.sum(1)).mean()
     hit = (logits.argmax(-1, keepdim=True) == targets).any(1)
+    of_targets = logits.gather(1, targets.clamp_min(0))
+    total = logits.logsumexp(1, keepdim=True)
+    if not values_compete:
+        # A place that pads stands for the first target, which is one anyway.
+        taken = targets.where(present, targets[:, :1])
+        others = logits.scatter(1, taken, -torch.inf).logsumexp(1, keepdim=True)
+        total = torch.logaddexp(of_targets, others)
+    loss = -((of_targets - total) * present).sum(1) / present.sum(1)
     return loss, hit, is_answer.nonzero()[:, 0]
 
 
@@ -391,8 +478,12 @@ def training_step(
         tokens=np.concatenate([part.tokens for part in parts]),
         targets=np.concatenate([part.targets for part in parts]),
     )
-    loss, hit, row = answer_loss(model, batch)
-    right = [hit[row // each == index].float().mean().item() for index in range(len(drawn))]
+    losses, hit, row = answer_loss(model, batch, values_compete=stage.values_compete)
+    of_drawing = [row // each == index for index in range(len(drawn))]
+    right = [hit[answers].float().mean().item() for answers in of_drawing]
+    loss = losses.mean()
+    if stage.even_drawings:
+        loss = torch.stack([losses[answers].mean() for answers in of_drawing]).mean()
     return loss, batch.tokens.size, list(zip(drawn, right))
 
 
