@@ -14,9 +14,7 @@ little; tail blocks matter where a question would otherwise be averaged with its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -24,12 +22,12 @@ from rich.console import Console
 from kvselect.bench.measure import threads
 from kvselect.bench.request import parse, script_parser
 from kvselect.bench.results import Skipped, print_table, save
+from kvselect.bench.resumed import resumed
 from kvselect.checks import require_int
-from kvselect.cli_eval import move_aside, progress_shown
+from kvselect.cli_eval import progress_shown
 from kvselect.eval import ablation, perplexity, runner
 from kvselect.eval.ablation import Effect, mass_effects, score_effects, text_effects
 from kvselect.eval.checkpoint import CheckpointError, load_checkpoint
-from kvselect.eval.journal import Journal, require_same_request
 from kvselect.eval.perplexity import PerplexityRequest
 from kvselect.eval.request import parse_lengths
 from kvselect.eval.runner import Request
@@ -57,20 +55,6 @@ def small_budget() -> TokenSelect:
 def text_budget() -> TokenSelect:
     """For text: 320 of a window of 512 tokens."""
     return dataclasses.replace(small_budget(), topk=128, num_recent_tokens=188, q_block_size=64)
-
-
-@contextmanager
-def resumed(path: Path, header: dict[str, Any]) -> Iterator[Journal]:
-    """The journal of a killed run of the same request; that of another is moved aside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        require_same_request(path, header)
-    except ValueError:
-        move_aside(path)
-    with Journal(path, header) as journal:
-        if journal.records:
-            print(f"going on with {len(journal.records)} lines of {path}")
-        yield journal
 
 
 def on_tasks(args: Any, errors: Console) -> list[Effect]:

@@ -1,7 +1,7 @@
 """Does an embedded model retrieve from 16 times its window, and what is lost inside the window?
 
 The demo's policies on all seven tasks at 1 and 16 trained windows, with as many questions as a
-claim needs. Some 30 minutes on two cores; partial results are in the JSON at any time.
+claim needs. Some 30 minutes on two cores; a run that was killed goes on with the same command.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from kvselect.bench.request import script_parser
 from kvselect.bench.results import print_table
+from kvselect.bench.resumed import resumed
 from kvselect.eval import report, runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
 from kvselect.eval.demo import demo_request
@@ -50,14 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_contexts=options.max_contexts,
         timed_steps=30,
     )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    header = runner.describe_request(checkpoint, request)
+    with (
+        resumed(options.out.with_suffix(".samples.jsonl"), header) as journal,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
         bar = progress.add_task("", total=runner.total_progress(request))
         results = runner.run(
             checkpoint,
             request,
+            journal=journal,
             on_progress=lambda what, amount: progress.update(bar, description=what, advance=amount),
             on_cells=lambda partial: partial.save(options.out),
         )
+    options.out.with_suffix(".samples.jsonl").unlink()
     Console(width=120).print(report.table(results))
     rows = []
     for cell in results.cells:
