@@ -185,9 +185,9 @@ def small_budget(
 
 def test_variable_tracking_at_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classical setting: topk 16, 4 sinks, 32 recent, blocks of 32 queries, one mean query."""
-    assert small_budget(monkeypatch, Unrotated(**UNROTATED)).score >= 0.95
-    assert small_budget(monkeypatch, UnrotatedWrongHeadMap(**UNROTATED)).score <= 0.92
-    assert small_budget(monkeypatch, Unrotated(**UNROTATED), raw=True).score <= 0.85
+    assert small_budget(monkeypatch, Unrotated(**UNROTATED)).score >= 0.92
+    assert small_budget(monkeypatch, UnrotatedWrongHeadMap(**UNROTATED)).score <= 0.87
+    assert small_budget(monkeypatch, Unrotated(**UNROTATED), raw=True).score <= 0.6
 
 
 def test_the_shipped_scoring_at_a_small_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ class Bar(NamedTuple):
     # Compact positions: layers 1 and 2 put .5 to .8 of their mass on a few tokens, so that the last
     # of the top-k lie in a noise floor of near ties; what is missed there weighs nothing. Layer 0
     # scores words without context: equal words tie, in groups.
-    [("original", Bar(0.995, 0.999)), ("compact", Bar(0.96, 0.99))],
+    [("original", Bar(0.995, 0.999)), ("compact", Bar(0.945, 0.99))],
 )
 def test_int4_ranks_trained_keys(positions: str, bar: Bar) -> None:
     layers = capture(checkpoint(), 4096, task="niah_multikey", seed=2)
