@@ -213,5 +213,3 @@ class SelectingImpl(CPUAttentionBackendImpl):
     def _rotation(self) -> Rotation:
         table, is_neox_style = rotary_table()
         return rotation_from_table(table, is_neox_style, self._trained_length, self.head_size)
-
-

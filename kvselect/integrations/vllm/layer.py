@@ -124,7 +124,7 @@ class ServedLayer:
         }
 
     def is_over(self, kv_cache: Tensor) -> bool:
-        """Whether these are still the engine's blocks: it makes others after profiling, or sleep."""
+        """Whether these are the engine's blocks still: it may make others."""
         same = self.cache.k_pages.data_ptr() == kv_cache.data_ptr()
         return same and self.cache.k_pages.shape[0] == kv_cache.shape[0]
 
@@ -147,7 +147,13 @@ class ServedLayer:
             self.cache.append(rows.take(k), rows.take(v))
 
     def attend(self, step: Step, q: Tensor, out: Tensor) -> None:
-        """Attention of the step's queries into ``out``; both [at least num_tokens, heads, head_dim]."""
+        """Attention of the step's queries.
+
+        Parameters
+        ----------
+        q, out : Tensor, [at least step.num_tokens, num_q_heads, head_dim]
+            ``out`` is written to.
+        """
         q = q[: step.num_tokens]
         if self.policy.caches_unrotated:
             assert self.rotation is not None
@@ -176,12 +182,11 @@ class ServedLayer:
             ]
         (longest,) = rows.after
         stepwise = rows.before[0] > 0 and rows.num_new <= self.policy.tail_q_block_size
-        if averages_unrotated(self.policy) and not stepwise:
-            if not self.policy.is_dense("prefill", longest - 1, longest, None):
-                assert self.rotation is not None
-                positions = step.positions[rows.tokens]
-                q_unrotated = self.rotation.undo(q[0], positions)[None]
-                rope = self.rotation.table
+        dense = self.policy.is_dense("prefill", longest - 1, longest, None)
+        if averages_unrotated(self.policy) and not stepwise and not dense:
+            assert self.rotation is not None
+            q_unrotated = self.rotation.undo(q[0], step.positions[rows.tokens])[None]
+            rope = self.rotation.table
         out, _ = prefill(
             q,
             self.cache,

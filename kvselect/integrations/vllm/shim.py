@@ -86,9 +86,7 @@ def server_facts(vllm_config: Any) -> ServerFacts:
 
 def cache_memory(vllm_config: Any) -> tuple[int, int]:
     """What vLLM will take for keys and values, at most, and what is free [bytes]."""
-    import psutil
-
-    memory = psutil.virtual_memory()
+    memory = import_module("psutil").virtual_memory()  # vLLM brings it
     cache_config = vllm_config.cache_config
     wanted = cache_config.kv_cache_memory_bytes
     if wanted is None:

@@ -49,9 +49,8 @@ class Rows:
         return self.num_new == 1 and min(self.before) > 0
 
     def take(self, flat: Tensor) -> Tensor:
-        """``flat`` [num_tokens, ...] as [batch, num_new, ...]: a view where the tokens are neighbours."""
-        taken = flat[self.tokens]
-        return taken.unflatten(0, (self.batch, self.num_new))
+        """``flat`` [num_tokens, ...] as [batch, num_new, ...]; a view if tokens are neighbours."""
+        return flat[self.tokens].view(self.batch, self.num_new, *flat.shape[1:])
 
     def put(self, flat: Tensor, values: Tensor) -> None:
         """The way back, in place."""
