@@ -22,6 +22,7 @@ from kvselect.integrations.vllm.config import (
     require_server,
 )
 from kvselect.integrations.vllm.layer import Rotation, ServedLayer, rotation_from_table
+from kvselect.integrations.vllm.metrics import METER
 from kvselect.integrations.vllm.shim import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -77,6 +78,7 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         if self._selects is None:
             return metadata
+        METER.publish()
         count = common_attn_metadata.num_reqs
         step = Step(
             common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
@@ -208,6 +210,7 @@ class SelectingImpl(CPUAttentionBackendImpl):
             sink_logits=self.sinks,
             process_group=tensor_parallel_group() if self._policy.joins_heads else None,
         )
+        METER.add(self._served.state)
         return self._served
 
     def _rotation(self) -> Rotation:

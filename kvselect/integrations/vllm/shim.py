@@ -124,6 +124,22 @@ def rotary_table() -> tuple[Tensor, bool]:
     return tables[0].cos_sin_cache.detach(), bool(tables[0].is_neox_style)
 
 
+def prometheus_instruments() -> dict[str, Any]:
+    """Counters and gauges by name, each with the label "phase"; vLLM brings the client."""
+    client = import_module("prometheus_client")
+    visible = "Tokens that dense attention would have read, over layers and KV heads."
+    attended = "Tokens that attention read, over layers and KV heads."
+    mass = "Mean attention mass inside the selections since the start, by their own scores."
+    labels = ["phase"]
+    return {
+        "tokens_visible": client.Counter("kvselect:tokens_visible", visible, labels),
+        "tokens_attended": client.Counter("kvselect:tokens_attended", attended, labels),
+        "kept_mass": client.Gauge(
+            "kvselect:kept_mass", mass, labels, multiprocess_mode="mostrecent"
+        ),
+    }
+
+
 def step_metadata(layer_name: str) -> Any:
     """The attention metadata of the forward pass that runs; None: a warm-up."""
     metadata = import_module("vllm.forward_context").get_forward_context().attn_metadata
