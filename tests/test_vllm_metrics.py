@@ -1,4 +1,4 @@
-"""Counters for a server's endpoint: totals told once, once a second, and only if someone can read."""
+"""Counters for a server's endpoint: told once, once a second, and only if someone can read."""
 
 from __future__ import annotations
 

