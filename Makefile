@@ -58,9 +58,9 @@ $(VLLM_VENV)/.installed: $(VLLM_VENV)/.ready pyproject.toml $(NATIVE) $(shell fi
 models: build/.built-$(KIND)
 	$(PY) tests/model_table.py
 
-# The questions that bench/README.md lists, one script each; those of bench/gpu.sh stay with it.
+# The questions that bench/README.md lists, one script each; those of bench/gpu.sh and of vLLM stay with theirs.
 bench: build/.built-$(KIND)
-	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step'); do \
+	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step|vllm_decode'); do \
 	    echo "== $$script"; $(PY) $$script; done
 
 lint: style types
