@@ -102,10 +102,14 @@ def greedy(new_tokens: int) -> Any:
 
 
 def attached(
-    policy: Policy, asked: list[list[int]], new_tokens: int = NEW_TOKENS
+    policy: Policy,
+    asked: list[list[int]],
+    new_tokens: int = NEW_TOKENS,
+    model: Any = None,
 ) -> list[list[int]]:
-    """The same prompts one by one under Hugging Face."""
-    model = load_checkpoint("embedded").model
+    """The same prompts one by one under Hugging Face; ``model``: None is the embedded one."""
+    if model is None:
+        model = load_checkpoint("embedded").model
     model.generation_config.eos_token_id = None
     found = []
     with kvselect.attach(model, policy):

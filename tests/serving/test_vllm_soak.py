@@ -1,0 +1,76 @@
+"""A thousand requests of random lengths, with aborts and preemptions: no leak, no wrong answer."""
+
+from __future__ import annotations
+
+import random
+import resource
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+from vllm import TokensPrompt
+from vllm_engine import SMALL, attached, engine, greedy, prompts
+
+import kvselect
+
+REQUESTS = 1000
+BLOCKS = 40
+POLICY = kvselect.TokenSelect(**SMALL, dense_prefill=True)  # does not depend on where it is cut
+
+
+def test_a_thousand_requests() -> None:
+    chance = random.Random(4)
+    # Every other one is about to need one more block: what preempts others when there is none.
+    lengths = tuple(
+        128 * chance.randrange(1, 6) - chance.randrange(4) if even else chance.randrange(16, 700)
+        for even in 12 * (True, False)
+    )
+    asked = prompts(lengths, seed=9)
+    wanted = attached(POLICY, asked, new_tokens=6)
+    answers: dict[str, tuple[int, list[int]]] = {}
+    options: dict[str, Any] = {
+        "num_gpu_blocks_override": BLOCKS,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 512,
+        "enable_prefix_caching": True,
+    }
+    with engine(POLICY, **options) as running:
+        core, scheduler = running.llm.llm_engine, running.scheduler
+        preempt, preempted, aborted = scheduler._preempt_request, 0, 0
+
+        def count(*args: Any, **more: Any) -> Any:
+            nonlocal preempted
+            preempted += 1
+            return preempt(*args, **more)
+
+        scheduler._preempt_request = count
+        open_requests: dict[str, int] = {}
+        started, memory_half_way = 0, 0
+        while started < REQUESTS or core.has_unfinished_requests():
+            while started < REQUESTS and len(open_requests) < 24:
+                which = chance.randrange(len(asked))
+                name = f"r{started}"
+                prompt = TokensPrompt(prompt_token_ids=asked[which])
+                core.add_request(name, prompt, greedy(chance.randrange(1, 7)))
+                open_requests[name] = which
+                started += 1
+            for output in core.step():
+                if output.finished:
+                    name = output.request_id
+                    which = open_requests.pop(name)
+                    answers[name] = (which, list(output.outputs[0].token_ids))
+            if open_requests and chance.random() < 0.1:
+                name = chance.choice(list(open_requests))
+                core.abort_request([name])
+                open_requests.pop(name)
+                aborted += 1
+            if started >= REQUESTS // 2 and not memory_half_way:
+                memory_half_way = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_half_way
+    assert grown < 64 * 1024  # KiB
+    assert preempted > 0 and aborted > 0 and len(answers) + aborted == REQUESTS
+    for which, tokens in answers.values():
+        assert tokens == wanted[which][: len(tokens)]
