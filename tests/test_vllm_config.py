@@ -156,10 +156,10 @@ class Platform:
     """The parts of vLLM that the plug-in touches."""
 
     def __init__(self, patch: pytest.MonkeyPatch, kind: str) -> None:
-        self.overrides: list[str] = []
+        self.overrides: list[dict[str, str]] = []
         patch.setattr(shim, "is_cpu_platform", lambda: kind == "cpu")
         patch.setattr(shim, "platform_name", lambda: kind)
-        patch.setattr(shim, "override_cpu_attention", self.overrides.append)
+        patch.setattr(shim, "override_backends", self.overrides.append)
 
 
 def test_the_plug_in_registers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_the_plug_in_registers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     platform = Platform(monkeypatch, "cpu")
     plugin.register()
     plugin.register()
-    assert platform.overrides == [plugin.BACKEND] * 2
+    assert platform.overrides == [plugin.BACKENDS] * 2
 
 
 def test_the_plug_in_on_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:

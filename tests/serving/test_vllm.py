@@ -233,6 +233,32 @@ def test_a_model_that_is_not_known(tmp_path: Path) -> None:
         pass
 
 
+def test_latent_attention_is_refused(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options: dict[str, Any] = {"model": str(tmp_path), "load_format": "dummy", "hf_overrides": {}}
+    message = r"attention: got 'MLA', allowed: models without MLA"
+    with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
+        pass
+
+
 def test_drafts_are_refused() -> None:
     """Last: what vLLM imports for them keeps later engines of this process from starting."""
     options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}

@@ -16,7 +16,8 @@ from vllm_engine import SMALL, attached, engine, greedy, prompts
 import kvselect
 
 REQUESTS = 1000
-BLOCKS = 40
+BLOCKS = 24
+NEW_TOKENS = 24
 POLICY = kvselect.TokenSelect(**SMALL, dense_prefill=True)  # does not depend on where it is cut
 
 
@@ -28,7 +29,7 @@ def test_a_thousand_requests() -> None:
         for even in 12 * (True, False)
     )
     asked = prompts(lengths, seed=9)
-    wanted = attached(POLICY, asked, new_tokens=6)
+    wanted = attached(POLICY, asked, new_tokens=NEW_TOKENS)
     answers: dict[str, tuple[int, list[int]]] = {}
     options: dict[str, Any] = {
         "num_gpu_blocks_override": BLOCKS,
@@ -53,7 +54,7 @@ def test_a_thousand_requests() -> None:
                 which = chance.randrange(len(asked))
                 name = f"r{started}"
                 prompt = TokensPrompt(prompt_token_ids=asked[which])
-                core.add_request(name, prompt, greedy(chance.randrange(1, 7)))
+                core.add_request(name, prompt, greedy(chance.randrange(1, NEW_TOKENS + 1)))
                 open_requests[name] = which
                 started += 1
             for output in core.step():

@@ -6,15 +6,19 @@ from kvselect.checks import require
 from kvselect.integrations.vllm import shim
 from kvselect.integrations.vllm.config import POLICY_VARIABLE, configured_policy
 
-__all__ = ["BACKEND", "register"]
+__all__ = ["BACKENDS", "register"]
 
-BACKEND = "kvselect.integrations.vllm.backend.SelectingBackend"
+BACKENDS = {
+    "CPU_ATTN": "kvselect.integrations.vllm.backend.SelectingBackend",
+    "CPU_MLA": "kvselect.integrations.vllm.mla.CheckedCPUMLA",
+    "AMX_MLA": "kvselect.integrations.vllm.mla.CheckedAMXMLA",
+}
 
 
 def register() -> None:
-    """Put our backend in the place of vLLM's CPU attention, by its path: nothing is imported yet.
+    """Put our backends in the place of vLLM's CPU attention, by path: nothing is imported yet.
 
-    Until a policy is configured it is vLLM's own.
+    Until a policy is configured they are vLLM's own.
 
     Raises
     ------
@@ -23,7 +27,7 @@ def register() -> None:
     """
     policy = configured_policy()
     if shim.is_cpu_platform():
-        shim.override_cpu_attention(BACKEND)
+        shim.override_backends(BACKENDS)
         return
     platform = shim.platform_name()
     require(policy is None, "vLLM platform", platform, f"cpu with {POLICY_VARIABLE} set")

@@ -5,6 +5,7 @@ Names are looked up at their first use, so that importing this module imports no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,8 @@ from kvselect.integrations.vllm.config import ServerFacts
 TESTED_VERSIONS = ("0.32.0",)
 
 PLACES = {
+    "AMXMLABackend": "vllm.v1.attention.backends.mla.amx_mla",
+    "CPUMLABackend": "vllm.v1.attention.backends.mla.cpu_mla",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
@@ -53,10 +56,11 @@ def version() -> str:
         return "none"
 
 
-def override_cpu_attention(class_path: str) -> None:
-    """Have vLLM's CPU platform take its attention from this class, found by path when needed."""
+def override_backends(class_paths: Mapping[str, str]) -> None:
+    """Have vLLM take these backends of its enum from these classes, found by path when needed."""
     place = import_module(PLACES["register_backend"])
-    place.register_backend(place.AttentionBackendEnum.CPU_ATTN, class_path)
+    for name, class_path in class_paths.items():
+        place.register_backend(place.AttentionBackendEnum[name], class_path)
 
 
 def is_cpu_platform() -> bool:
