@@ -71,7 +71,7 @@ def test_a_thousand_requests() -> None:
                 memory_half_way = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_half_way
-    assert grown < 64 * 1024  # KiB
+    assert grown < 128 * 1024  # KiB, of the peak: allocators round it up
     assert len(preempted) > 0 and aborted > 0 and len(answers) + aborted == REQUESTS
     # What a preempted request had generated is prefilled again, densely, where a decode step had
     # selected: it may go on differently.
