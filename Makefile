@@ -21,7 +21,7 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test test-long test-matrix models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
+.PHONY: demo test test-long test-matrix test-vllm models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
@@ -42,13 +42,30 @@ MATRIX ?= 2.11.0:5.17.0,2.13.0:newest
 test-matrix: build/.built-$(KIND)
 	$(PY) tests/version_matrix.py --pairs $(MATRIX)
 
+# kvselect inside vLLM's CPU build, in an environment of its own (3.5 GB), made once: docs/serving.md. A process per file: an engine
+# leaves things behind.
+VLLM ?= 0.32.0
+VLLM_TORCH ?= 2.13.0
+VLLM_VENV = build/vllm-venv-$(VLLM)
+test-vllm: $(VLLM_VENV)/.installed
+	cd tests/serving && for file in test_*.py; do \
+	    timeout 900 ../../$(VLLM_VENV)/bin/python -m pytest -q $$file || exit 1; done
+
+$(VLLM_VENV)/.ready: tests/serving/vllm_environment.py
+	$(PYTHON) tests/serving/vllm_environment.py $(VLLM_VENV) --vllm $(VLLM) --torch $(VLLM_TORCH)
+	touch $@
+
+$(VLLM_VENV)/.installed: $(VLLM_VENV)/.ready pyproject.toml $(NATIVE) $(shell find kvselect -name '*.py')
+	KVSELECT_CUDA=off $(VLLM_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	touch $@
+
 # docs/models.md: every architecture against every check, by running them.
 models: build/.built-$(KIND)
 	$(PY) tests/model_table.py
 
-# The questions that bench/README.md lists, one script each; those of bench/gpu.sh stay with it.
+# The questions that bench/README.md lists, one script each; those of bench/gpu.sh and of vLLM stay with theirs.
 bench: build/.built-$(KIND)
-	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step'); do \
+	@set -e; for script in $$(grep -oE 'bench/[a-z0-9_]+\.py' bench/README.md | sort -u | grep -vE 'gpu_report|model_step|vllm_decode'); do \
 	    echo "== $$script"; $(PY) $$script; done
 
 lint: style types

@@ -351,6 +351,14 @@ class KVCache:
         return self._sketch_data
 
     @property
+    def sketch_in_pages(self) -> bool:
+        """Whether records lie with the pages of the keys: only an `EngineKVCache`'s do.
+
+        `sketch_data` is then [num_blocks, num_kv_heads, page_block_size / 128, block_bytes].
+        """
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: keys, values, sketch, with room not yet used."""
         stores = (self._storage.k_pages, self._storage.v_pages, self._sketch_data)

@@ -99,6 +99,7 @@ def _kv_append(
     sketch_format: str,
     num_nonfinite: Tensor,
     starts: Tensor | None = None,
+    sketch_in_pages: bool = False,
 ) -> None:
     return None
 
@@ -131,6 +132,7 @@ def _score_tokens(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     ranking: Tensor | None = None,
+    sketch_in_pages: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]

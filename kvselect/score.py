@@ -229,5 +229,6 @@ def score_blocks(
         softcap,
         sink_logits,
         ranking,
+        sketch is not None and cache.sketch_in_pages,
     )
     return scores, num_nonfinite

@@ -183,6 +183,10 @@ class ForeignPages:
     def block_table(self) -> Tensor:
         return self._table
 
+    def point_to(self, block_table: Tensor) -> None:
+        """Other rows of the same pages."""
+        self._table = block_table
+
     def make_room(self, lengths: list[int], exactly: bool = False) -> None:
         longest = max(lengths, default=0)
         allowed = f"at most {self.capacity} tokens per row (foreign pages do not grow)"

@@ -296,6 +296,25 @@ SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, 
     return view;
 }
 
+SketchView read_paged_sketch(const OptionalTensor& sketch, const std::string& format,
+                             const CacheArg& keys, const OptionalTensor& starts, Place place) {
+    KVS_CHECK(
+        sketch && keys.view.block_table && !starts,
+        "sketch_in_pages: got true, allowed: false without a sketch or a block_table, or with "
+        "starts");
+    const int64_t page_blocks = keys.view.page_block_size / kSketchBlockTokens;
+    KVS_CHECK(page_blocks * kSketchBlockTokens == keys.view.page_block_size && page_blocks >= 1,
+              "sketch_in_pages: got true with page_block_size ", keys.view.page_block_size,
+              ", allowed: false, or a multiple of ", kSketchBlockTokens);
+    // As many "rows" as there are pages, each as long as a page.
+    SketchView view = read_sketch(sketch, format, keys.num_blocks, keys.num_kv_heads, keys.head_dim,
+                                  keys.view.page_block_size, place);
+    view.block_table = keys.view.block_table;
+    view.block_table_stride = keys.view.block_table_stride;
+    view.page_blocks = page_blocks;
+    return view;
+}
+
 WindowRule window_rule(const std::string& name) {
     if (name == "decode") return WindowRule::kDecode;
     if (name == "block_start") return WindowRule::kBlockStart;

@@ -122,6 +122,9 @@ SketchFormat sketch_format(const std::string& name);
 SketchView read_sketch(const OptionalTensor& sketch, const std::string& format, int64_t batch,
                        int64_t num_kv_heads, int64_t head_dim, int64_t needed_tokens,
                        Place place = {});
+// Records that lie with the pages of `keys`, whose block table finds them.
+SketchView read_paged_sketch(const OptionalTensor& sketch, const std::string& format,
+                             const CacheArg& keys, const OptionalTensor& starts, Place place = {});
 
 WindowRule window_rule(const std::string& name);
 // Only the cutting of the queries; callers that keep windows add rule, sinks and recent tokens.

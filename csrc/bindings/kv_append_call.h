@@ -15,7 +15,8 @@ inline KvAppendParams read_kv_append(const Tensor& k, const Tensor& v,
                                      const Tensor& v_cache, const OptionalTensor& block_table,
                                      const Tensor& cache_seqlens, const OptionalTensor& sketch,
                                      const std::string& format, const Tensor& num_nonfinite,
-                                     const OptionalTensor& starts, Place place) {
+                                     const OptionalTensor& starts, bool sketch_in_pages,
+                                     Place place) {
     const TensorArg k_arg("k", k, place), v_arg("v", v, place),
         k_cache_arg("k_cache", k_cache, place), v_cache_arg("v_cache", v_cache, place),
         nonfinite_arg("num_nonfinite", num_nonfinite, place);
@@ -66,7 +67,9 @@ inline KvAppendParams read_kv_append(const Tensor& k, const Tensor& v,
         longest = std::max(longest, after);
     }
     const SketchView sketch_view =
-        read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest, place);
+        sketch_in_pages
+            ? read_paged_sketch(sketch, format, keys, starts, place)
+            : read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest, place);
     if (sketch) TensorArg("sketch", *sketch, place).require_writable();
 
     KvAppendParams p{};

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def(
         "kv_append(Tensor k, Tensor v, Tensor? num_valid, Tensor(a!) k_cache, Tensor(b!) v_cache, "
         "Tensor? block_table, Tensor(c!) cache_seqlens, Tensor(d!)? sketch, str sketch_format, "
-        "Tensor(e!) num_nonfinite, Tensor? starts=None) -> ()");
+        "Tensor(e!) num_nonfinite, Tensor? starts=None, bool sketch_in_pages=False) -> ()");
     m.def(
         "score_tokens(Tensor q, Tensor? q_local, Tensor k_cache, Tensor? block_table, "
         "Tensor cache_seqlens, Tensor? starts, Tensor? sketch, str sketch_format, "
@@ -19,7 +19,8 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "int num_recent_tokens, SymInt keep, float scale, bool normalise_candidates_only, "
         "bool max_vote, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved, "
         "Tensor? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None, "
-        "Tensor(a!)? ranking=None) -> (Tensor scores, Tensor lse, Tensor num_nonfinite)");
+        "Tensor(a!)? ranking=None, bool sketch_in_pages=False) -> (Tensor scores, Tensor lse, "
+        "Tensor num_nonfinite)");
     m.def(
         "select_tokens(Tensor scores, Tensor cache_seqlens, Tensor? starts, "
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "

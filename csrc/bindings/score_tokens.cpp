@@ -39,13 +39,13 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking) {
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     ScoreTokensParams p = read_score_tokens(
         q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
         seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
         max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
-        ranking, Place{});
+        ranking, sketch_in_pages, Place{});
     p.q = as_float(TensorArg("q", q));
     const int64_t num_blocks = p.blocks.num_blocks, num_items = p.blocks.batch * p.num_kv_heads;
     Tensor new_scores = new_long_output({p.blocks.batch, num_blocks, p.num_kv_heads, max_seqlen_k},

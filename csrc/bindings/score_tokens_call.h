@@ -36,7 +36,8 @@ inline ScoreTokensParams read_score_tokens(
     int64_t keep, double scale, bool normalise_candidates_only, bool max_vote,
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t rope_start, bool rope_interleaved,
     const OptionalTensor& hit, int64_t max_seqlen_k, double softcap,
-    const OptionalTensor& sink_logits, const OptionalTensor& ranking, Place place) {
+    const OptionalTensor& sink_logits, const OptionalTensor& ranking, bool sketch_in_pages,
+    Place place) {
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);
@@ -87,7 +88,9 @@ inline ScoreTokensParams read_score_tokens(
         for (int64_t row = 0; row < batch; ++row)
             longest = std::max<int64_t>(longest, p.blocks.cache_seqlens[row]);
     }
-    p.sketch = read_sketch(sketch, format, batch, keys.num_kv_heads, keys.head_dim, longest, place);
+    p.sketch = sketch_in_pages ? read_paged_sketch(sketch, format, keys, starts, place)
+                               : read_sketch(sketch, format, batch, keys.num_kv_heads,
+                                             keys.head_dim, longest, place);
     if (sketch && place.is_cuda) require_aligned_rows(TensorArg("sketch", *sketch, place), 1);
     p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim, place);
     if (p.rope.cos && place.host_readable())

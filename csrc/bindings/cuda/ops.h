@@ -28,7 +28,8 @@ private:
 
 void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Tensor v_cache,
                OptionalTensor block_table, Tensor cache_seqlens, OptionalTensor sketch,
-               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts);
+               StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts,
+               bool sketch_in_pages);
 
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking);
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages);
 
 void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking) {
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     const OnDevice device("q", q);
     const Place place = device.place();
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
         q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
         seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
         max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
-        ranking, place);
+        ranking, sketch_in_pages, place);
     // A decode step brings its queries as the model made them.
     if (q.scalar_type() != ScalarType::Float) q = torch::stable::to(q, ScalarType::Float);
     p.q = TensorArg("q", q, place).data<float>();

@@ -44,13 +44,24 @@ constexpr int64_t kSketchSubBlockTokens = 16;
 // Blocks follow logical positions: block i of a row holds its real tokens [128 i, 128 i + 128),
 // counted from the first one (left padding never shares a block with them), whatever pages the keys
 // lie in.
+// Where every page holds whole blocks, a record may lie with its page instead, so that rows which
+// share a page share its records: [num_pages, num_kv_heads, page_blocks, block_bytes], found by the
+// block table of the keys.
 struct SketchView {
     uint8_t* data;  // nullptr: no sketch
     SketchFormat format;
-    int64_t row_stride, head_stride, block_stride;  // bytes
+    int64_t row_stride, head_stride, block_stride;  // bytes; of a page where there is a table
+    const int32_t* block_table = nullptr;  // of the keys, where records lie with their page
+    int64_t block_table_stride = 0;        // elements between rows
+    int64_t page_blocks = 1;               // blocks per page
 
     [[gnu::always_inline]] KVS_HOST_DEVICE uint8_t* block(int64_t row, int64_t kv_head,
                                                           int64_t index) const {
+        if (block_table) {
+            const int64_t page = index / page_blocks;
+            row = block_table[row * block_table_stride + page];
+            index -= page * page_blocks;
+        }
         return data + row * row_stride + kv_head * head_stride + index * block_stride;
     }
 };

@@ -1,0 +1,218 @@
+"""vLLM's CPU attention with selecting layers; without a policy, vLLM's CPU attention.
+
+The plug-in puts `SelectingBackend` in the place of vLLM's ``CPU_ATTN``. Layers that do not select
+(sliding windows, ``policy.dense_layers``) keep vLLM's own storage and kernels, in the same blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kvselect.checks import require
+from kvselect.integrations.vllm.config import (
+    LayerFacts,
+    configured_policy,
+    describe,
+    needs_rotation,
+    require_layer,
+    require_memory,
+    require_server,
+)
+from kvselect.integrations.vllm.layer import Rotation, ServedLayer, rotation_from_table
+from kvselect.integrations.vllm.metrics import METER
+from kvselect.integrations.vllm.shim import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+    cache_memory,
+    get_current_vllm_config,
+    init_logger,
+    layer_index,
+    rotary_table,
+    server_facts,
+    step_metadata,
+    tensor_parallel_group,
+    trained_length,
+)
+from kvselect.integrations.vllm.state import Step
+from kvselect.policies.base import Policy
+
+__all__ = ["SelectingBackend", "SelectingBuilder", "SelectingImpl", "SelectingMetadata"]
+
+logger = init_logger("vllm.kvselect")
+
+
+class SelectingBackend(CPUAttentionBackend):
+    """What vLLM asks for classes; its name stays ``CPU_ATTN``, by which vLLM finds it."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SelectingImpl]:
+        return SelectingImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SelectingBuilder]:
+        return SelectingBuilder
+
+
+@dataclass
+class SelectingMetadata(CPUAttentionMetadata):
+    """vLLM's, for layers that do not select, and the step as those that do see it."""
+
+    step: Step | None = None
+
+
+class SelectingBuilder(CPUAttentionMetadataBuilder):
+    """Adds the `Step`; one for all layers of a group."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._selects = configured_policy(additional_config=vllm_config.additional_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        if self._selects is None:
+            return metadata
+        METER.publish()
+        count = common_attn_metadata.num_reqs
+        step = Step(
+            common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
+            metadata.seq_lens[:count].tolist(),
+            metadata.block_table[:count],
+        )
+        return SelectingMetadata(**vars(metadata), step=step)
+
+
+class SelectingImpl(CPUAttentionBackendImpl):
+    """One attention layer: selects, or is what it would be without kvselect."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+        )
+        vllm_config = get_current_vllm_config()
+        self._policy = configured_policy(additional_config=vllm_config.additional_config)
+        self._served: ServedLayer | None = None
+        self._trained_length = 0
+        if self._policy is None:
+            return
+        facts = LayerFacts(
+            attn_type=attn_type,
+            head_dim=head_size,
+            dtype=vllm_config.model_config.dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            has_alibi=alibi_slopes is not None,
+            shares_kv=kv_sharing_target_layer_name is not None,
+            page_block_size=vllm_config.cache_config.block_size,
+        )
+        self._check(self._policy, facts, vllm_config)
+        if sliding_window is not None:
+            self._policy = None
+
+    def _check(self, policy: Policy, facts: LayerFacts, vllm_config: Any) -> None:
+        """Everything that can be known before weights are loaded and memory is taken."""
+        require_server(policy, server_facts(vllm_config))
+        require_layer(policy, facts)
+        cache_bytes, available_bytes = cache_memory(vllm_config)
+        itemsize = facts.dtype.itemsize
+        require_memory(policy, facts.head_dim, itemsize, cache_bytes, available_bytes)
+        self._trained_length = trained_length(vllm_config)
+        if policy.caches_unrotated:
+            allowed = f"at most {self._trained_length}, the trained length of the model"
+            fits = policy.num_positions <= self._trained_length
+            require(fits, "policy.capacity", policy.num_positions, allowed)
+        logger.info_once("kvselect: full-attention layers run %s", describe(policy))
+
+    def _selects(self, layer: Any) -> bool:
+        policy = self._policy
+        return policy is not None and layer_index(layer.layer_name) not in policy.dense_layers
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Store the step's keys and values: row by row where the layer selects."""
+        if not self._selects(layer):
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            return
+        metadata = step_metadata(layer.layer_name)
+        if metadata is not None:
+            self._serve(kv_cache).store(metadata.step, key, value)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the step; ``output`` is written to and returned."""
+        if attn_metadata is None or not self._selects(layer):
+            scales = (output_scale, output_block_scale)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        allowed = "None under kvselect (its kernels write no quantised output)"
+        require(output_scale is None, "output_scale", "a tensor", allowed)
+        allowed = "True under kvselect (it serves decoders)"
+        require(attn_metadata.causal is True, "causal", attn_metadata.causal, allowed)
+        self._serve(kv_cache).attend(attn_metadata.step, query, output)
+        return output
+
+    def _serve(self, kv_cache: Tensor) -> ServedLayer:
+        """The layer over vLLM's blocks, made at its first step: nobody has them before."""
+        if self._served is not None and self._served.is_over(kv_cache):
+            return self._served
+        assert self._policy is not None
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        heads_first = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1)
+        k, v = heads_first.chunk(2, dim=2)
+        self._served = ServedLayer(
+            self._policy,
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            num_q_heads=self.num_heads,
+            softmax_scale=self.scale,
+            rotation=self._rotation() if needs_rotation(self._policy) else None,
+            softcap=self.logits_soft_cap or None,
+            sink_logits=self.sinks,
+            process_group=tensor_parallel_group() if self._policy.joins_heads else None,
+        )
+        METER.add(self._served.state)
+        return self._served
+
+    def _rotation(self) -> Rotation:
+        table, is_neox_style = rotary_table()
+        return rotation_from_table(table, is_neox_style, self._trained_length, self.head_size)

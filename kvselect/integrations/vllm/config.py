@@ -1,0 +1,211 @@
+"""Which policy a server runs, and what it cannot run: every refusal in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
+from kvselect.engine_cache import require_page_block_size, sketch_share
+from kvselect.policies import Dense, StreamingLLM, TokenSelect
+from kvselect.policies.base import Policy, policy_from_dict
+
+__all__ = [
+    "ADDITIONAL_CONFIG_KEY",
+    "POLICY_VARIABLE",
+    "LayerFacts",
+    "ServerFacts",
+    "configured_policy",
+    "require_layer",
+    "require_memory",
+    "require_servable",
+    "require_server",
+]
+
+POLICY_VARIABLE = "KVSELECT_VLLM_POLICY"
+ADDITIONAL_CONFIG_KEY = "kvselect"
+
+SERVED = (TokenSelect, StreamingLLM, Dense)
+
+# Their attention rotates queries and keys by the model's one table, in every layer, as the last
+# thing before attention: what is rotated back here is what they had before.
+ROTATING = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+UNQUANTISED = ("auto", "bfloat16", "float16", "float32", "half", "float")
+
+
+def configured_policy(
+    environ: Mapping[str, str] | None = None, additional_config: object = None
+) -> Policy | None:
+    """The policy that the user asked for; None: none, and vLLM's own attention runs.
+
+    Parameters
+    ----------
+    environ : mapping or None
+        Holds the policy's dict as JSON under ``KVSELECT_VLLM_POLICY``; None: ``os.environ``.
+    additional_config : object
+        vLLM's; where it is a mapping, its entry "kvselect" is a policy's dict.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If it is no policy, one that cannot be served, or the two places disagree.
+    """
+    found = []
+    text = (os.environ if environ is None else environ).get(POLICY_VARIABLE, "")
+    if text.strip():
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            allowed = f"a policy's dict as JSON ({error})"
+            require(False, POLICY_VARIABLE, text, allowed)
+        found.append(policy_from_dict(settings))
+    if isinstance(additional_config, Mapping) and ADDITIONAL_CONFIG_KEY in additional_config:
+        found.append(policy_from_dict(additional_config[ADDITIONAL_CONFIG_KEY]))
+    if not found:
+        return None
+    allowed = f"the policy of {POLICY_VARIABLE}, {found[0]}, or no entry"
+    name = f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]"
+    require(found[0] == found[-1], name, found[-1], allowed)
+    require_servable(found[0])
+    return found[0]
+
+
+def require_servable(policy: Policy) -> None:
+    """Refuse what remembers something of a row: rows come and go at every step of a server.
+
+    Raises
+    ------
+    ValueError
+    """
+    names = " or ".join(served.__name__ for served in SERVED)
+    require(type(policy) in SERVED, "policy", type(policy).__name__, f"{names} under vLLM")
+    remembered = {"similarity_threshold": None, "num_segments": None, "layer_budget": "fixed"}
+    for name, off in remembered.items():
+        value = getattr(policy, name, off)
+        allowed = f"{off!r} under vLLM (what is remembered between steps is not kept by its blocks)"
+        require(value == off, name, value, allowed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    """What the whole server is, as far as a policy may not fit it."""
+
+    architecture: str
+    rope_type: str
+    speculative_method: str | None
+    kv_connector: str | None
+    context_parallel_size: int
+
+
+def require_server(policy: Policy, facts: ServerFacts) -> None:
+    """Refuse models and ways of serving.
+
+    Raises
+    ------
+    ValueError
+    """
+    if needs_rotation(policy):
+        allowed = (
+            f"{' or '.join(ROTATING)} with {type(policy).__name__} in these settings, which needs "
+            "queries before RoPE (or positions='original' with average_queries='after_rope')"
+        )
+        require(facts.architecture in ROTATING, "model", facts.architecture, allowed)
+        allowed = " or ".join(map(repr, ROPE_TYPES))
+        require(facts.rope_type in ROPE_TYPES, "rope_type", facts.rope_type, allowed)
+    allowed = "None under kvselect (rejected drafts would count as tokens)"
+    require(facts.speculative_method is None, "speculative", facts.speculative_method, allowed)
+    allowed = "None under kvselect (blocks from elsewhere have no sketch)"
+    require(facts.kv_connector is None, "kv_connector", facts.kv_connector, allowed)
+    size = facts.context_parallel_size
+    require(size == 1, "context_parallel_size", size, "1 under kvselect (a rank needs whole rows)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFacts:
+    """What one attention layer is, as vLLM says when it makes it."""
+
+    attn_type: str
+    head_dim: int
+    dtype: torch.dtype
+    kv_cache_dtype: str
+    has_alibi: bool
+    shares_kv: bool
+    page_block_size: int
+
+
+def require_layer(policy: Policy, facts: LayerFacts) -> None:
+    """Refuse layers. A layer with a sliding window is not asked: it runs vLLM's own attention.
+
+    Raises
+    ------
+    ValueError
+    """
+    kind = facts.attn_type
+    require(kind == "decoder", "attn_type", kind, "'decoder' (no cross or encoder attention)")
+    allowed = " or ".join(map(str, HEAD_DIMS))
+    require(facts.head_dim in HEAD_DIMS, "head_dim", facts.head_dim, allowed)
+    allowed = " or ".join(map(str, STORAGE_DTYPES))
+    require(facts.dtype in STORAGE_DTYPES, "dtype", facts.dtype, allowed)
+    stored = facts.kv_cache_dtype
+    allowed = "'auto' under kvselect (its kernels read no quantised keys)"
+    require(stored in UNQUANTISED, "kv_cache_dtype", stored, allowed)
+    require(not facts.has_alibi, "alibi_slopes", "slopes", "None")
+    allowed = "None under kvselect (each layer selects from its own keys)"
+    require(not facts.shares_kv, "kv_sharing_target_layer_name", "a layer", allowed)
+    require_page_block_size(facts.page_block_size, policy.required_sketch)
+
+
+def require_memory(
+    policy: Policy, head_dim: int, itemsize: int, cache_bytes: int, available_bytes: int
+) -> None:
+    """Refuse to start where keys, values and their sketch do not fit.
+
+    Parameters
+    ----------
+    cache_bytes : int
+        What vLLM will take for keys and values.
+    available_bytes : int
+        Before it took them.
+
+    Raises
+    ------
+    ValueError
+    """
+    share = sketch_share(policy.required_sketch, head_dim, itemsize)
+    needed = cache_bytes + round(share * cache_bytes)
+    gib = 2.0**30
+    allowed = (
+        f"at most {available_bytes / (1 + share) / gib:.2f} GiB: {available_bytes / gib:.2f} GiB "
+        f"are free, and the sketch takes {share:.0%} of the cache on top"
+    )
+    got = f"{cache_bytes / gib:.2f} GiB"
+    require(needed <= available_bytes, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
+
+
+def needs_rotation(policy: Policy) -> bool:
+    """Whether steps ask for queries, or keys, before RoPE."""
+    return policy.caches_unrotated or averages_unrotated(policy)
+
+
+def averages_unrotated(policy: Policy) -> bool:
+    """Whether prefill asks for queries before RoPE although keys are cached rotated."""
+    if policy.caches_unrotated or getattr(policy, "dense_prefill", False):
+        return False
+    return getattr(policy, "average_queries", None) == "before_rope"
+
+
+def describe(policy: Policy | None) -> str:
+    """For the log."""
+    settings: dict[str, Any] = {} if policy is None else policy.to_dict()
+    return json.dumps(settings)

@@ -1,0 +1,267 @@
+"""kvselect inside vLLM: what a request gets is what it gets alone under `attach`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts
+
+import kvselect
+from kvselect.integrations.vllm import shim
+from kvselect.policies.base import Policy
+
+ASKED = prompts()
+ORIGINAL = kvselect.TokenSelect(**SMALL)
+COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
+# Prefill cut elsewhere (chunks, hits, recompute) selects for other blocks of queries; dense prefill
+# does not depend on where it is cut.
+UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+
+
+@cache
+def expected(policy: Policy) -> list[list[int]]:
+    return attached(policy, ASKED)
+
+
+# ---- vLLM is where we think it is
+
+
+def test_this_version_was_tested() -> None:
+    assert shim.version() in shim.TESTED_VERSIONS
+
+
+@pytest.mark.parametrize("name", shim.PLACES)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(shim, name) is not None
+
+
+def test_what_we_override_takes_what_we_think() -> None:
+    def arguments(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)[1:]
+
+    implementation = shim.CPUAttentionBackendImpl
+    assert arguments(implementation.__init__) == [
+        "num_heads",
+        "head_size",
+        "scale",
+        "num_kv_heads",
+        "alibi_slopes",
+        "sliding_window",
+        "kv_cache_dtype",
+        "logits_soft_cap",
+        "attn_type",
+        "kv_sharing_target_layer_name",
+        "sinks",
+    ]
+    update = ["layer", "key", "value", "kv_cache", "slot_mapping"]
+    assert arguments(implementation.do_kv_cache_update) == update
+    forward = ["layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"]
+    assert arguments(implementation.forward)[:7] == forward
+    build = ["common_prefix_len", "common_attn_metadata", "fast_build"]
+    assert arguments(shim.CPUAttentionMetadataBuilder.build) == build
+    assert shim.CPUAttentionBackend.forward_includes_kv_cache_update is False
+    names = shim.CPUAttentionMetadata.__dataclass_fields__
+    assert {"seq_lens", "block_table", "query_start_loc", "causal"} <= set(names)
+
+
+def test_the_entry_point_is_found() -> None:
+    from importlib.metadata import entry_points
+
+    found = {point.name: point.value for point in entry_points(group="vllm.general_plugins")}
+    assert found["kvselect"] == "kvselect.integrations.vllm.plugin:register"
+
+
+# ---- the same tokens
+
+
+def test_a_budget_that_covers_everything_equals_vllm() -> None:
+    with engine(None) as running:
+        assert all(layer._policy is None for layer in running.layers)
+        own = running.generate(ASKED)
+        assert all(layer._served is None for layer in running.layers)
+    for policy in (kvselect.Dense(), kvselect.TokenSelect(topk=4096)):
+        with engine(policy) as running:
+            assert running.generate(ASKED) == own
+            assert all(layer._served is not None for layer in running.layers)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ORIGINAL,
+        COMPACT,
+        kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
+        kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
+    ],
+    ids=["original", "compact", "layer-exact", "streaming"],
+)
+def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
+    with engine(policy) as running:
+        got = running.generate(ASKED)
+        served = [layer._served for layer in running.layers]
+        if policy.dense_layers:
+            assert served.pop(0) is None
+        for layer in served:
+            counts = layer.state.decode
+            assert 0 < counts.tokens_attended < counts.tokens_visible
+    assert got == expected(policy)
+
+
+def test_chunked_prefill_among_decoding_requests() -> None:
+    with engine(UNCUT, max_num_batched_tokens=192, max_num_seqs=6) as running:
+        assert running.generate(ASKED) == expected(UNCUT)
+
+
+def test_preempted_requests_start_again() -> None:
+    with engine(UNCUT, num_gpu_blocks_override=22, max_model_len=1024) as running:
+        preempted = 0
+        preempt = running.scheduler._preempt_request
+
+        def count(*args: Any, **options: Any) -> Any:
+            nonlocal preempted
+            preempted += 1
+            return preempt(*args, **options)
+
+        running.scheduler._preempt_request = count
+        asked = prompts((250, 380, 254, 383, 300, 511, 253, 640))
+        got = running.generate(asked, new_tokens=24)
+        assert preempted > 0
+    assert got == attached(UNCUT, asked, new_tokens=24)
+
+
+def test_prefix_hits_find_their_sketch() -> None:
+    long, short = prompts((2047, 700))
+    asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
+    with engine(UNCUT, enable_prefix_caching=True) as running:
+        found: list[int] = []
+        lookup = running.scheduler.kv_cache_manager.get_computed_blocks
+
+        def count(request: Any) -> Any:
+            blocks, num_tokens, *rest = lookup(request)
+            found.append(num_tokens)
+            return (blocks, num_tokens, *rest)
+
+        running.scheduler.kv_cache_manager.get_computed_blocks = count
+        got = [running.generate([tokens])[0] for tokens in asked]  # one after another: hits
+        again = running.generate(asked)
+        assert sum(found) > 1000
+    wanted = attached(UNCUT, asked)
+    assert got == wanted and again == wanted
+
+
+def test_aborted_requests_leave_nothing_behind() -> None:
+    from vllm import TokensPrompt
+
+    with engine(UNCUT, max_num_batched_tokens=256, num_gpu_blocks_override=64) as running:
+        core = running.llm.llm_engine
+        got: dict[str, list[int]] = {}
+        for index, tokens in enumerate(ASKED):
+            prompt = TokensPrompt(prompt_token_ids=tokens)
+            core.add_request(str(index), prompt, greedy(NEW_TOKENS))
+        steps = 0
+        while core.has_unfinished_requests():
+            for output in core.step():
+                if output.finished:
+                    got[output.request_id.split("-")[0]] = list(output.outputs[0].token_ids)
+            steps += 1
+            if steps in (2, 5, 9):
+                core.abort_request([str(3 * steps % 16)])
+        manager = running.scheduler.kv_cache_manager
+        assert manager.block_pool.get_num_free_blocks() == 63  # all but vLLM's null block
+        assert len(got) >= 13
+        for request, tokens in got.items():
+            if len(tokens) == NEW_TOKENS:
+                assert tokens == expected(UNCUT)[int(request)]
+
+
+# ---- refusals, before anything is served
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 64}, r"page_block_size: got 64, allowed: a multiple of 128 with sketch="),
+        ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype: got 'fp8_e5m2', allowed: 'auto' under"),
+        (
+            {"additional_config": {"kvselect": {"policy": "Magic"}}},
+            r"policy: got 'Magic', allowed: ",
+        ),
+        (
+            {"additional_config": {"kvselect": {"policy": "TokenSelect", "positions": "compact"}}},
+            r"policy.capacity: got \d+, allowed: at most 512, the trained length",
+        ),
+        (
+            {"kv_cache_memory_bytes": 2**44},
+            r"KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '16384.00 GiB', allowed: at most",
+        ),
+    ],
+)
+def test_the_server_does_not_start(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "kv_cache_memory_bytes" in options:  # the variable would win
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
+        pass
+
+
+def test_a_model_that_is_not_known(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = r"model: got 'GPTNeoXForCausalLM', allowed: LlamaForCausalLM or"
+    with (
+        pytest.raises(Exception, match=message),
+        engine(ORIGINAL, model=str(tmp_path), load_format="dummy"),
+    ):
+        pass
+
+
+def test_latent_attention_is_refused(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "max_position_embeddings": 4096,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options: dict[str, Any] = {"model": str(tmp_path), "load_format": "dummy", "hf_overrides": {}}
+    message = r"attention: got 'MLA', allowed: models without MLA"
+    with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
+        pass
+
+
+def test_drafts_are_refused() -> None:
+    """Last: what vLLM imports for them keeps later engines of this process from starting."""
+    options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
+    message = r"speculative: got 'ngram', allowed: None under kvselect"
+    with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
+        pass

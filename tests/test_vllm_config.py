@@ -1,0 +1,196 @@
+"""What a server is asked to run, and what it refuses: without vLLM."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import kvselect
+from kvselect.integrations.vllm import plugin, shim
+from kvselect.integrations.vllm.config import (
+    LayerFacts,
+    ServerFacts,
+    averages_unrotated,
+    configured_policy,
+    needs_rotation,
+    require_layer,
+    require_memory,
+    require_server,
+)
+from kvselect.policies.base import Policy
+
+POLICY = kvselect.TokenSelect(topk=64, num_recent_tokens=128)
+LAYER: dict[str, Any] = {
+    "attn_type": "decoder",
+    "head_dim": 128,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "has_alibi": False,
+    "shares_kv": False,
+    "page_block_size": 128,
+}
+SERVER: dict[str, Any] = {
+    "architecture": "LlamaForCausalLM",
+    "rope_type": "default",
+    "speculative_method": None,
+    "kv_connector": None,
+    "context_parallel_size": 1,
+}
+
+
+def environ(policy: Policy | str) -> dict[str, str]:
+    text = policy if isinstance(policy, str) else json.dumps(policy.to_dict())
+    return {"KVSELECT_VLLM_POLICY": text}
+
+
+def test_off_by_default() -> None:
+    assert configured_policy({}) is None
+    assert configured_policy({}, {}) is None
+    assert configured_policy({}, {"other": 1}) is None
+    assert configured_policy(environ("  ")) is None
+
+
+def test_either_place_or_both_alike() -> None:
+    entry = {"kvselect": POLICY.to_dict()}
+    assert configured_policy(environ(POLICY)) == POLICY
+    assert configured_policy({}, entry) == POLICY
+    assert configured_policy(environ(POLICY), entry) == POLICY
+    with pytest.raises(ValueError, match=r"^additional_config\['kvselect'\]: got TokenSelect"):
+        configured_policy(environ(kvselect.Dense()), entry)
+
+
+def test_the_variable_is_read_from_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSELECT_VLLM_POLICY", json.dumps({"policy": "StreamingLLM"}))
+    assert configured_policy() == kvselect.StreamingLLM()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"^KVSELECT_VLLM_POLICY: got '\{', allowed: a policy's dict as JSON \(Expecting"),
+        ("[]", r"^settings: got list \[\], allowed: a dict made by"),
+        ('{"policy": "Magic"}', r"^policy: got 'Magic', allowed: "),
+        ('{"policy": "Dense", "topk": 3}', r"^settings of Dense: got \['topk'\]"),
+        ('{"policy": "Quest"}', r"^policy: got 'Quest', allowed: TokenSelect or StreamingLLM or D"),
+        (
+            '{"policy": "TokenSelect", "similarity_threshold": 0.9}',
+            r"^similarity_threshold: got 0.9, allowed: None under vLLM",
+        ),
+        ('{"policy": "TokenSelect", "num_segments": 4}', r"^num_segments: got 4, allowed: None u"),
+        (
+            '{"policy": "TokenSelect", "layer_budget": "entropy_pool"}',
+            r"^layer_budget: got 'entropy_pool', allowed: 'fixed' under vLLM",
+        ),
+    ],
+)
+def test_what_is_no_policy_of_a_server(text: str, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        configured_policy(environ(text))
+
+
+def test_a_layer_that_can_be_served() -> None:
+    require_layer(POLICY, LayerFacts(**LAYER))
+    exact = kvselect.TokenSelect(topk=64, sketch=None)
+    require_layer(exact, LayerFacts(**LAYER | {"page_block_size": 16}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_type": "encoder_decoder"}, r"^attn_type: got 'encoder_decoder', allowed: 'decod"),
+        ({"head_dim": 112}, r"^head_dim: got 112, allowed: 32 or 64"),
+        ({"dtype": torch.float64}, r"^dtype: got torch.float64, allowed: "),
+        ({"kv_cache_dtype": "fp8_e5m2"}, r"^kv_cache_dtype: got 'fp8_e5m2', allowed: 'auto'"),
+        ({"has_alibi": True}, r"^alibi_slopes: got 'slopes', allowed: None"),
+        ({"shares_kv": True}, r"^kv_sharing_target_layer_name: got 'a layer', allowed: None"),
+        ({"page_block_size": 64}, r"^page_block_size: got 64, allowed: a multiple of 128 with"),
+    ],
+)
+def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_layer(POLICY, LayerFacts(**LAYER | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "GPT2LMHeadModel"}, r"^model: got 'GPT2LMHeadModel', allowed: LlamaFor"),
+        ({"rope_type": "dynamic"}, r"^rope_type: got 'dynamic', allowed: 'default' or"),
+        ({"speculative_method": "ngram"}, r"^speculative: got 'ngram', allowed: None"),
+        ({"kv_connector": "LMCache"}, r"^kv_connector: got 'LMCache', allowed: None"),
+        ({"context_parallel_size": 2}, r"^context_parallel_size: got 2, allowed: 1"),
+    ],
+)
+def test_a_server_that_cannot(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_server(POLICY, ServerFacts(**SERVER | change))
+
+
+def test_models_whose_rotation_is_unknown_may_leave_it_alone() -> None:
+    foreign = ServerFacts(**SERVER | {"architecture": "GPT2LMHeadModel", "rope_type": "none"})
+    after = kvselect.TokenSelect(topk=64, average_queries="after_rope")
+    for policy in (kvselect.Dense(), after, kvselect.TokenSelect(topk=64, dense_prefill=True)):
+        assert not needs_rotation(policy)
+        require_server(policy, foreign)
+    compact = kvselect.TokenSelect(topk=64, positions="compact")
+    assert needs_rotation(compact) and not averages_unrotated(compact)
+    assert needs_rotation(POLICY) and averages_unrotated(POLICY)
+
+
+def test_memory_is_asked_for_before_it_is_taken() -> None:
+    gib = 2**30
+    require_memory(POLICY, 128, 2, 8 * gib, 10 * gib)
+    message = (
+        r"^KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '9.00 GiB', allowed: at most 8.83 GiB: "
+        r"10.00 GiB are free, and the sketch takes 13% of the cache on top$"
+    )
+    with pytest.raises(ValueError, match=message):
+        require_memory(POLICY, 128, 2, 9 * gib, 10 * gib)
+    require_memory(kvselect.Dense(), 128, 2, 10 * gib, 10 * gib)
+
+
+class Platform:
+    """The parts of vLLM that the plug-in touches."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, kind: str) -> None:
+        self.overrides: list[dict[str, str]] = []
+        patch.setattr(shim, "is_cpu_platform", lambda: kind == "cpu")
+        patch.setattr(shim, "platform_name", lambda: kind)
+        patch.setattr(shim, "override_backends", self.overrides.append)
+
+
+def test_the_plug_in_registers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVSELECT_VLLM_POLICY", raising=False)
+    platform = Platform(monkeypatch, "cpu")
+    plugin.register()
+    plugin.register()
+    assert platform.overrides == [plugin.BACKENDS] * 2
+
+
+def test_the_plug_in_on_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVSELECT_VLLM_POLICY", raising=False)
+    platform = Platform(monkeypatch, "cuda")
+    plugin.register()
+    assert platform.overrides == []
+    monkeypatch.setenv("KVSELECT_VLLM_POLICY", '{"policy": "Dense"}')
+    with pytest.raises(ValueError, match=r"^vLLM platform: got 'cuda', allowed: cpu with KVSELECT"):
+        plugin.register()
+
+
+def test_the_plug_in_refuses_an_unknown_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = Platform(monkeypatch, "cpu")
+    monkeypatch.setenv("KVSELECT_VLLM_POLICY", '{"policy": "Magic"}')
+    with pytest.raises(ValueError, match=r"^policy: got 'Magic'"):
+        plugin.register()
+    assert platform.overrides == []
+
+
+def test_a_vllm_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shim.PLACES, "get_forward_context", "math")
+    with pytest.raises(ImportError, match=r"^vllm: got .* without get_forward_context in math \("):
+        shim.get_forward_context  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        shim.nothing  # noqa: B018

@@ -1,0 +1,196 @@
+"""A served layer against a cache per request: mixed steps, shared blocks, rotations undone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvselect
+from kvselect.integrations.vllm.layer import ServedLayer, rotation_from_table
+from kvselect.integrations.vllm.state import Step
+from kvselect.policies.base import Policy
+from kvselect.prefill import prefill
+from kvselect.rope import Rope
+from kvselect.testing import rel_err
+
+HEADS, KV_HEADS, DIM, PAGE = 4, 2, 64, 128
+SMALL = {"topk": 64, "num_sink_tokens": 16, "num_recent_tokens": 128, "dense_below_tokens": 0}
+TRAINED = 512
+FREQUENCIES = 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
+LONG = Rope.from_frequencies(FREQUENCIES, 2048)
+SHORT = Rope.from_frequencies(FREQUENCIES, TRAINED)
+
+
+class Request:
+    """What one request would get alone, under Hugging Face's rules."""
+
+    def __init__(self, policy: Policy, seed: int) -> None:
+        self.policy = policy
+        self.cache = policy.new_cache(1, KV_HEADS, DIM)
+        self.state = policy.new_state(self.cache, {})
+        self.pages: list[int] = []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def tokens(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys before RoPE, and values, [count, heads, head_dim]."""
+        shapes = ((count, HEADS, DIM), (count, KV_HEADS, DIM), (count, KV_HEADS, DIM))
+        q, k, v = (torch.randn(shape, generator=self.generator) for shape in shapes)
+        return q, k, v
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        filled = self.cache.max_seqlen > 0
+        compact = self.policy.caches_unrotated
+        first = self.cache.max_seqlen
+        place = torch.arange(first, first + q.shape[0])
+        rotated = q if compact else LONG.rotate(q, place)
+        self.cache.append((k if compact else LONG.rotate(k, place))[None], v[None])
+        options: dict[str, Any] = {"rope": SHORT if compact else LONG}
+        if filled and q.shape[0] == 1:
+            options = options if compact else {}
+            return kvselect.decode_step(
+                rotated[None], self.cache, self.policy, self.state, **options
+            )[0][0]
+        if not compact:
+            options["q_unrotated"] = q[None]
+        return prefill(rotated[None], self.cache, self.policy, self.state, **options)[0][0]
+
+
+class Server:
+    """Blocks, and steps as vLLM makes them."""
+
+    def __init__(self, policy: Policy, num_blocks: int = 64) -> None:
+        both = torch.full((num_blocks, KV_HEADS, 2 * PAGE, DIM), float("nan"))
+        k, v = both.chunk(2, dim=2)
+        table = torch.cat((LONG.cos, LONG.sin), dim=-1)
+        self.layer = ServedLayer(
+            policy,
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            num_q_heads=HEADS,
+            softmax_scale=DIM**-0.5,
+            rotation=rotation_from_table(table, True, TRAINED, DIM),
+        )
+        self.policy = policy
+        self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
+
+    def step(self, work: list[tuple[Request, int]], padding: int = 3) -> None:
+        """``work``: requests and their new tokens, in the engine's order; compares every output."""
+        starts, lengths, flat, expected = [0], [], [], []
+        table = torch.zeros((len(work) + 2, 20), dtype=torch.int32)
+        for row, (request, count) in enumerate(work):
+            before = request.cache.max_seqlen
+            while len(request.pages) * PAGE < before + count:
+                request.pages.append(self.free.pop())
+            table[row, : len(request.pages)] = torch.tensor(request.pages, dtype=torch.int32)
+            q, k, v = request.tokens(count)
+            place = torch.arange(before, before + count)
+            flat.append((LONG.rotate(q, place), LONG.rotate(k, place), v))
+            expected.append(request.run(q, k, v))
+            starts.append(starts[-1] + count)
+            lengths.append(before + count)
+        q, k, v = (torch.cat(parts) for parts in zip(*flat))
+        fill = lambda x: torch.cat((x, x.new_full((padding, *x.shape[1:]), float("nan"))))  # noqa: E731
+        out = torch.full((starts[-1] + padding, HEADS, DIM), -7.0)
+        step = Step(starts, lengths, table[: len(work)])
+        self.layer.store(step, fill(k), fill(v))
+        self.layer.attend(step, fill(q), out)
+        for first, last, wanted in zip(starts, starts[1:], expected):
+            # Rotated and rotated back in float32: a token near the threshold may fall either way.
+            assert rel_err(out[first:last], wanted) < 2e-5
+        assert (out[starts[-1] :] == -7.0).all()
+
+
+POLICIES = {
+    "original": kvselect.TokenSelect(**SMALL),
+    "exact": kvselect.TokenSelect(**SMALL, sketch=None),
+    "layer": kvselect.TokenSelect(**SMALL, scope="layer"),
+    "compact": kvselect.TokenSelect(**SMALL, positions="compact", q_block_size=64, max_age=1),
+    "streaming": kvselect.StreamingLLM(num_recent_tokens=64, q_block_size=64),
+    "dense": kvselect.Dense(),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_mixed_steps(name: str) -> None:
+    policy = POLICIES[name]
+    server = Server(policy)
+    a, b, c, d = (Request(policy, seed) for seed in range(4))
+    server.step([(a, 600), (b, 1)])
+    server.step([(c, 300), (a, 1), (b, 1)])
+    server.step([(a, 1), (d, 100), (b, 1), (c, 130)])  # decoding rows apart from each other
+    for _ in range(4):
+        server.step([(d, 1), (a, 1), (b, 1), (c, 1)])
+
+
+def test_a_short_request_beside_a_long_one_stays_dense() -> None:
+    policy = kvselect.TokenSelect(**SMALL | {"dense_below_tokens": 400})
+    server = Server(policy)
+    long, short = Request(policy, 1), Request(policy, 2)
+    server.step([(long, 600), (short, 300)])
+    dense_before = server.layer.state.decode.num_dense_calls
+    server.step([(long, 1), (short, 1)])
+    assert server.layer.state.decode.num_dense_calls == dense_before + 1
+    assert server.layer.state.decode.tokens_attended > 301 * KV_HEADS
+
+
+def test_blocks_shared_within_a_step() -> None:
+    policy = POLICIES["original"]
+    server = Server(policy)
+    first, second = Request(policy, 1), Request(policy, 1)
+    q, k, v = first.tokens(256)
+    second.tokens(256)  # the same prompt: vLLM lets it share blocks that are filled in this step
+    place = torch.arange(256)
+    first.run(q, k, v)
+    second.run(q, k, v)
+    pages = [server.free.pop() for _ in range(4)]
+    first.pages, second.pages = pages[:3], [*pages[:2], pages[3]]
+    tail_q, tail_k, tail_v = second.tokens(60)
+    flat_k = torch.cat((LONG.rotate(tail_k, torch.arange(256, 316)), LONG.rotate(k, place)))
+    flat_q = torch.cat((LONG.rotate(tail_q, torch.arange(256, 316)), LONG.rotate(q, place)))
+    table = torch.zeros((2, 4), dtype=torch.int32)
+    table[0, :3] = torch.tensor(second.pages, dtype=torch.int32)
+    table[1, :3] = torch.tensor(first.pages, dtype=torch.int32)
+    step = Step([0, 60, 316], [316, 256], table)
+    out = torch.zeros(316, HEADS, DIM)
+    server.layer.store(step, flat_k, torch.cat((tail_v, v)))
+    server.layer.attend(step, flat_q, out)
+    assert rel_err(out[:60], second.run(tail_q, tail_k, tail_v)) < 2e-5
+
+
+def test_a_step_without_tokens_does_nothing() -> None:
+    server = Server(POLICIES["dense"])
+    step = Step([0], [], torch.zeros((0, 4), dtype=torch.int32))
+    out = torch.zeros(0, HEADS, DIM)
+    server.layer.store(step, torch.zeros(0, KV_HEADS, DIM), torch.zeros(0, KV_HEADS, DIM))
+    server.layer.attend(step, out, out)
+    assert step.rows == [] and step.num_tokens == 0
+
+
+def test_other_blocks_are_noticed() -> None:
+    server = Server(POLICIES["dense"])
+    pages = server.layer.cache.k_pages
+    assert server.layer.is_over(pages)
+    assert not server.layer.is_over(pages.clone()) and not server.layer.is_over(pages[:3])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-7), (torch.bfloat16, 6e-3)])
+def test_a_rotation_is_undone(interleaved: bool, dtype: torch.dtype, bound: float) -> None:
+    table = torch.cat((1.3 * LONG.cos, 1.3 * LONG.sin), dim=-1).to(dtype)  # YaRN's scaling, too
+    rotation = rotation_from_table(table[:, ::2].contiguous(), not interleaved, TRAINED, DIM)
+    assert rotation.trained.num_positions == TRAINED and rotation.table.num_positions == 2048
+    x = torch.randn(40, 3, DIM).to(dtype)
+    places = torch.arange(2000, 2040)
+    turned = rotation.table.rotate(x, places).to(dtype)
+    assert rel_err(rotation.undo(turned, places), x) < bound
+
+
+def test_what_is_no_table() -> None:
+    table = torch.cat((LONG.cos, LONG.sin), dim=-1)
+    with pytest.raises(ValueError, match=r"^rotary table: got 2048, allowed: at least 4096"):
+        rotation_from_table(table, True, 4096, DIM)
+    with pytest.raises(ValueError, match=r"^rotary_dim: got 64, allowed: at most head_dim = 32"):
+        rotation_from_table(table, True, TRAINED, 32)
