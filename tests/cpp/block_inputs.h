@@ -70,7 +70,7 @@ public:
     KVView values() { return view(v_.data()); }
     BlockMask dense() { return mask(MaskForm::kDense, grid.num_kv_blocks()); }
     BlockMask lists() { return mask(MaskForm::kLists, grid.num_kv_blocks() + 1); }
-    BlockMask csr() { return mask(MaskForm::kCsr, 0); }
+    BlockMask csr() { return mask(MaskForm::kCsr, static_cast<int64_t>(indices_.size())); }
 
     bool kept(int64_t row, int64_t head, int64_t q_block, int64_t kv_block) const {
         const int64_t list = (row * grid.num_q_heads + head) * grid.num_q_blocks() + q_block;
