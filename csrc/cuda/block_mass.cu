@@ -180,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kHeadDim
         float sum = 0.f;
         for (int w = 0; w < share.warps_per_item; ++w)
             for (int i = 0; i < spans; ++i)
-                sum += shared.sums[tile % 2][its_item * share.warps_per_item + w]
-                                  [of_tile * spans + i];
+                sum +=
+                    shared.sums[tile % 2][its_item * share.warps_per_item + w][of_tile * spans + i];
         sum_so_far += sum;
         const int end = tile * kTokens + (of_tile + 1) * (kv_block < kTokens ? kv_block : kTokens);
         const int block = (end - 1) / kv_block;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kHeadDim
         if (begin < some_end) {
             multiply_keys<T, kHeadDim, 1>(
                 ring + number % kPlaces * Rows::kTileBytes,
-                [&](int step, uint32_t(&a)[1][4]) {
+                [&](int step, uint32_t (&a)[1][4]) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) a[0][i] = queries[step][i];
                 },

@@ -200,8 +200,8 @@ struct Plan {
     // float32 rows are long: two thread blocks share 128 queries. Warps of 32 rows read each tile
     // half as often as warps of 16; sums of 256 channels do not fit then.
     static constexpr bool kPaired = !std::is_same_v<T, float> && kHeadDim <= 128;
-    static constexpr int kMostRows = std::is_same_v<T, float> || (kPaired && kGroups == 1) ? 64
-                                                                                          : 128;
+    static constexpr int kMostRows =
+        std::is_same_v<T, float> || (kPaired && kGroups == 1) ? 64 : 128;
     static constexpr int kMostThreads = kMostRows / (kGroups * kGroupRows) * kWarpSize;
     // Tiles in the ring: keys and values in turn.
     static constexpr int kPlaces = kMostRows * Rows::kBytes >= 65536 ? 2 : 3;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
     }
 
     KeptSpans kept;
-    int(*const first)[4] = shared.first[thread / kWarpSize];
+    int (*const first)[4] = shared.first[thread / kWarpSize];
     // The tile whose spans are known, from `head` on.
     const auto load = [&](const void* head, int64_t stride, int tile, int place) {
         const int* const own = first[tile % 2];
@@ -362,10 +362,9 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
         // Of the warp's queries, the last sees most.
         const int rows = q.count - own_row;
         const bool sees =
-            rows > 0 && spans[0] < q.limit(own_row + (rows < kGroups * kGroupRows
-                                                          ? rows
-                                                          : kGroups * kGroupRows) -
-                                           1);
+            rows > 0 &&
+            spans[0] <
+                q.limit(own_row + (rows < kGroups * kGroupRows ? rows : kGroups * kGroupRows) - 1);
         Weights<T, kHeadDim, kGroups> weights;
         if (sees) {
             float logits[kGroups][kColumns][4] = {};
@@ -373,7 +372,7 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
             const MatrixRows<T, kHeadDim> query_rows(own_row + here.lane % 16, here.lane / 16);
             multiply_keys<T, kHeadDim, kGroups>(
                 ring + place * Rows::kTileBytes,
-                [&](int step, uint32_t(&a)[kGroups][4]) {
+                [&](int step, uint32_t (&a)[kGroups][4]) {
 #pragma unroll
                     for (int g = 0; g < kGroups; ++g)
                         ptx::load_matrices(a[g], queries + query_rows.offset(step, g * kGroupRows));
@@ -389,8 +388,7 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
                     for (int j = 0; j < kColumns; ++j)
 #pragma unroll
                         for (int i = 0; i < 4; ++i)
-                            logits[g][j][i] =
-                                soft_capped(logits[g][j][i] * (scale * kLog2E), cap);
+                            logits[g][j][i] = soft_capped(logits[g][j][i] * (scale * kLog2E), cap);
             }
             // Spans ascend, and what is none comes last.
             if (spans[Rows::kSpans - 1] + kSpanTokens > q.limit(own_row)) {
@@ -399,8 +397,7 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
                 for (int g = 0; g < kGroups; ++g)
 #pragma unroll
                     for (int which = 0; which < 2; ++which) {
-                        const int limit =
-                            q.limit(own_row + g * kGroupRows + at.group + 8 * which);
+                        const int limit = q.limit(own_row + g * kGroupRows + at.group + 8 * which);
 #pragma unroll
                         for (int j = 0; j < kColumns; ++j)
 #pragma unroll
@@ -417,8 +414,8 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
                     float top = -INFINITY;
 #pragma unroll
                     for (int j = 0; j < kColumns; ++j)
-                        top = fmaxf(top, fmaxf(logits[g][j][2 * which],
-                                               logits[g][j][2 * which + 1]));
+                        top =
+                            fmaxf(top, fmaxf(logits[g][j][2 * which], logits[g][j][2 * which + 1]));
                     top = fmaxf(peak[g][which], reduce_max<4>(top) * factor);
                     const float base = top == -INFINITY ? 0.f : top;
                     const float old = ptx::exp2_approximate(peak[g][which] - base);
@@ -453,8 +450,7 @@ __global__ void __launch_bounds__(Plan<T, kHeadDim, kGroups>::kMostThreads,
         if (p.grid.causal && spans[Rows::kSpans - 1] + kSpanTokens > q.limit(0)) {
             bool found = false;
             for (int i = thread; i < Rows::kTileBytes / 16; i += threads)
-                found =
-                    found || any_nonfinite<T>(*reinterpret_cast<const uint4*>(values + 16 * i));
+                found = found || any_nonfinite<T>(*reinterpret_cast<const uint4*>(values + 16 * i));
             if (found) shared.nonfinite = 1;
             __syncthreads();
             if (shared.nonfinite != 0) {

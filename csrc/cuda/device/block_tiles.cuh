@@ -41,8 +41,8 @@ __device__ __forceinline__ LanePlace fresh_place() {
     return LanePlace(lane);
 }
 
-// Where lane's row of the four matrices of step 0 lies: `row` and chunk `half` of it. A further step
-// turns as its chunks do.
+// Where lane's row of the four matrices of step 0 lies: `row` and chunk `half` of it. A further
+// step turns as its chunks do.
 template <typename T, int kHeadDim>
 struct MatrixRows {
     using Rows = TileRows<T, kHeadDim>;
@@ -113,10 +113,10 @@ struct Weights {
         for (int g = 0; g < kGroups; ++g)
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                uint32_t(&to)[4] = operand[g][step];
+                uint32_t (&to)[4] = operand[g][step];
                 if constexpr (std::is_same_v<T, float>) {
                     // Of the k's of a lane the first is token 2 quad, the second the one behind it.
-                    const float(&w)[4] = weights[g][step];
+                    const float (&w)[4] = weights[g][step];
                     to[0] = __float_as_uint(w[0]);
                     to[1] = __float_as_uint(w[2]);
                     to[2] = __float_as_uint(w[1]);
@@ -124,7 +124,7 @@ struct Weights {
                 } else {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const float(&w)[4] = weights[g][2 * step + i];
+                        const float (&w)[4] = weights[g][2 * step + i];
                         to[2 * i] = packed(w[0], w[1], T{});
                         to[2 * i + 1] = packed(w[2], w[3], T{});
                     }
@@ -161,8 +161,7 @@ __device__ __forceinline__ void multiply_values(const unsigned char* values,
 #pragma unroll
             for (int n = 0; n < kHeadDim / 16; ++n) {
                 uint32_t b[4];
-                ptx::load_matrices_transposed(
-                    b, values + rows.offset(n, 16 * step));
+                ptx::load_matrices_transposed(b, values + rows.offset(n, 16 * step));
 #pragma unroll
                 for (int g = 0; g < kGroups; ++g) {
                     multiply_step<T>(out[g][2 * n], weights.operand[g][step], b[0], b[1]);
@@ -174,8 +173,8 @@ __device__ __forceinline__ void multiply_values(const unsigned char* values,
 }
 
 // Begins to copy a tile of rows at `head` + position * stride (elements), position_of(row) of each,
-// by all threads of the block. Positions from `end` on, and channels from head_dim on, are not read;
-// their places become 0.
+// by all threads of the block. Positions from `end` on, and channels from head_dim on, are not
+// read; their places become 0.
 template <typename T, int kHeadDim, typename PositionOf>
 __device__ __forceinline__ void copy_tile(const T* head, int64_t stride, int head_dim,
                                           const PositionOf& position_of, int end,

@@ -108,7 +108,9 @@ __device__ __forceinline__ void copy_to_shared(void* to, const void* from, bool 
                  : "memory");
 }
 // Ends a group of this thread's copies; an empty group counts too.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void end_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Until all of this thread's groups but the last kPending have arrived.
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
