@@ -132,7 +132,8 @@ TEST(block_sparse_attention_finds_few_blocks_of_very_many) {
     for (int64_t i = 0; i < kQueries * kDim; ++i) q.set(i, random.normal());
     const std::vector<int32_t> kept{0, 31, 4095, 4096, 4999};
     for (int32_t block : kept)  // what lies between stays NaN: nobody may read it
-        for (int64_t i = block * 16 * kDim; i < std::min((block + 1) * 16, kTokens) * kDim; ++i)
+        for (int64_t i = block * 16 * kDim; i < std::min<int64_t>((block + 1) * 16, kTokens) * kDim;
+             ++i)
             k.set(i, random.normal());
     const std::vector<int32_t> list{4999, -1, 4096, 0, 5000, 31, 4095, 31, 1 << 30};
     float lse[kQueries];
