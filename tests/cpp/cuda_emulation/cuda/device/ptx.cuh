@@ -137,7 +137,8 @@ inline uint32_t word_of_row(unsigned lane, unsigned word) {
     const unsigned char* row;
     std::memcpy(&row, emulation::lane_slot(lane), sizeof row);
     uint32_t out;
-    std::memcpy(&out, static_cast<const unsigned char*>(__builtin_assume_aligned(row, 16)) + 4 * word,
+    std::memcpy(&out,
+                static_cast<const unsigned char*>(__builtin_assume_aligned(row, 16)) + 4 * word,
                 sizeof out);
     return out;
 }
@@ -174,9 +175,9 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
     for (unsigned i = 0; i < 4; ++i) {
         uint32_t halves[2];
         for (unsigned j = 0; j < 2; ++j)
-            halves[j] = twin::word_of_row(8 * i + 2 * (lane % 4) + j, column / 2) >>
-                            16 * (column % 2) &
-                        0xffffu;
+            halves[j] =
+                twin::word_of_row(8 * i + 2 * (lane % 4) + j, column / 2) >> 16 * (column % 2) &
+                0xffffu;
         out[i] = halves[0] | halves[1] << 16;
     }
     emulation::meet_warp("load_matrices_transposed, done");
