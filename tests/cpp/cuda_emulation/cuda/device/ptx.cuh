@@ -152,7 +152,7 @@ inline void end_copies() {
     own.groups.push_back(std::exchange(own.open, {}));
 }
 template <int kPending>
-void wait_for_copies() {
+inline void wait_for_copies() {
     twin::Copies& own = twin::copies();
     for (; own.groups.size() > static_cast<size_t>(kPending); own.groups.pop_front())
         for (const twin::Copy& copy : own.groups.front()) {
