@@ -144,6 +144,11 @@ inline uint32_t word_of_row(unsigned lane, unsigned word) {
 }
 }  // namespace twin
 
+// Where it lies from the beginning of dynamic shared memory on.
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const char*>(pointer) -
+                                 static_cast<const char*>(dynamic_shared_memory()));
+}
 inline void copy_to_shared(void* to, const void* from, bool exists) {
     twin::copies().open.push_back({to, from, exists});
 }
