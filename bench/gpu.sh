@@ -25,6 +25,7 @@ PARTS=(
     decode-1x128k decode-1x1m decode-1x32k decode-8x128k decode-32x32k decode-1x512k decode-1x8k
     ops-1x1m ops-1x128k
     prefill-1x128k prefill-1x512k prefill-1x1m
+    blocks-1x32k blocks-1x128k
     model-1x128k model-4x128k model-1x512k
 )
 
@@ -90,6 +91,8 @@ part_sanitize() {
     for tool in memcheck racecheck; do
         PYTHONPATH=. limited 280 compute-sanitizer --tool "$tool" --error-exitcode 1 --launch-timeout 0 "$PYTHON" -m pytest \
             -q -m cuda -p no:cacheprovider tests/test_merge_splits.py tests/test_on_device.py tests/test_addressing.py || status=1
+        PYTHONPATH=. limited 280 compute-sanitizer --tool "$tool" --error-exitcode 1 --launch-timeout 0 "$PYTHON" -m pytest \
+            -q -m cuda -p no:cacheprovider tests/test_block_sparse_attention.py tests/test_block_mass.py -k ragged || status=1
     done
     return $status
 }
@@ -114,6 +117,12 @@ kind_decode() { bench decode "$1"; }
 kind_ops() { bench ops "$1"; }
 
 kind_prefill() { bench prefill "$1" --chunk-tokens "$([ -n "$DRY" ] && echo 128 || echo 512)"; }
+
+kind_blocks() { # attention over kept blocks, and the search for their masses
+    local words=(--quick)
+    [ -n "$DRY" ] || words=(--device cuda --tokens "${1#*x}" --queries 8192 --block-sizes 128,64 --rounds 20)
+    python 280 bench/block_sparse.py "${words[@]}" --out "$STATE/blocks-$1/blocks.json"
+}
 
 kind_model() {
     local words

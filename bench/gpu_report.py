@@ -93,6 +93,12 @@ def better_of_both(rows: Sequence[Row]) -> float | None:
     return max(known) if known else None
 
 
+def share_of_dense_rate(rows: Sequence[Row]) -> float | None:
+    """Rate of attention over all blocks over that of the fastest dense peer."""
+    row = named(rows, "100% of blocks")
+    return None if row is None else 1 / row["over_sdpa"]
+
+
 def _decode_targets() -> Iterator[Target]:
     bounds = {
         "1x32k": {COLD: 2.0, HALF: 2.8},
@@ -148,6 +154,25 @@ TARGETS = (
         measure=field("share_of_limit", SCAN["int4"], 100),
         bound=85.0,
         unit=" %",
+    ),
+    *(
+        target
+        for size in ("1x32k", "1x128k")
+        for target in (
+            Target(
+                claim=f"attention over 10 % of the blocks of 128, {size[2:]}",
+                part=f"blocks-{size}",
+                measure=field("gflop_per_s", "10% of blocks", 1e-3),
+                bound=550.0,
+                unit=" TFLOP/s",
+            ),
+            Target(
+                claim=f"attention over all blocks of 128, {size[2:]}, of the dense rate",
+                part=f"blocks-{size}",
+                measure=share_of_dense_rate,
+                bound=0.85,
+            ),
+        )
     ),
     *(
         Target(
@@ -270,6 +295,18 @@ KINDS = {
             "kept mass": number("kept_mass", 4),
             "output error": number("output_error", 4),
             "graph": graph,
+        }
+    ),
+    "blocks": Columns(
+        cells={
+            "contender": text("contender"),
+            "blocks of": text("block_size"),
+            "kept, %": number("kept_share", 1, 100),
+            "ms": number("median_ms", 3),
+            "TFLOP/s": number("gflop_per_s", 0, 1e-3),
+            "x proportional": number("over_proportional", 2),
+            "time x dense": number("over_sdpa", 2),
+            "output error": number("output_error", 4),
         }
     ),
     "model": Columns(

@@ -78,8 +78,9 @@ def block_sparse_attention(
     Raises
     ------
     ValueError, TypeError
-        If shapes, dtypes or devices do not agree, a block size is not among those of the kernel, a
-        block index lies outside the keys, or the tensors are on a GPU (there is a CPU kernel only).
+        If shapes, dtypes or devices do not agree, a block size is not among those of the kernel, or
+        a block index lies outside the keys. On a GPU indices, offsets and lengths are not read by
+        the host: what lies outside is left out.
 
     Notes
     -----

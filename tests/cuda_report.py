@@ -33,6 +33,16 @@ COLD = {
     "attend_few_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
     "attend_many_kernel<BFloat, 256>": "16 x 256 sums a warp; to be split over channels",
     "attend_many_kernel<Half, 256>": "16 x 256 sums a warp; to be split over channels",
+    "attend_blocks_kernel<BFloat, 256, 1>": "16 x 256 sums a warp; to be split over channels",
+    "attend_blocks_kernel<Half, 256, 1>": "16 x 256 sums a warp; to be split over channels",
+    "attend_blocks_kernel<float, 64, 1>": "float32: three products for one",
+    "attend_blocks_kernel<float, 96, 1>": "float32: three products for one",
+    "attend_blocks_kernel<float, 128, 1>": "float32: three products for one",
+    "attend_blocks_kernel<float, 256, 1>": "float32: three products for one",
+    "block_mass_kernel<float, 64>": "float32: three products for one",
+    "block_mass_kernel<float, 96>": "float32: three products for one",
+    "block_mass_kernel<float, 128>": "float32: three products for one",
+    "block_mass_kernel<float, 256>": "float32: three products for one",
 }
 
 

@@ -16,11 +16,11 @@ from kvselect import block_mass, block_sparse_attention, reference
 from kvselect.block_sparse import BLOCK_SIZES
 from kvselect.testing import TOLERANCE, make_qkv, rel_err
 
-pytestmark = pytest.mark.usefixtures("cpu_implementation")
+pytestmark = pytest.mark.usefixtures("implementation")
 PROPERTY = settings(
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-ONE = pytest.mark.parametrize("cpu_implementation", ["scalar"], indirect=True)
+ONE = pytest.mark.parametrize("implementation", ["scalar"], indirect=True)
 
 
 def check(q: Tensor, k: Tensor, **options: Any) -> Tensor:

@@ -237,6 +237,25 @@ def test_verdicts_of_ops() -> None:
     assert share == ("80.00 %", "missed")
 
 
+def test_verdicts_of_blocks() -> None:
+    rows: list[dict[str, object]] = [
+        {"contender": "10% of blocks", "gflop_per_s": 400e3, "over_sdpa": 0.1},
+        {"contender": "100% of blocks", "gflop_per_s": 420e3, "over_sdpa": 1.1},
+    ]
+    found = claims(script("gpu_report"), rows, "blocks-1x128k")
+    sparse = found["attention over 10 % of the blocks of 128, 128k"]
+    assert sparse == ("400.00 TFLOP/s", "missed")
+    dense = found["attention over all blocks of 128, 128k, of the dense rate"]
+    assert dense == ("0.91x", "met")
+
+
+def test_blocks_run_dry(tmp_path: Path) -> None:
+    done = gpu_sh(tmp_path, "--dry-run", "blocks-1x32k")
+    assert (tmp_path / "blocks-1x32k.done").exists(), done.stdout
+    page = (tmp_path / "report.md").read_text()
+    assert "## blocks-1x32k" in page and "| 100% of blocks | 64 | 100.0 |" in page
+
+
 def test_no_peer_is_no_verdict() -> None:
     rows: list[dict[str, object]] = [{"contender": SELECT_INT4, "over_best_torch": float("nan")}]
     found = claims(script("gpu_report"), rows, "prefill-1x1m")

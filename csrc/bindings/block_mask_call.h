@@ -1,9 +1,11 @@
 // What ops over blocks of queries and keys have in common: the grid's arguments and the mask's,
-// checked, and the params filled.
+// checked, and the params filled. What lengths, lists and offsets on a GPU hold is not read: its
+// kernels cut it to what there is.
 #pragma once
 
 #include <algorithm>
 
+#include "bindings/aligned_rows.h"
 #include "bindings/checks.h"
 #include "kvselect/block_mask.h"
 
@@ -15,9 +17,9 @@ inline void require_block_size(const char* name, int64_t size) {
 }
 
 inline const int32_t* read_row_lengths(const char* name, const OptionalTensor& lengths,
-                                       int64_t batch, int64_t longest) {
-    const int32_t* read = row_numbers(name, lengths, batch);
-    for (int64_t row = 0; read && row < batch; ++row)
+                                       int64_t batch, int64_t longest, Place place) {
+    const int32_t* read = row_numbers(name, lengths, batch, place);
+    for (int64_t row = 0; read && place.host_readable() && row < batch; ++row)
         KVS_CHECK(read[row] >= 0 && read[row] <= longest, name, ": got ", read[row], " in row ",
                   row, ", allowed: 0..", longest);
     return read;
@@ -27,7 +29,7 @@ inline BlockGrid read_block_grid(const TensorArg& q, const TensorArg& k,
                                  const OptionalTensor& seqlens_q,
                                  const OptionalTensor& cache_seqlens, int64_t q_block_size,
                                  int64_t kv_block_size, bool causal, double softmax_scale,
-                                 double softcap) {
+                                 double softcap, Place place) {
     q.require_shape({{"batch"}, {"seqlen_q"}, {"num_q_heads"}, {"head_dim"}})
         .require_contiguous_rows();
     k.require_shape({{"batch", q.size(0)}, {"seqlen_k"}, {"num_kv_heads"}, {"head_dim"}});
@@ -38,6 +40,10 @@ inline BlockGrid read_block_grid(const TensorArg& q, const TensorArg& k,
                         {"num_q_heads", q.size(2)},
                         {"head_dim", keys.head_dim}});
     require_heads(q.size(2), keys.num_kv_heads, keys.head_dim);
+    if (place.is_cuda) {
+        require_cuda_head_dim(keys.head_dim);
+        require_aligned_rows(k, keys.dtype == DType::kFloat32 ? 4 : 2);
+    }
     require_block_size("q_block_size", q_block_size);
     require_block_size("kv_block_size", kv_block_size);
     BlockGrid g{};
@@ -51,8 +57,8 @@ inline BlockGrid read_block_grid(const TensorArg& q, const TensorArg& k,
     g.q_block_size = q_block_size;
     g.kv_block_size = kv_block_size;
     g.causal = causal;
-    g.seqlens_q = read_row_lengths("seqlens_q", seqlens_q, g.batch, g.seqlen_q);
-    g.seqlens_k = read_row_lengths("cache_seqlens", cache_seqlens, g.batch, g.seqlen_k);
+    g.seqlens_q = read_row_lengths("seqlens_q", seqlens_q, g.batch, g.seqlen_q, place);
+    g.seqlens_k = read_row_lengths("cache_seqlens", cache_seqlens, g.batch, g.seqlen_k, place);
     g.q = q.data<void>();
     for (int i = 0; i < 3; ++i) g.q_strides[i] = q.stride(i);
     g.keys = keys.view;
@@ -72,12 +78,12 @@ inline void require_block_indices(const int32_t* indices, int64_t count, int64_t
 
 // Dense bytes, lists of one width, or the indices of CSR rows.
 inline BlockMask read_block_mask(const Tensor& block_mask, const OptionalTensor& row_offsets,
-                                 const BlockGrid& g) {
-    const TensorArg mask("block_mask", block_mask);
+                                 const BlockGrid& g, Place place) {
+    const TensorArg mask("block_mask", block_mask, place);
     const int64_t num_rows = g.batch * g.num_q_heads * g.num_q_blocks();
     BlockMask m{};
     if (row_offsets) {
-        const TensorArg offsets("row_offsets", *row_offsets);
+        const TensorArg offsets("row_offsets", *row_offsets, place);
         mask.require_dtype(ScalarType::Int).require_shape({{"nnz"}}).require_contiguous();
         offsets.require_dtype(ScalarType::Long)
             .require_shape({{"batch * num_q_heads * num_q_blocks + 1", num_rows + 1}})
@@ -85,6 +91,8 @@ inline BlockMask read_block_mask(const Tensor& block_mask, const OptionalTensor&
         m.form = MaskForm::kCsr;
         m.indices = mask.data<int32_t>();
         m.row_offsets = offsets.data<int64_t>();
+        m.width = mask.size(0);
+        if (!place.host_readable()) return m;
         KVS_CHECK(m.row_offsets[0] == 0 && m.row_offsets[num_rows] == mask.size(0),
                   "row_offsets: got ", m.row_offsets[0], "..", m.row_offsets[num_rows],
                   ", allowed: 0..", mask.size(0), ", the number of block indices");
@@ -111,6 +119,7 @@ inline BlockMask read_block_mask(const Tensor& block_mask, const OptionalTensor&
         return m;
     }
     m.indices = mask.data<int32_t>();
+    if (!place.host_readable()) return m;
     const auto distinct = [&](int i) {  // a dimension of stride 0 repeats what is already checked
         return m.strides[i] == 0 ? std::min<int64_t>(mask.size(i), 1) : mask.size(i);
     };

@@ -12,13 +12,14 @@ namespace kvselect::test {
 
 class BlockInputs {
 public:
-    static constexpr int64_t kBatch = 3, kSeqlenQ = 70, kSeqlenK = 150, kHeads = 2, kGroup = 2;
+    static constexpr int64_t kBatch = 3, kSeqlenQ = 70, kSeqlenK = 150, kHeads = 2;
 
     BlockInputs(DType dtype, int64_t head_dim, int64_t q_block_size, int64_t kv_block_size,
-                bool causal)
-        : seqlens_q_{70, 33, 5},
+                bool causal, int64_t group = 2)
+        : group_(group),
+          seqlens_q_{70, 33, 5},
           seqlens_k_{150, 20, 0},
-          q_(dtype, kBatch * kSeqlenQ * kHeads * kGroup * head_dim),
+          q_(dtype, kBatch * kSeqlenQ * kHeads * group_ * head_dim),
           k_(dtype, kBatch * kSeqlenK * kHeads * head_dim),
           v_(dtype, kBatch * kSeqlenK * kHeads * head_dim) {
         Random random(7);
@@ -27,7 +28,7 @@ public:
         grid.batch = kBatch;
         grid.seqlen_q = kSeqlenQ;
         grid.seqlen_k = kSeqlenK;
-        grid.num_q_heads = kHeads * kGroup;
+        grid.num_q_heads = kHeads * group_;
         grid.num_kv_heads = kHeads;
         grid.head_dim = head_dim;
         grid.q_block_size = q_block_size;
@@ -36,8 +37,8 @@ public:
         grid.seqlens_q = seqlens_q_.data();
         grid.seqlens_k = seqlens_k_.data();
         grid.q = q_.data();
-        grid.q_strides[0] = kSeqlenQ * kHeads * kGroup * head_dim;
-        grid.q_strides[1] = kHeads * kGroup * head_dim;
+        grid.q_strides[0] = kSeqlenQ * kHeads * group_ * head_dim;
+        grid.q_strides[1] = kHeads * group_ * head_dim;
         grid.q_strides[2] = head_dim;
         grid.keys = view(k_.data());
         grid.softmax_scale = 0.2f;
@@ -70,7 +71,7 @@ public:
     KVView values() { return view(v_.data()); }
     BlockMask dense() { return mask(MaskForm::kDense, grid.num_kv_blocks()); }
     BlockMask lists() { return mask(MaskForm::kLists, grid.num_kv_blocks() + 1); }
-    BlockMask csr() { return mask(MaskForm::kCsr, 0); }
+    BlockMask csr() { return mask(MaskForm::kCsr, static_cast<int64_t>(indices_.size())); }
 
     bool kept(int64_t row, int64_t head, int64_t q_block, int64_t kv_block) const {
         const int64_t list = (row * grid.num_q_heads + head) * grid.num_q_blocks() + q_block;
@@ -86,7 +87,7 @@ public:
     int64_t row_seqlen_q(int64_t row) const { return seqlens_q_[static_cast<size_t>(row)]; }
     double logit(int64_t row, int64_t query, int64_t head, int64_t position) {
         double& sum = logits_[static_cast<size_t>(
-            ((row * kSeqlenQ + query) * kHeads * kGroup + head) * kSeqlenK + position)];
+            ((row * kSeqlenQ + query) * kHeads * group_ + head) * kSeqlenK + position)];
         if (std::isnan(sum)) {  // made once
             sum = 0;
             for (int64_t d = 0; d < grid.head_dim; ++d)
@@ -96,6 +97,9 @@ public:
             sum *= grid.softmax_scale;
         }
         return grid.softcap == 0.f ? sum : grid.softcap * std::tanh(sum / grid.softcap);
+    }
+    void set_value(int64_t row, int64_t position, int64_t head, int64_t d, float x) {
+        v_.set(key_at(row, position, head) + d, x);
     }
     double value(int64_t row, int64_t position, int64_t head, int64_t d) const {
         return v_.get(key_at(row, position, head) + d);
@@ -114,7 +118,7 @@ private:
                       0};
     }
     int64_t key_at(int64_t row, int64_t position, int64_t head) const {
-        return grid.keys.offset(row, position, head / kGroup);
+        return grid.keys.offset(row, position, head / group_);
     }
     static void fill(Random& random, Elements* x, int64_t from, int64_t tokens, int64_t stride) {
         for (int64_t i = 0; i < tokens * stride; ++i) x->set(from + i, random.normal());
@@ -133,10 +137,11 @@ private:
         return m;
     }
 
+    int64_t group_;
     std::vector<int32_t> seqlens_q_, seqlens_k_;
     Elements q_, k_, v_;
     std::vector<double> logits_ =
-        std::vector<double>(kBatch * kSeqlenQ * kHeads * kGroup * kSeqlenK, kNaN);
+        std::vector<double>(kBatch * kSeqlenQ * kHeads * group_ * kSeqlenK, kNaN);
     std::vector<uint8_t> dense_;
     std::vector<int32_t> lists_, indices_;
     std::vector<int64_t> offsets_;

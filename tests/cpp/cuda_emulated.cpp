@@ -77,12 +77,29 @@ void recovered_mass(const RecoveredMassParams& p, int64_t begin, int64_t end, fl
     cuda::recovered_mass(p, longest_list, capacity, workspace.data(), kLaunch);
 }
 
+void block_sparse_attention(const BlockSparseAttentionParams& p, int64_t begin, int64_t end,
+                            float* scratch) {
+    if (p.grid.head_dim > kMostChannels)
+        return kScalar.block_sparse_attention(p, begin, end, scratch);
+    if (end != p.grid.batch * p.grid.num_q_heads * p.grid.num_q_blocks()) return;
+    std::vector<uint8_t> workspace(cuda::block_sparse_attention_workspace_bytes(p), 0xff);
+    cuda::block_sparse_attention(p, workspace.data(), kLaunch);
+}
+
+void block_mass(const BlockMassParams& p, int64_t begin, int64_t end, float* scratch) {
+    if (p.grid.head_dim > kMostChannels) return kScalar.block_mass(p, begin, end, scratch);
+    if (end == p.grid.batch * p.grid.num_q_heads * p.grid.num_q_blocks())
+        cuda::block_mass(p, kLaunch);
+}
+
 }  // namespace
 
 const cpu::Implementation& cuda_emulated_implementation() {
     static const cpu::Implementation implementation = [] {
         cpu::Implementation table = cpu::scalar_implementation();
         table.name = "cuda";
+        table.block_mass = block_mass;
+        table.block_sparse_attention = block_sparse_attention;
         table.kv_append = kv_append;
         table.merge_splits = merge_splits;
         table.score_tokens = score_tokens;

@@ -56,6 +56,8 @@ void set_cuda_overlap(bool on) { overlap.store(on, std::memory_order_relaxed); }
 
 STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     using namespace kvselect::bindings;
+    m.impl("block_mass", TORCH_BOX(&cuda::block_mass));
+    m.impl("block_sparse_attention", TORCH_BOX(&cuda::block_sparse_attention));
     m.impl("kv_append", TORCH_BOX(&cuda::kv_append));
     m.impl("score_tokens", TORCH_BOX(&cuda::score_tokens));
     m.impl("select_tokens", TORCH_BOX(&cuda::select_tokens));

@@ -33,8 +33,8 @@ constexpr int kTokensPerLane = 4;
 
 struct LanePlace {
     int lane, group, quad;
-    __device__ LanePlace()
-        : lane(static_cast<int>(threadIdx.x) % kWarpSize), group(lane / 4), quad(lane % 4) {}
+    __device__ LanePlace() : LanePlace(static_cast<int>(threadIdx.x) % kWarpSize) {}
+    __device__ explicit LanePlace(int lane) : lane(lane), group(lane / 4), quad(lane % 4) {}
 };
 
 // --- one piece of a value: the nearest T, then the nearest T of what is left, ...
@@ -63,6 +63,26 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4],
                                          const uint32_t (&b)[2], float) {
     ptx::mma_tf32(d, a, b);
+}
+
+// d += a b with a and b in float32, as three products of tf32: what is dropped is below 2^-21 of a
+// term.
+__device__ __forceinline__ void multiply_wide(float (&d)[4], const float (&a)[4],
+                                              const float (&b)[2]) {
+    uint32_t a_first[4], a_left[4], b_first[2], b_left[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a_first[i] = ptx::to_tf32(a[i]);
+        a_left[i] = is_finite(a[i]) ? ptx::to_tf32(a[i] - __uint_as_float(a_first[i])) : 0u;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        b_first[i] = ptx::to_tf32(b[i]);
+        b_left[i] = is_finite(b[i]) ? ptx::to_tf32(b[i] - __uint_as_float(b_first[i])) : 0u;
+    }
+    ptx::mma_tf32(d, a_left, b_first);
+    ptx::mma_tf32(d, a_first, b_left);
+    ptx::mma_tf32(d, a_first, b_first);
 }
 
 // --- queries against exact keys

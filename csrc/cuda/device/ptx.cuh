@@ -80,6 +80,11 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Makes the compiler forget how a value came about: what is derived from it in a loop is derived
+// again in every round, instead of being kept in registers that the loop has better use for.
+__device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void forget(float& value) { asm volatile("" : "+f"(value)); }
+
 // --- memory
 
 // 16 bytes that nobody will read again soon: past L1.
@@ -89,6 +94,42 @@ __device__ __forceinline__ uint4 load_streaming(const void* address) {
         : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
         : "l"(address));
     return out;
+}
+
+// --- shared memory: copies that go past the registers, and loads of fragments
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+// Begins to copy 16 bytes from global memory; `exists` false: nothing is read, zeros are written.
+__device__ __forceinline__ void copy_to_shared(void* to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(exists ? 16 : 0)
+                 : "memory");
+}
+// Ends a group of this thread's copies; an empty group counts too.
+__device__ __forceinline__ void end_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all of this thread's groups but the last kPending have arrived.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// Four matrices of 8 rows of 16 bytes; lane 8 i + r brings the address of row r of matrix i. Lane
+// (group, quad) gets word `quad` of row `group` of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// The same of 16-bit elements, transposed: element `group` of rows 2 quad and 2 quad + 1.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 // --- programmatic dependent launch (sm_90 on): without it, and on older GPUs, both do nothing

@@ -22,8 +22,12 @@ struct BlockGrid {
     float softmax_scale;
     float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay as they are
 
-    int64_t num_q_blocks() const { return (seqlen_q + q_block_size - 1) / q_block_size; }
-    int64_t num_kv_blocks() const { return (seqlen_k + kv_block_size - 1) / kv_block_size; }
+    KVS_HOST_DEVICE int64_t num_q_blocks() const {
+        return (seqlen_q + q_block_size - 1) / q_block_size;
+    }
+    KVS_HOST_DEVICE int64_t num_kv_blocks() const {
+        return (seqlen_k + kv_block_size - 1) / kv_block_size;
+    }
     int64_t row_seqlen_q(int64_t row) const { return seqlens_q ? seqlens_q[row] : seqlen_q; }
     int64_t row_seqlen_k(int64_t row) const { return seqlens_k ? seqlens_k[row] : seqlen_k; }
 };
@@ -42,7 +46,7 @@ struct BlockMask {
         indices;  // [batch, num_q_heads, num_q_blocks, width], or [nnz] where there are row_offsets
     const int64_t* row_offsets;  // [batch * num_q_heads * num_q_blocks + 1]
     int64_t strides[4];          // elements, of dense and of lists; 0 where a dimension is shared
-    int64_t width;
+    int64_t width;               // of a list; with row_offsets: entries in all
 };
 
 }  // namespace kvselect

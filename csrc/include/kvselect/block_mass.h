@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kvselect/block_mask.h"
+#include "kvselect/cuda_launch.h"
 
 namespace kvselect {
 
@@ -25,5 +26,10 @@ inline int64_t block_mass_scratch_floats(const BlockMassParams& p) {
            kTileTokens * (g.head_dim + kTileTokens);
 }
 using BlockMassFn = void (*)(const BlockMassParams&, int64_t begin, int64_t end, float* scratch);
+
+namespace cuda {
+// All items.
+void block_mass(const BlockMassParams&, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvselect/block_mask.h"
+#include "kvselect/cuda_launch.h"
 
 namespace kvselect {
 
@@ -25,5 +26,12 @@ inline int64_t block_sparse_attention_scratch_floats(const BlockSparseAttentionP
 }
 using BlockSparseAttentionFn = void (*)(const BlockSparseAttentionParams&, int64_t begin,
                                         int64_t end, float* scratch);
+
+namespace cuda {
+// Bytes of device memory that a call works in; what it holds before does not matter.
+int64_t block_sparse_attention_workspace_bytes(const BlockSparseAttentionParams&);
+// All items.
+void block_sparse_attention(const BlockSparseAttentionParams&, void* workspace, const CudaLaunch&);
+}  // namespace cuda
 
 }  // namespace kvselect

@@ -87,6 +87,11 @@ T atomicAdd(T* address, T value) {
     *address = before + value;
     return before;
 }
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+    const unsigned before = *address;
+    *address = before | value;
+    return before;
+}
 template <typename T>
 T __ldg(const T* address) {
     return *address;
@@ -98,6 +103,7 @@ T __ldcg(const T* address) {
 
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline unsigned __float_as_uint(float x) {
     unsigned bits;

@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <deque>
+#include <vector>
+
 #include "cpu/element_types.h"
 
 namespace kvselect::cuda::ptx {
@@ -99,12 +102,90 @@ inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     }
 }
 
+inline void forget(int&) {}
+inline void forget(float&) {}
+
 // --- memory
 
 inline uint4 load_streaming(const void* address) {
     uint4 out;
     std::memcpy(&out, __builtin_assume_aligned(address, 16), sizeof out);
     return out;
+}
+
+// --- shared memory. A copy is made when it is waited for and not before, so that a missing wait
+// shows.
+
+namespace twin {
+struct Copy {
+    void* to;
+    const void* from;
+    bool exists;
+};
+struct Copies {  // of one thread
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+};
+inline Copies& copies() {
+    static std::vector<Copies> of_thread;
+    const unsigned thread = emulation::linear_thread();
+    if (of_thread.size() <= thread) of_thread.resize(thread + 1);
+    return of_thread[thread];
+}
+// Words of a matrix's row that some lane brought.
+inline uint32_t word_of_row(unsigned lane, unsigned word) {
+    const unsigned char* row;
+    std::memcpy(&row, emulation::lane_slot(lane), sizeof row);
+    uint32_t out;
+    std::memcpy(&out,
+                static_cast<const unsigned char*>(__builtin_assume_aligned(row, 16)) + 4 * word,
+                sizeof out);
+    return out;
+}
+}  // namespace twin
+
+// Where it lies from the beginning of dynamic shared memory on.
+inline uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(static_cast<const char*>(pointer) -
+                                 static_cast<const char*>(dynamic_shared_memory()));
+}
+inline void copy_to_shared(void* to, const void* from, bool exists) {
+    twin::copies().open.push_back({to, from, exists});
+}
+inline void end_copies() {
+    twin::Copies& own = twin::copies();
+    own.groups.push_back(std::exchange(own.open, {}));
+}
+template <int kPending>
+inline void wait_for_copies() {
+    twin::Copies& own = twin::copies();
+    for (; own.groups.size() > static_cast<size_t>(kPending); own.groups.pop_front())
+        for (const twin::Copy& copy : own.groups.front()) {
+            void* const to = __builtin_assume_aligned(copy.to, 16);
+            if (copy.exists)
+                std::memcpy(to, __builtin_assume_aligned(copy.from, 16), 16);
+            else
+                std::memset(to, 0, 16);
+        }
+}
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+    emulation::meet_warp("load_matrices", &row, sizeof row);
+    const unsigned lane = emulation::lane_number();
+    for (unsigned i = 0; i < 4; ++i) out[i] = twin::word_of_row(8 * i + lane / 4, lane % 4);
+    emulation::meet_warp("load_matrices, done");
+}
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+    emulation::meet_warp("load_matrices_transposed", &row, sizeof row);
+    const unsigned lane = emulation::lane_number(), column = lane / 4;
+    for (unsigned i = 0; i < 4; ++i) {
+        uint32_t halves[2];
+        for (unsigned j = 0; j < 2; ++j)
+            halves[j] =
+                twin::word_of_row(8 * i + 2 * (lane % 4) + j, column / 2) >> 16 * (column % 2) &
+                0xffffu;
+        out[i] = halves[0] | halves[1] << 16;
+    }
+    emulation::meet_warp("load_matrices_transposed, done");
 }
 
 // --- programmatic dependent launch: kernels run one after another

@@ -1,0 +1,1 @@
+#include "cuda/block_mass.cu"

@@ -1,0 +1,1 @@
+#include "cuda/block_sparse_attention.cu"
