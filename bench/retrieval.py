@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__, __file__)
     parser.add_argument("--samples", type=int, default=500, help="questions per cell (500)")
     parser.add_argument(
-        "--max-contexts", type=int, default=200, help="contexts per cell at most (200)"
+        "--max-contexts", type=int, default=84, help="contexts per cell at most (84)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the contexts (1)")
     parser.add_argument(
