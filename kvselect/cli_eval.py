@@ -248,7 +248,7 @@ def _make_way(out: Path, header: dict[str, Any], restart: str) -> list[str]:
     a complete run or one of another request.
     """
     from kvselect.eval import runner
-    from kvselect.eval.journal import keep_aside, require_same_request
+    from kvselect.eval.journal import keep_aside, move_aside, require_same_request
     from kvselect.eval.results import ResultsFileError, load_results
 
     journal, found = out / runner.JOURNAL_NAME, out / runner.RESULTS_NAME
@@ -276,16 +276,6 @@ def _make_way(out: Path, header: dict[str, Any], restart: str) -> list[str]:
         journal.unlink()
         found.unlink()
     return []
-
-
-def move_aside(*paths: Path) -> None:
-    """Rename what is there to NAME.before-1, -2 and so on."""
-    for path in paths:
-        if path.exists():
-            number = 1
-            while (free := path.with_name(f"{path.name}.before-{number}")).exists():
-                number += 1
-            path.rename(free)
 
 
 def _run_and_show(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvselect.cli_eval import (
     Job,
-    move_aside,
     on_one_thread,
     progress_shown,
     require_folder,
@@ -67,7 +66,7 @@ def _prepare(options: argparse.Namespace) -> Job:
     from kvselect.checks import require_int
     from kvselect.eval import perplexity
     from kvselect.eval.checkpoint import is_embedded, load_checkpoint
-    from kvselect.eval.journal import require_same_request
+    from kvselect.eval.journal import move_aside, require_same_request
     from kvselect.eval.request import (
         default_policies,
         parse_budgets,

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvselect.cli_eval import move_aside
-from kvselect.eval.journal import Journal, require_same_request
+from kvselect.eval.journal import Journal, move_aside, require_same_request
 
 __all__ = ["resumed"]
 

@@ -129,13 +129,20 @@ def notes_of(journal: Journal) -> list[str]:
     ]
 
 
-def keep_aside(path: Path) -> Path:
+def keep_aside(path: Path, why: str = "damaged") -> Path:
     """Rename a file to a name that nothing has: NAME.damaged-1, -2 and so on."""
     number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.{why}-{number}")).exists():
         number += 1
     path.rename(aside)
     return aside
+
+
+def move_aside(*paths: Path) -> None:
+    """Rename what is there of another run to NAME.before-1, -2 and so on."""
+    for path in paths:
+        if path.exists():
+            keep_aside(path, "before")
 
 
 def require_same_request(path: Path, header: dict[str, Any]) -> None:
