@@ -80,10 +80,13 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
             return metadata
         METER.publish()
         count = common_attn_metadata.num_reqs
+        of_prompt = common_attn_metadata.is_prefilling
+        require(of_prompt is not None, "is_prefilling", of_prompt, "a tensor (vLLM's runner says)")
         step = Step(
             common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
             metadata.seq_lens[:count].tolist(),
             metadata.block_table[:count],
+            of_prompt[:count].tolist(),
         )
         return SelectingMetadata(**vars(metadata), step=step)
 
