@@ -26,6 +26,7 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 # Prefill cut elsewhere (chunks, hits, recompute) selects for other blocks of queries; dense prefill
 # does not depend on where it is cut.
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
 @cache
@@ -223,6 +224,10 @@ def test_aborted_requests_leave_nothing_behind() -> None:
         (
             {"additional_config": {"kvselect": {"policy": "TokenSelect", "positions": "compact"}}},
             r"policy.capacity: got \d+, allowed: at most 512, the trained length",
+        ),
+        (
+            {"additional_config": {"kvselect": DENSE_THEN_COMPACT.to_dict()}},
+            r"max_model_len: got 4096, allowed: at most 512, the trained length of the model, with",
         ),
         (
             {"kv_cache_memory_bytes": 2**44},

@@ -1,7 +1,7 @@
 """A thousand requests of random lengths, with aborts and preemptions: no leak, no wrong answer.
 
-``KVSELECT_SOAK_REQUESTS`` says how many: 1000, which take half a minute, or any number from 200, below which
-nothing may be preempted.
+``KVSELECT_SOAK_REQUESTS`` says how many: 1000, which take half a minute, or any number from 200,
+below which nothing may be preempted.
 """
 
 from __future__ import annotations
