@@ -1,7 +1,7 @@
 """A thousand requests of random lengths, with aborts and preemptions: no leak, no wrong answer.
 
 ``KVSELECT_SOAK_REQUESTS`` says how many: 1000, which take half a minute, or any number from 200,
-below which nothing may be preempted.
+below which nothing may be preempted. ``KVSELECT_SOAK_SEED`` (4): which prompts, lengths and order.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vllm_engine import SMALL, attached, engine, greedy, prompts
 import kvselect
 
 REQUESTS = int(os.environ.get("KVSELECT_SOAK_REQUESTS", "1000"))
+SEED = int(os.environ.get("KVSELECT_SOAK_SEED", "4"))
 BLOCKS = 24
 NEW_TOKENS = 24
 POLICY = kvselect.TokenSelect(**SMALL, dense_prefill=True)  # does not depend on where it is cut
@@ -28,13 +29,13 @@ POLICY = kvselect.TokenSelect(**SMALL, dense_prefill=True)  # does not depend on
 
 def test_a_thousand_requests() -> None:
     assert REQUESTS >= 200
-    chance = random.Random(4)
+    chance = random.Random(SEED)
     # Every other one is about to need one more block: what preempts others when there is none.
     lengths = tuple(
         128 * chance.randrange(1, 6) - chance.randrange(4) if even else chance.randrange(16, 700)
         for even in 12 * (True, False)
     )
-    asked = prompts(lengths, seed=9)
+    asked = prompts(lengths, seed=SEED + 5)
     wanted = attached(POLICY, asked, new_tokens=NEW_TOKENS)
     answers: dict[str, tuple[int, list[int]]] = {}
     options: dict[str, Any] = {
