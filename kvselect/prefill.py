@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvselect.arguments import raise_if_not_finite, require_softcap, require_softmax_scale
 from kvselect.cache import KVCache
-from kvselect.checks import require_int
+from kvselect.checks import require_bool, require_int
 from kvselect.decode import require_step
 from kvselect.policies.base import Policy, PolicyState
 from kvselect.queries import Phase, Queries
@@ -41,6 +41,7 @@ def prefill(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     process_group: ProcessGroup | None = None,
+    stepwise: bool = True,
     check_finite: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of the last ``seqlen_q`` tokens over what a policy selects for their blocks.
@@ -68,6 +69,9 @@ def prefill(
         One more logit per head in the denominator of its softmax, of a value that is 0.
     process_group : torch.distributed.ProcessGroup or None
         Ranks that hold the layer's other heads: a policy of scope "layer" adds their votes.
+    stepwise : bool
+        Whether a short call on a filled cache selects by the decode rule (Notes). False: the
+        queries are the next piece of a prompt, which may be short by chance of where it was cut.
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
@@ -86,10 +90,11 @@ def prefill(
     -----
     A call of at most ``tail_q_block_size`` queries on a filled cache (a draft to verify, a short
     turn) selects for each query by the decode rule, so that it gives what as many decode steps
-    would. Otherwise one scan scores the blocks of a run of about ``chunk_size`` queries; the first
-    blocks, which select everything, are attended densely.
+    would, unless ``stepwise`` is False. Otherwise one scan scores the blocks of a run of about
+    ``chunk_size`` queries; the first blocks, which select everything, are attended densely.
     """
     require_step(q, cache, policy, state, q_unrotated, rope, sink_logits)
+    require_bool(stepwise, "stepwise")
     scale = require_softmax_scale(softmax_scale, cache.head_dim)
     cap = require_softcap(softcap)
     if check_finite:
@@ -101,7 +106,7 @@ def prefill(
     longest = max(cache.num_real_tokens, default=0)
     phase: Phase = "prefill"
     offsets = query_blocks(seqlen_q, policy)
-    if seqlen_q <= policy.tail_q_block_size and longest > seqlen_q:
+    if stepwise and seqlen_q <= policy.tail_q_block_size and longest > seqlen_q:
         phase, offsets = "decode", tuple(range(seqlen_q + 1))
         policy = state.decode_policy(q.shape[2])
 

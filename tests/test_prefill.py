@@ -283,6 +283,36 @@ def test_short_calls_remember_nothing(
     assert state.decode.num_hits == state.decode.num_misses == 0
 
 
+@pytest.mark.parametrize("cuts", [(149, 150), (147, 150), (100, 101, 106, 150)])
+def test_short_pieces_of_a_prompt_are_prefill(cuts: tuple[int, ...]) -> None:
+    """A scheduler cuts where its budget ends; dense prefill does not depend on it."""
+    policy = small(dense_prefill=True)
+    call = Call()
+    expected, expected_lse = call.run(policy)
+    cache = KVCache(1, HEADS, DIM, sketch=None)
+    state = policy.new_state(cache)
+    begin = 0
+    for end in cuts:
+        cache.append(call.k[:, begin:end], call.v[:, begin:end])
+        q = call.q[:, begin:end]
+        out, lse = prefill(q, cache, policy, state, rope=ROPE, stepwise=False)
+        assert rel_err(out, expected[:, begin:end]) <= 2e-6
+        assert rel_err(lse, expected_lse[:, begin:end]) <= 2e-6
+        begin = end
+    assert state.decode.num_calls == 0 and state.prefill.num_calls >= len(cuts)
+
+
+def test_a_short_piece_of_a_prompt_is_one_block() -> None:
+    call, policy = Call(seqlen_q=4), small()
+    assert call.q_unrotated is not None
+    rotated = {"rope": ROPE, "q_unrotated": call.q_unrotated}
+    state = policy.new_state(call.cache)
+    out, _ = prefill(call.q, call.cache, policy, state, stepwise=False, **rotated)
+    assert state.decode.num_calls == 0 and state.prefill.num_calls == 1
+    expected = expected_prefill(call.q, call.cache, policy, call.q_unrotated, ROPE)[0]
+    assert rel_err(out, expected) <= 2e-6
+
+
 def test_a_short_prompt_is_no_draft() -> None:
     call = Call((5,), 5)
     policy = small()
@@ -358,6 +388,7 @@ def test_non_finite_tokens_are_not_attended_to_and_counted() -> None:
             TypeError,
             r"state: got NoneType None, allowed: policy.new_state",
         ),
+        (small(), {"stepwise": 0}, TypeError, "stepwise: got int 0, allowed: True or False"),
         (small(), {"rope": 1}, TypeError, "rope: got int 1, allowed: a kvselect.Rope or None"),
         (small(), {"softmax_scale": 0.0}, ValueError, "softmax_scale: got 0.0, allowed: None or a"),
         (small(), {"q_unrotated": torch.zeros(1, 5, 4, DIM)}, ValueError, "q_unrotated: got shape"),

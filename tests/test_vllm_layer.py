@@ -40,7 +40,7 @@ class Request:
         q, k, v = (torch.randn(shape, generator=self.generator) for shape in shapes)
         return q, k, v
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, of_prompt: bool) -> Tensor:
         filled = self.cache.max_seqlen > 0
         compact = self.policy.caches_unrotated
         first = self.cache.max_seqlen
@@ -48,13 +48,14 @@ class Request:
         rotated = q if compact else LONG.rotate(q, place)
         self.cache.append((k if compact else LONG.rotate(k, place))[None], v[None])
         options: dict[str, Any] = {"rope": SHORT if compact else LONG}
-        if filled and q.shape[0] == 1:
+        if filled and q.shape[0] == 1 and not of_prompt:
             options = options if compact else {}
             return kvselect.decode_step(
                 rotated[None], self.cache, self.policy, self.state, **options
             )[0][0]
         if not compact:
             options["q_unrotated"] = q[None]
+        options["stepwise"] = not of_prompt
         return prefill(rotated[None], self.cache, self.policy, self.state, **options)[0][0]
 
 
@@ -76,9 +77,14 @@ class Server:
         self.policy = policy
         self.free = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(3)).tolist()
 
-    def step(self, work: list[tuple[Request, int]], padding: int = 3) -> None:
-        """``work``: requests and their new tokens, in the engine's order; compares every output."""
-        starts, lengths, flat, expected = [0], [], [], []
+    def step(
+        self, work: list[tuple[Request, int]], pieces: tuple[Request, ...] = (), padding: int = 3
+    ) -> None:
+        """``work``: requests and their new tokens, in the engine's order; compares every output.
+
+        ``pieces``: requests whose tokens are of a prompt though something is before them.
+        """
+        starts, lengths, flat, expected, of_prompt = [0], [], [], [], []
         table = torch.zeros((len(work) + 2, 20), dtype=torch.int32)
         for row, (request, count) in enumerate(work):
             before = request.cache.max_seqlen
@@ -88,13 +94,14 @@ class Server:
             q, k, v = request.tokens(count)
             place = torch.arange(before, before + count)
             flat.append((LONG.rotate(q, place), LONG.rotate(k, place), v))
-            expected.append(request.run(q, k, v))
+            of_prompt.append(before == 0 or request in pieces)
+            expected.append(request.run(q, k, v, of_prompt[-1]))
             starts.append(starts[-1] + count)
             lengths.append(before + count)
         q, k, v = (torch.cat(parts) for parts in zip(*flat))
         fill = lambda x: torch.cat((x, x.new_full((padding, *x.shape[1:]), float("nan"))))  # noqa: E731
         out = torch.full((starts[-1] + padding, HEADS, DIM), -7.0)
-        step = Step(starts, lengths, table[: len(work)])
+        step = Step(starts, lengths, table[: len(work)], of_prompt)
         self.layer.store(step, fill(k), fill(v))
         self.layer.attend(step, fill(q), out)
         for first, last, wanted in zip(starts, starts[1:], expected):
@@ -120,9 +127,33 @@ def test_mixed_steps(name: str) -> None:
     a, b, c, d = (Request(policy, seed) for seed in range(4))
     server.step([(a, 600), (b, 1)])
     server.step([(c, 300), (a, 1), (b, 1)])
-    server.step([(a, 1), (d, 100), (b, 1), (c, 130)])  # decoding rows apart from each other
+    server.step([(a, 1), (d, 100), (b, 1), (c, 130)], (c,))  # decoding rows apart from each other
     for _ in range(4):
         server.step([(d, 1), (a, 1), (b, 1), (c, 1)])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_short_pieces_of_prompts(name: str) -> None:
+    """A scheduler leaves any number of a prompt's tokens for the next step, one too."""
+    policy = POLICIES[name]
+    server = Server(policy)
+    a, b, c, d = (Request(policy, seed) for seed in range(4))
+    server.step([(a, 300), (b, 350), (c, 371)])
+    server.step([(a, 1), (b, 1), (c, 8), (d, 260)], (b, c))
+    server.step([(a, 1), (b, 1), (c, 1), (d, 1)], (d,))
+    server.step([(d, 16), (a, 1), (b, 1), (c, 5)], (d,))  # five again: generated, then preempted
+
+
+def test_dense_prefill_does_not_depend_on_where_it_is_cut() -> None:
+    policy = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+    server = Server(policy)
+    a, b = Request(policy, 1), Request(policy, 2)
+    server.step([(a, 371), (b, 378)])
+    server.step([(a, 8), (b, 1)], (a, b))
+    decode = server.layer.state.decode
+    assert decode.num_calls == 0
+    server.step([(a, 1), (b, 1)])
+    assert decode.num_calls == 1 and decode.tokens_attended < decode.tokens_visible
 
 
 def test_a_short_request_beside_a_long_one_stays_dense() -> None:
@@ -143,8 +174,8 @@ def test_blocks_shared_within_a_step() -> None:
     q, k, v = first.tokens(256)
     second.tokens(256)  # the same prompt: vLLM lets it share blocks that are filled in this step
     place = torch.arange(256)
-    first.run(q, k, v)
-    second.run(q, k, v)
+    first.run(q, k, v, True)
+    second.run(q, k, v, True)
     pages = [server.free.pop() for _ in range(4)]
     first.pages, second.pages = pages[:3], [*pages[:2], pages[3]]
     tail_q, tail_k, tail_v = second.tokens(60)
@@ -153,16 +184,16 @@ def test_blocks_shared_within_a_step() -> None:
     table = torch.zeros((2, 4), dtype=torch.int32)
     table[0, :3] = torch.tensor(second.pages, dtype=torch.int32)
     table[1, :3] = torch.tensor(first.pages, dtype=torch.int32)
-    step = Step([0, 60, 316], [316, 256], table)
+    step = Step([0, 60, 316], [316, 256], table, [True, True])
     out = torch.zeros(316, HEADS, DIM)
     server.layer.store(step, flat_k, torch.cat((tail_v, v)))
     server.layer.attend(step, flat_q, out)
-    assert rel_err(out[:60], second.run(tail_q, tail_k, tail_v)) < 2e-5
+    assert rel_err(out[:60], second.run(tail_q, tail_k, tail_v, True)) < 2e-5
 
 
 def test_a_step_without_tokens_does_nothing() -> None:
     server = Server(POLICIES["dense"])
-    step = Step([0], [], torch.zeros((0, 4), dtype=torch.int32))
+    step = Step([0], [], torch.zeros((0, 4), dtype=torch.int32), [])
     out = torch.zeros(0, HEADS, DIM)
     server.layer.store(step, torch.zeros(0, KV_HEADS, DIM), torch.zeros(0, KV_HEADS, DIM))
     server.layer.attend(step, out, out)

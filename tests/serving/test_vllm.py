@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
@@ -24,6 +26,7 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 # Prefill cut elsewhere (chunks, hits, recompute) selects for other blocks of queries; dense prefill
 # does not depend on where it is cut.
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
 @cache
@@ -70,6 +73,8 @@ def test_what_we_override_takes_what_we_think() -> None:
     assert shim.CPUAttentionBackend.forward_includes_kv_cache_update is False
     names = shim.CPUAttentionMetadata.__dataclass_fields__
     assert {"seq_lens", "block_table", "query_start_loc", "causal"} <= set(names)
+    common = import_module("vllm.v1.attention.backend").CommonAttentionMetadata
+    assert {"num_reqs", "query_start_loc_cpu", "is_prefilling"} <= set(common.__dataclass_fields__)
 
 
 def test_the_entry_point_is_found() -> None:
@@ -118,6 +123,28 @@ def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
 def test_chunked_prefill_among_decoding_requests() -> None:
     with engine(UNCUT, max_num_batched_tokens=192, max_num_seqs=6) as running:
         assert running.generate(ASKED) == expected(UNCUT)
+
+
+def test_where_a_prompt_is_cut_changes_nothing() -> None:
+    """The last piece has as many tokens as the budget left: 1, 8, 16, 17 of them."""
+    from vllm import SamplingParams, TokensPrompt
+
+    asked = prompts((372, 379, 387, 388), seed=9)
+    inputs = [TokensPrompt(prompt_token_ids=tokens) for tokens in asked]
+    everything = SamplingParams(
+        temperature=0.0, max_tokens=3, ignore_eos=True, detokenize=False, logprobs=512
+    )
+    found = []
+    for budget in (4096, 371):
+        options = {"max_num_batched_tokens": budget, "max_num_seqs": 1, "max_logprobs": 512}
+        with engine(UNCUT, **options) as running:
+            outputs = running.llm.generate(inputs, everything, use_tqdm=False)
+            steps = [step for output in outputs for step in output.outputs[0].logprobs]
+            found.append([[step[token].logprob for token in range(512)] for step in steps])
+            assert all(layer._served.state.decode.num_calls == 8 for layer in running.layers)
+    whole, cut = torch.tensor(found)
+    # Of rounding 1.4e-5 was seen; a piece that is taken for decode steps and selects: 2e-2 to 1e-1.
+    assert (whole - cut).abs().max() < 2e-4
 
 
 def test_preempted_requests_start_again() -> None:
@@ -197,6 +224,10 @@ def test_aborted_requests_leave_nothing_behind() -> None:
         (
             {"additional_config": {"kvselect": {"policy": "TokenSelect", "positions": "compact"}}},
             r"policy.capacity: got \d+, allowed: at most 512, the trained length",
+        ),
+        (
+            {"additional_config": {"kvselect": DENSE_THEN_COMPACT.to_dict()}},
+            r"max_model_len: got 4096, allowed: at most 512, the trained length of the model, with",
         ),
         (
             {"kv_cache_memory_bytes": 2**44},

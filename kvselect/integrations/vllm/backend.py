@@ -80,10 +80,13 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
             return metadata
         METER.publish()
         count = common_attn_metadata.num_reqs
+        of_prompt = common_attn_metadata.is_prefilling
+        require(of_prompt is not None, "is_prefilling", of_prompt, "a tensor (vLLM's runner says)")
         step = Step(
             common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
             metadata.seq_lens[:count].tolist(),
             metadata.block_table[:count],
+            of_prompt[:count].tolist(),
         )
         return SelectingMetadata(**vars(metadata), step=step)
 
@@ -149,6 +152,10 @@ class SelectingImpl(CPUAttentionBackendImpl):
             allowed = f"at most {self._trained_length}, the trained length of the model"
             fits = policy.num_positions <= self._trained_length
             require(fits, "policy.capacity", policy.num_positions, allowed)
+            if getattr(policy, "dense_prefill", False):
+                longest = vllm_config.model_config.max_model_len
+                allowed += ", with positions='compact' and dense_prefill"
+                require(longest <= self._trained_length, "max_model_len", longest, allowed)
         logger.info_once("kvselect: full-attention layers run %s", describe(policy))
 
     def _selects(self, layer: Any) -> bool:

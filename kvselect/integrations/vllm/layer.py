@@ -174,14 +174,17 @@ class ServedLayer:
         return self.rotation.trained
 
     def _attend_rows(self, step: Step, rows: Rows, q: Tensor) -> Tensor:
-        """The same calls as under Hugging Face: one token behind others is a decode step."""
+        """The same calls as under Hugging Face, where nobody cuts prompts: pieces are prefill,
+        however short.
+        """
         rope, q_unrotated = self._compact_rope(), None
         if rows.decodes:
             return decode_step(q, self.cache, self.policy, self.state, rope=rope, **self._options)[
                 0
             ]
         (longest,) = rows.after
-        stepwise = rows.before[0] > 0 and rows.num_new <= self.policy.tail_q_block_size
+        short = rows.before[0] > 0 and rows.num_new <= self.policy.tail_q_block_size
+        stepwise = short and not rows.of_prompt
         dense = self.policy.is_dense("prefill", longest - 1, longest, None)
         if averages_unrotated(self.policy) and not stepwise and not dense:
             assert self.rotation is not None
@@ -194,6 +197,7 @@ class ServedLayer:
             self.state,
             q_unrotated=q_unrotated,
             rope=rope,
+            stepwise=stepwise,
             **self._options,
         )
         return out

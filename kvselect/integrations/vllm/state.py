@@ -28,12 +28,15 @@ class Rows:
     before : tuple of int
         Tokens that each request holds before the step.
     num_new : int
+    of_prompt : bool
+        Whether their first token is one of a prompt: they prefill, however few they are.
     """
 
     tokens: slice | Tensor
     block_table: Tensor
     before: tuple[int, ...]
     num_new: int
+    of_prompt: bool
 
     @property
     def batch(self) -> int:
@@ -45,8 +48,8 @@ class Rows:
 
     @property
     def decodes(self) -> bool:
-        """Whether each is one token behind others: a decode step."""
-        return self.num_new == 1 and min(self.before) > 0
+        """Whether each is one generated token behind others: a decode step."""
+        return self.num_new == 1 and not self.of_prompt and min(self.before) > 0
 
     def take(self, flat: Tensor) -> Tensor:
         """``flat`` [num_tokens, ...] as [batch, num_new, ...]; a view if tokens are neighbours."""
@@ -73,11 +76,15 @@ class Step:
     seq_lens : sequence of int, [num_requests]
         Tokens that each request holds after the step.
     block_table : Tensor, [at least num_requests, max_num_blocks], int32
+    of_prompt : sequence of bool, [num_requests]
+        Whether the first new token of each request is one of its prompt. A scheduler may leave any
+        number of them for the last piece, one too, which is not to be taken for a decode step.
     """
 
     query_start_loc: Sequence[int]
     seq_lens: Sequence[int]
     block_table: Tensor
+    of_prompt: Sequence[bool]
     rows: list[Rows] = field(init=False)
     num_tokens: int = field(init=False)
     _positions: Tensor | None = None
@@ -89,12 +96,13 @@ class Step:
         decoding, self.rows = [], []
         for row, length in enumerate(self.seq_lens):
             num_new = starts[row + 1] - starts[row]
-            if num_new == 1 and length > 1:
+            if num_new == 1 and length > 1 and not self.of_prompt[row]:
                 decoding.append(row)
             elif num_new:
                 tokens = slice(starts[row], starts[row + 1])
                 table = self.block_table[row : row + 1]
-                self.rows.append(Rows(tokens, table, (length - num_new,), num_new))
+                of_prompt = bool(self.of_prompt[row])
+                self.rows.append(Rows(tokens, table, (length - num_new,), num_new, of_prompt))
         if decoding:
             self.rows.insert(0, self._decoding(decoding))
 
@@ -106,11 +114,11 @@ class Step:
         together = rows == list(range(first, first + count))
         if together and starts == list(range(starts[0], starts[0] + count)):
             tokens: slice | Tensor = slice(starts[0], starts[0] + count)
-            return Rows(tokens, self.block_table[first : first + count], before, 1)
+            return Rows(tokens, self.block_table[first : first + count], before, 1, False)
         device = self.block_table.device
         picked = torch.tensor(rows, dtype=torch.int64, device=device)
         tokens = torch.tensor(starts, dtype=torch.int64, device=device)
-        return Rows(tokens, self.block_table[picked], before, 1)
+        return Rows(tokens, self.block_table[picked], before, 1, False)
 
     @property
     def positions(self) -> Tensor:
@@ -157,4 +165,4 @@ class Step:
         else:
             tokens = rows.tokens[index]
         before = tuple(rows.before[row] for row in picked)
-        return Rows(tokens, rows.block_table[index], before, rows.num_new)
+        return Rows(tokens, rows.block_table[index], before, rows.num_new, rows.of_prompt)
