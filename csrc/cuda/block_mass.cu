@@ -73,6 +73,7 @@ struct Shared {
     Item items[kWarps];
     float sums[2][kWarps][4];  // of the warps' rows over a tile's spans, of this tile and the last
 };
+static_assert(sizeof(Shared) <= kMaxStaticSharedBytes);
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kHeadDim > 128 ? 1 : 2)
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kHeadDim
 
 template <typename T, int kHeadDim>
 void find_masses(const BlockMassParams& p, const CudaLaunch& where) {
+    static_assert(kPlaces * TileRows<T, kHeadDim>::kTileBytes <= kMaxDynamicSharedBytes);
     const Share share = share_of(p);
     launch(where, block_mass_kernel<T, kHeadDim>,
            p.grid.batch * p.grid.num_kv_heads * share.blocks_per_head, 1, kThreads,

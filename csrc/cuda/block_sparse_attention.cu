@@ -208,7 +208,7 @@ struct Plan {
     static constexpr int64_t shared_bytes(int rows) {
         return int64_t{rows} * Rows::kBytes + kPlaces * Rows::kTileBytes;
     }
-    static_assert(kMostRows * Rows::kBytes + kPlaces * Rows::kTileBytes + 1024 <= kMaxSharedBytes,
+    static_assert(kMostRows * Rows::kBytes + kPlaces * Rows::kTileBytes <= kMaxDynamicSharedBytes,
                   "queries and the ring fit every GPU");
     // 128 channels and 32 rows of a warp are 192 sums, 16 rows half of them.
     static constexpr int kBlocksPerSm = !kPaired ? 1 : (kGroups == 2 ? 2 : 3);
@@ -223,6 +223,7 @@ struct Shared {
     int first[kMostWarps][2][4];  // where the spans of a tile and the next one begin, for each warp
     int nonfinite;
 };
+static_assert(sizeof(Shared) <= kMaxStaticSharedBytes);
 
 // Adds the values that are not finite to the queries that see them, whatever they weigh, and puts 0
 // in their place. By all threads; rows of the warp begin at own_row.

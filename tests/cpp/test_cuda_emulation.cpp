@@ -64,6 +64,21 @@ TEST_ONCE(emulation_starts_shared_memory_as_nan) {
     });
 }
 
+TEST_ONCE(emulation_gives_no_shared_memory_that_was_not_asked_for) {
+    void (*const kernel)(int) = [](int) {};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(32);
+    config.dynamicSmemBytes = 48 << 10;
+    const auto ask = [&](int bytes) {
+        return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    EXPECT(cudaLaunchKernelEx(&config, kernel, 0) == cudaErrorInvalidValue);
+    EXPECT(ask(99 << 10) == cudaErrorInvalidValue);
+    EXPECT(ask(48 << 10) == cudaSuccess);
+    EXPECT(cudaLaunchKernelEx(&config, kernel, 0) == cudaSuccess);
+}
+
 TEST_ONCE(emulation_says_where_a_gpu_would_hang) {
     EXPECT(reported(64, [] {
                if (threadIdx.x < 32) __syncthreads();

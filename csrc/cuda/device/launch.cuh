@@ -23,9 +23,10 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 
-// Shared memory that a block may ask for on every GPU that we build for (sm_86, sm_89, sm_120: 99
-// KiB).
-constexpr int64_t kMaxSharedBytes = int64_t{99} << 10;
+// Shared memory that a block may have on every GPU that we build for (sm_86, sm_89, sm_120: 99
+// KiB): what a kernel declares, where it asks for more at launch, and what it may ask for.
+constexpr int64_t kMaxStaticSharedBytes = int64_t{1} << 10;
+constexpr int64_t kMaxDynamicSharedBytes = (int64_t{99} << 10) - kMaxStaticSharedBytes;
 
 // grid.x = x, grid.y = y; a grid of nothing is not launched.
 template <typename... Params, typename... Args>
@@ -34,9 +35,11 @@ void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64
     if (x == 0 || y == 0) return;
     KVS_CHECK(x <= kMaxGridX && y <= kMaxGridY, "grid: got ", x, " x ", y, ", allowed: at most ",
               kMaxGridX, " x ", kMaxGridY, " (rows, blocks of queries and heads of one call)");
-    if (shared_bytes > (int64_t{48} << 10))
+    // Unasked, a kernel gets 48 KiB less what it declares. The limit is the same at every launch:
+    // no thread of the host lowers it for another that launches the same kernel.
+    if (shared_bytes > 0)
         KVS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared_bytes)));
+                                            static_cast<int>(kMaxDynamicSharedBytes)));
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;

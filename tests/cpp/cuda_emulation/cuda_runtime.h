@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "fibres.h"
@@ -126,7 +127,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 // --- the runtime
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -152,13 +153,31 @@ inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t num_bytes, cu
     std::memset(memory, value, num_bytes);
     return cudaSuccess;
 }
+namespace kvselect::emulation {
+// What a kernel declares is not known here: the most that one may. The smallest GPUs give 99 KiB.
+constexpr size_t kStaticSharedBytes = 1 << 10;
+constexpr size_t kUnaskedSharedBytes = (48 << 10) - kStaticSharedBytes;
+constexpr size_t kMostSharedBytes = (99 << 10) - kStaticSharedBytes;
+inline std::map<const void*, size_t>& shared_limits() {
+    static std::map<const void*, size_t> of_kernel;
+    return of_kernel;
+}
+}  // namespace kvselect::emulation
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+    using namespace kvselect::emulation;
+    if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return cudaErrorInvalidValue;
+    shared_limits()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
     return cudaSuccess;
 }
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Args&&... args) {
+    const auto& limits = kvselect::emulation::shared_limits();
+    const auto asked = limits.find(reinterpret_cast<const void*>(kernel));
+    if (config->dynamicSmemBytes >
+        (asked == limits.end() ? kvselect::emulation::kUnaskedSharedBytes : asked->second))
+        return cudaErrorInvalidValue;
     kvselect::emulation::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                                   [&] { kernel(args...); });
     return cudaSuccess;
