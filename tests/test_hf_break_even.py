@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,20 @@ def test_borders_that_differ_name_their_layers(measured: list[TokenSelect]) -> N
         text = str(handle.report())
     assert "decode steps of at most 70 tokens are dense in layers 0, 2 (measured" in text
     assert "decode steps of at most 24 tokens are dense in layers 1 (the policy's budget" in text
+
+
+def test_ranks_that_vote_together_follow_no_measurement(
+    measured: list[TokenSelect], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(plan: Any, config: object) -> None:
+        plan.process_group = object()
+
+    monkeypatch.setattr(import_module("kvselect.integrations.hf.attach"), "_join_ranks", join)
+    with attach(hf_models.model("llama"), hf_models.narrow(scope="layer")) as handle:
+        report = handle.report()
+    assert measured == []
+    assert {layer.dense_up_to for layer in report.layers} == {24}
+    assert "ranks vote together" in str(report.layers[0].dense_up_to_source)
 
 
 def test_other_methods_have_no_border(measured: list[TokenSelect]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +40,9 @@ SERVER: dict[str, Any] = {
     "speculative_method": None,
     "kv_connector": None,
     "context_parallel_size": 1,
+    "tensor_parallel_size": 2,
+    "num_kv_heads": 2,
+    "num_layers": 4,
 }
 
 
@@ -95,6 +100,7 @@ def test_a_layer_that_can_be_served() -> None:
     require_layer(POLICY, LayerFacts(**LAYER))
     exact = kvselect.TokenSelect(topk=64, sketch=None)
     require_layer(exact, LayerFacts(**LAYER | {"page_block_size": 16}))
+    require_layer(POLICY, LayerFacts(**LAYER | {"kv_cache_dtype": "bfloat16"}))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_a_layer_that_can_be_served() -> None:
         ({"head_dim": 112}, r"^head_dim: got 112, allowed: 32 or 64"),
         ({"dtype": torch.float64}, r"^dtype: got torch.float64, allowed: "),
         ({"kv_cache_dtype": "fp8_e5m2"}, r"^kv_cache_dtype: got 'fp8_e5m2', allowed: 'auto'"),
+        ({"kv_cache_dtype": "float16"}, r"^kv_cache_dtype: got 'float16', allowed: 'auto' under"),
         ({"has_alibi": True}, r"^alibi_slopes: got 'slopes', allowed: None"),
         ({"shares_kv": True}, r"^kv_sharing_target_layer_name: got 'a layer', allowed: None"),
         ({"page_block_size": 64}, r"^page_block_size: got 64, allowed: a multiple of 128 with"),
@@ -122,11 +129,26 @@ def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
         ({"speculative_method": "ngram"}, r"^speculative: got 'ngram', allowed: None"),
         ({"kv_connector": "LMCache"}, r"^kv_connector: got 'LMCache', allowed: None"),
         ({"context_parallel_size": 2}, r"^context_parallel_size: got 2, allowed: 1"),
+        ({"tensor_parallel_size": 4}, r"^tensor_parallel_size: got 4, allowed: at most 2, the mo"),
     ],
 )
 def test_a_server_that_cannot(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         require_server(POLICY, ServerFacts(**SERVER | change))
+
+
+def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
+    facts = ServerFacts(**SERVER | {"tensor_parallel_size": 4})
+    for policy in (kvselect.Dense(), kvselect.StreamingLLM()):
+        require_server(policy, facts)
+
+
+def test_dense_layers_are_layers_of_the_model() -> None:
+    policy = kvselect.TokenSelect(topk=64, dense_layers=(3, 4))
+    message = r"^dense_layers: got \[4\], allowed: indices of this model's layers, 0..3$"
+    with pytest.raises(ValueError, match=message):
+        require_server(policy, ServerFacts(**SERVER))
+    require_server(policy, ServerFacts(**SERVER | {"num_layers": 5}))
 
 
 def test_models_whose_rotation_is_unknown_may_leave_it_alone() -> None:
@@ -150,6 +172,18 @@ def test_memory_is_asked_for_before_it_is_taken() -> None:
     with pytest.raises(ValueError, match=message):
         require_memory(POLICY, 128, 2, 9 * gib, 10 * gib)
     require_memory(kvselect.Dense(), 128, 2, 10 * gib, 10 * gib)
+
+
+def test_every_rank_of_a_machine_takes_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = SimpleNamespace(total=100, available=70)
+    psutil = SimpleNamespace(virtual_memory=lambda: memory)
+    monkeypatch.setitem(sys.modules, "psutil", psutil)  # vLLM brings it
+    cache = SimpleNamespace(kv_cache_memory_bytes=8, gpu_memory_utilization=0.5)
+    ranks = SimpleNamespace(local_world_size=2)
+    vllm_config = SimpleNamespace(cache_config=cache, parallel_config=ranks)
+    assert shim.cache_memory(vllm_config) == (16, 70)
+    cache.kv_cache_memory_bytes = None
+    assert shim.cache_memory(vllm_config) == (50, 70)  # a share of the machine, whoever takes it
 
 
 class Platform:

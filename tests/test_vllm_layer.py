@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 import kvselect
+from kvselect.crossovers import Crossover, Workload
 from kvselect.integrations.vllm.layer import ServedLayer, rotation_from_table
 from kvselect.integrations.vllm.state import Step
+from kvselect.policies import base
 from kvselect.policies.base import Policy
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
@@ -198,6 +200,21 @@ def test_a_step_without_tokens_does_nothing() -> None:
     server.layer.store(step, torch.zeros(0, KV_HEADS, DIM), torch.zeros(0, KV_HEADS, DIM))
     server.layer.attend(step, out, out)
     assert step.rows == [] and step.num_tokens == 0
+
+
+def test_ranks_that_vote_together_follow_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = kvselect.TokenSelect(topk=64, scope="layer")
+    workload = Workload.of(policy.to_dict(), HEADS, KV_HEADS, DIM, torch.float32, PAGE)
+    measured = Crossover({}, workload, 4096, False, (), "2026-01-01T00:00:00", 1.0)
+    monkeypatch.setattr(base, "break_even_mode", lambda: "stored")
+    monkeypatch.setattr(base, "find_by_q_heads", lambda *_: {HEADS: measured})
+    pages = torch.zeros(2, PAGE, KV_HEADS, DIM)
+    sizes: dict[str, Any] = {"num_q_heads": HEADS, "softmax_scale": 1.0}
+    alone = ServedLayer(policy, pages, pages, **sizes)
+    assert alone.state.decode_policy(HEADS).dense_below_tokens == 4096
+    group: Any = object()
+    joined = ServedLayer(policy, pages, pages, process_group=group, **sizes)
+    assert joined.state.decode_policy(HEADS).dense_below_tokens is None
 
 
 def test_other_blocks_are_noticed() -> None:

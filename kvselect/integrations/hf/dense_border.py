@@ -21,7 +21,8 @@ class DenseBorder(NamedTuple):
 def settle_crossovers(plan: StackPlan, mode: Mode, device_type: str) -> None:
     """Give every selecting layer the crossover of its workload, once and for all.
 
-    Measures on the CPU only, and with "auto" only; layers of one shape share what was found.
+    Measures on the CPU only, and with "auto" only; layers of one shape share what was found. Ranks
+    that vote together have none: one that is dense where another selects would leave it waiting.
     """
     known: dict[tuple[object, ...], Crossover | None] = {}
     for layer in plan.layers:
@@ -36,6 +37,9 @@ def settle_crossovers(plan: StackPlan, mode: Mode, device_type: str) -> None:
             continue
         if mode == "off":
             layer.unmeasured = "break_even='off'"
+            continue
+        if plan.process_group is not None:
+            layer.unmeasured = "ranks vote together, and would each follow what they measured"
             continue
         if device_type != "cpu":
             layer.unmeasured = f"no crossover is measured on {device_type}"

@@ -41,7 +41,6 @@ ROTATING = (
     "Qwen3ForCausalLM",
 )
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-UNQUANTISED = ("auto", "bfloat16", "float16", "float32", "half", "float")
 
 
 def configured_policy(
@@ -106,6 +105,9 @@ class ServerFacts:
     speculative_method: str | None
     kv_connector: str | None
     context_parallel_size: int
+    tensor_parallel_size: int
+    num_kv_heads: int
+    num_layers: int
 
 
 def require_server(policy: Policy, facts: ServerFacts) -> None:
@@ -129,6 +131,13 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
     require(facts.kv_connector is None, "kv_connector", facts.kv_connector, allowed)
     size = facts.context_parallel_size
     require(size == 1, "context_parallel_size", size, "1 under kvselect (a rank needs whole rows)")
+    if policy.query_aware and type(policy) is not Dense:
+        size, heads = facts.tensor_parallel_size, facts.num_kv_heads
+        allowed = f"at most {heads}, the model's KV heads (each selects by all of its queries)"
+        require(size <= heads, "tensor_parallel_size", size, allowed)
+    bad = [index for index in policy.dense_layers if index >= facts.num_layers]
+    allowed = f"indices of this model's layers, 0..{facts.num_layers - 1}"
+    require(not bad, "dense_layers", bad, allowed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,9 +166,9 @@ def require_layer(policy: Policy, facts: LayerFacts) -> None:
     require(facts.head_dim in HEAD_DIMS, "head_dim", facts.head_dim, allowed)
     allowed = " or ".join(map(str, STORAGE_DTYPES))
     require(facts.dtype in STORAGE_DTYPES, "dtype", facts.dtype, allowed)
-    stored = facts.kv_cache_dtype
-    allowed = "'auto' under kvselect (its kernels read no quantised keys)"
-    require(stored in UNQUANTISED, "kv_cache_dtype", stored, allowed)
+    stored, own = facts.kv_cache_dtype, str(facts.dtype).removeprefix("torch.")
+    allowed = f"'auto' under kvselect (its kernels read keys of the model's dtype, {own})"
+    require(stored in ("auto", own), "kv_cache_dtype", stored, allowed)
     require(not facts.has_alibi, "alibi_slopes", "slopes", "None")
     allowed = "None under kvselect (each layer selects from its own keys)"
     require(not facts.shares_kv, "kv_sharing_target_layer_name", "a layer", allowed)

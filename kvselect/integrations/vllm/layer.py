@@ -114,7 +114,8 @@ class ServedLayer:
     ) -> None:
         self.policy, self.rotation = policy, rotation
         self.cache = EngineKVCache(k_pages, v_pages, sketch=policy.required_sketch)
-        self.state = policy.new_state(self.cache)
+        # Ranks that vote together must select at the same steps, whatever each machine measured.
+        self.state = policy.new_state(self.cache, None if process_group is None else {})
         self._num_q_heads = num_q_heads
         self._options: dict[str, Any] = {
             "softmax_scale": softmax_scale,

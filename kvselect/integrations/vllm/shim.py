@@ -85,17 +85,25 @@ def server_facts(vllm_config: Any) -> ServerFacts:
         kv_connector=None if connector is None else str(connector.kv_connector),
         context_parallel_size=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        num_kv_heads=vllm_config.model_config.get_total_num_kv_heads(),
+        num_layers=vllm_config.model_config.get_total_num_hidden_layers(),
     )
 
 
 def cache_memory(vllm_config: Any) -> tuple[int, int]:
-    """What vLLM will take for keys and values, at most, and what is free [bytes]."""
+    """What vLLM will take for keys and values, at most, and what is free [bytes].
+
+    Of the whole machine: each of its ranks takes as many bytes as are asked for, and none has taken
+    them when the first looks.
+    """
     memory = import_module("psutil").virtual_memory()  # vLLM brings it
     cache_config = vllm_config.cache_config
-    wanted = cache_config.kv_cache_memory_bytes
-    if wanted is None:
+    if cache_config.kv_cache_memory_bytes is None:
         wanted = int(cache_config.gpu_memory_utilization * memory.total)
-    return int(wanted), int(memory.available)
+    else:
+        wanted = cache_config.kv_cache_memory_bytes * vllm_config.parallel_config.local_world_size
+    return wanted, int(memory.available)
 
 
 def trained_length(vllm_config: Any) -> int:
