@@ -148,6 +148,9 @@ def test_compact_positions_and_streaming() -> None:
 
 
 def test_what_it_refuses() -> None:
+    elsewhere = torch.empty((2, 128, 2, 64), dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match=r"^k_pages.device: got 'meta', allowed: cpu, or any with"):
+        EngineKVCache(elsewhere, elsewhere)
     with pytest.raises(
         ValueError, match=r"^page_block_size: got 192, allowed: a multiple of 128 with"
     ):

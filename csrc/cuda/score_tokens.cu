@@ -408,7 +408,7 @@ __device__ __forceinline__ void logits_of_block(const ScoreTokensParams& p, cons
         // Only whole blocks have a record; one without codes has NaN as its first step.
         if (begin + kBlockTokens <= p.blocks.cache_seqlens[item.row] && sinks < recent) {
             const int64_t index = (begin - item.range.start) / kBlockTokens;
-            const uint8_t* record = p.sketch.block(item.row, item.kv_head, index);
+            const uint8_t* record = p.sketch.row_block(item.row, item.kv_head, index);
             has_codes = is_finite(ptx::from_half(*reinterpret_cast<const uint16_t*>(record)));
             if (has_codes)
                 logits_from_sketch<kFormat, kHeadDim32>(p, record, Span{sinks, recent, true},
