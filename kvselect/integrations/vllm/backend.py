@@ -147,7 +147,8 @@ class SelectingImpl(CPUAttentionBackendImpl):
         cache_bytes, available_bytes = cache_memory(vllm_config)
         itemsize = facts.dtype.itemsize
         require_memory(policy, facts.head_dim, itemsize, cache_bytes, available_bytes)
-        self._trained_length = trained_length(vllm_config)
+        if needs_rotation(policy):
+            self._trained_length = trained_length(vllm_config)
         if policy.caches_unrotated:
             allowed = f"at most {self._trained_length}, the trained length of the model"
             fits = policy.num_positions <= self._trained_length
