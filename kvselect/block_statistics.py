@@ -122,12 +122,10 @@ class BlockStatistics:
 
     def bytes_of(self, num_tokens: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """`nbytes` of one row of so many tokens, without room to grow."""
-        each = self._block_size + 4  # finite, num_finite
-        each += 2 * itemsize * head_dim * ("min_max" in self._kinds)
-        each += 8 * head_dim * ("moments" in self._kinds)
-        each += 4 * head_dim * ("mean_value" in self._kinds)
-        if self._num_representatives:
-            each += 4 * self._block_size + 4 * head_dim  # received, representatives
+        each = sum(
+            width * (itemsize if dtype is None else dtype.itemsize)
+            for width, dtype in self._columns(head_dim).values()
+        )
         return -(-num_tokens // self._block_size) * num_kv_heads * each
 
     @property
@@ -288,6 +286,22 @@ class BlockStatistics:
         kept = torch.tensor(num_tokens, device=flat.device)[:, None, None]
         flat.masked_fill_(torch.arange(flat.shape[2], device=flat.device) >= kept, 0.0)
 
+    def _columns(self, head_dim: int) -> dict[str, tuple[int, torch.dtype | None]]:
+        """Of every table that is kept: values per block, and their dtype (None: the cache's)."""
+        widths: dict[str, tuple[int, torch.dtype | None]] = {
+            "min_max": (2 * head_dim, None),
+            "moments": (2 * head_dim, torch.float32),
+            "mean_value": (head_dim, torch.float32),
+            "finite": (self._block_size, torch.bool),
+            "num_finite": (1, torch.float32),
+            "received": (self._block_size, torch.float32),
+            "representatives": (head_dim, torch.float32),
+        }
+        names = [*self._kinds, "finite", "num_finite"]
+        if self._num_representatives:
+            names += ["received", "representatives"]
+        return {name: widths[name] for name in names}
+
     def _make_room(self, cache: KVCache, num_blocks: int) -> None:
         room = self.num_blocks if self._tables else 0
         if room >= num_blocks and self._tables:
@@ -295,23 +309,11 @@ class BlockStatistics:
         # No eighth more for a cache of fixed room: it asks for everything at once.
         more = num_blocks if isinstance(cache, FixedKVCache) else num_blocks + num_blocks // 8 + 1
         shape = (cache.batch, cache.num_kv_heads, room)
-        widths = {
-            "min_max": (2 * cache.head_dim, cache.dtype),
-            "moments": (2 * cache.head_dim, torch.float32),
-            "mean_value": (cache.head_dim, torch.float32),
-            "finite": (self._block_size, torch.bool),
-            "num_finite": (1, torch.float32),
-            "received": (self._block_size, torch.float32),
-            "representatives": (cache.head_dim, torch.float32),
-        }
-        names = [*self._kinds, "finite", "num_finite"]
-        if self._num_representatives:
-            names += ["received", "representatives"]
         with torch.inference_mode(False):  # written to in place by steps of any grad mode
-            for name in names:
-                width, dtype = widths[name]
+            for name, (width, dtype) in self._columns(cache.head_dim).items():
                 table = self._tables.get(name)
                 if table is None:
+                    dtype = cache.dtype if dtype is None else dtype
                     table = torch.zeros((*shape, width), dtype=dtype, device=cache.device)
                 self._tables[name] = grown(table, 2, more)
 

@@ -18,7 +18,7 @@ from kvselect.query_blocks import cut_queries
 from kvselect.rope import Rope
 from kvselect.tensor_parallel import ProcessGroup
 
-__all__ = ["prefill", "query_blocks"]
+__all__ = ["prefill", "query_blocks", "selects_stepwise"]
 
 
 def query_blocks(seqlen_q: int, policy: Policy) -> tuple[int, ...]:
@@ -27,6 +27,14 @@ def query_blocks(seqlen_q: int, policy: Policy) -> tuple[int, ...]:
     return cut_queries(
         seqlen_q, policy.q_block_size, policy.num_tail_tokens, policy.tail_q_block_size
     )
+
+
+def selects_stepwise(policy: Policy, seqlen_q: int, num_tokens: int) -> bool:
+    """Whether each query of a short call on a filled cache selects by the decode rule.
+
+    ``num_tokens``: of the longest row, those of the call included.
+    """
+    return seqlen_q <= policy.tail_q_block_size and num_tokens > seqlen_q
 
 
 def prefill(
@@ -106,7 +114,7 @@ def prefill(
     longest = max(cache.num_real_tokens, default=0)
     phase: Phase = "prefill"
     offsets = query_blocks(seqlen_q, policy)
-    if stepwise and seqlen_q <= policy.tail_q_block_size and longest > seqlen_q:
+    if stepwise and selects_stepwise(policy, seqlen_q, longest):
         phase, offsets = "decode", tuple(range(seqlen_q + 1))
         policy = state.decode_policy(q.shape[2])
 

@@ -60,7 +60,8 @@ class AdaSpa(Policy):
     Notes
     -----
     Source: Xia et al., arXiv:2502.21079: 1.78 times dense on HunyuanVideo at PSNR 29.07, sparsity
-    0.8 (A100). CPU only, as the ops are. Of a paged cache keys and values are gathered per call.
+    0.8 (A100). The ops' CUDA kernels have not run. Of a paged cache keys and values are gathered
+    per call.
     """
 
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})

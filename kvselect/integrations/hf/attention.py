@@ -21,7 +21,7 @@ from kvselect.integrations.hf.shared_stack import join_stack
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 from kvselect.policies.base import PolicyState
-from kvselect.prefill import prefill
+from kvselect.prefill import prefill, selects_stepwise
 from kvselect.rope import Rope
 
 QUERIES_AT_ONCE = 2048
@@ -279,7 +279,7 @@ def _attend_call(
     q = filled_up(query.transpose(1, 2), cache.head_dim)
     seqlen_q = q.shape[1]
     filled = cache.max_seqlen > seqlen_q
-    stepwise = filled and seqlen_q <= policy.tail_q_block_size  # each query selects by itself
+    stepwise = selects_stepwise(policy, seqlen_q, cache.max_seqlen)
     if stepwise:
         plan.num_lists += cache.batch * cache.num_kv_heads * seqlen_q
 

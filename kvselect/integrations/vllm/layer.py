@@ -14,7 +14,7 @@ from kvselect.engine_cache import EngineKVCache
 from kvselect.integrations.vllm.config import averages_unrotated
 from kvselect.integrations.vllm.state import Rows, Step
 from kvselect.policies.base import Policy
-from kvselect.prefill import prefill
+from kvselect.prefill import prefill, selects_stepwise
 from kvselect.rope import Rope
 from kvselect.tensor_parallel import ProcessGroup
 
@@ -184,8 +184,7 @@ class ServedLayer:
                 0
             ]
         (longest,) = rows.after
-        short = rows.before[0] > 0 and rows.num_new <= self.policy.tail_q_block_size
-        stepwise = short and not rows.of_prompt
+        stepwise = not rows.of_prompt and selects_stepwise(self.policy, rows.num_new, longest)
         dense = self.policy.is_dense("prefill", longest - 1, longest, None)
         if averages_unrotated(self.policy) and not stepwise and not dense:
             assert self.rotation is not None
