@@ -6,7 +6,10 @@
 
 namespace kvselect::bindings {
 
-inline void require_aligned_rows(const TensorArg& arg, int64_t element_bytes) {
+inline void require_aligned_rows(const TensorArg& arg) {
+    const int64_t element_bytes = arg.dtype() == ScalarType::Float  ? 4
+                                  : arg.dtype() == ScalarType::Byte ? 1
+                                                                    : 2;
     bool aligned = reinterpret_cast<uintptr_t>(arg.data<void>()) % 16 == 0;
     for (int64_t i = 0; i + 1 < arg.dim(); ++i)
         aligned = aligned && (arg.size(i) <= 1 || arg.stride(i) * element_bytes % 16 == 0);

@@ -42,7 +42,7 @@ inline BlockGrid read_block_grid(const TensorArg& q, const TensorArg& k,
     require_heads(q.size(2), keys.num_kv_heads, keys.head_dim);
     if (place.is_cuda) {
         require_cuda_head_dim(keys.head_dim);
-        require_aligned_rows(k, keys.dtype == DType::kFloat32 ? 4 : 2);
+        require_aligned_rows(k);
     }
     require_block_size("q_block_size", q_block_size);
     require_block_size("kv_block_size", kv_block_size);

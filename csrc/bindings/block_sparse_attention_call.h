@@ -29,7 +29,7 @@ inline BlockSparseAttentionCall read_block_sparse_attention(
                         {"num_kv_heads", g.num_kv_heads},
                         {"head_dim", g.head_dim}});
     p.values = read_cache(v_arg, std::nullopt, g.batch).view;
-    if (place.is_cuda) require_aligned_rows(v_arg, g.dtype == DType::kFloat32 ? 4 : 2);
+    if (place.is_cuda) require_aligned_rows(v_arg);
     p.mask = read_block_mask(block_mask, row_offsets, g, place);
     Tensor out = new_output({g.batch, g.seqlen_q, g.num_q_heads, g.head_dim}, q_arg.dtype(), place);
     Tensor lse = new_output({g.batch, g.seqlen_q, g.num_q_heads}, ScalarType::Float, place);

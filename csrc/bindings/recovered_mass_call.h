@@ -38,7 +38,7 @@ inline RecoveredMassCall read_recovered_mass(
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
     if (place.is_cuda) {
         require_cuda_head_dim(keys.head_dim);
-        require_aligned_rows(cache_arg, keys.dtype == DType::kFloat32 ? 4 : 2);
+        require_aligned_rows(cache_arg);
     }
 
     RecoveredMassParams p{};

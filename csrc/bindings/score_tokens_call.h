@@ -52,7 +52,7 @@ inline ScoreTokensParams read_score_tokens(
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
     if (place.is_cuda) {
         require_cuda_head_dim(keys.head_dim);
-        require_aligned_rows(cache_arg, keys.dtype == DType::kFloat32 ? 4 : 2);
+        require_aligned_rows(cache_arg);
     }
     require_count("num_vectors", num_vectors, 1);
     KVS_CHECK(num_vectors * (num_q_heads / keys.num_kv_heads) <= kMaxScoreColumns,
@@ -91,7 +91,7 @@ inline ScoreTokensParams read_score_tokens(
     p.sketch = sketch_in_pages ? read_paged_sketch(sketch, format, keys, starts, place)
                                : read_sketch(sketch, format, batch, keys.num_kv_heads,
                                              keys.head_dim, longest, place);
-    if (sketch && place.is_cuda) require_aligned_rows(TensorArg("sketch", *sketch, place), 1);
+    if (sketch && place.is_cuda) require_aligned_rows(TensorArg("sketch", *sketch, place));
     p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim, place);
     if (p.rope.cos && place.host_readable())
         require_rope_positions(p.rope, compact_positions(p.blocks, keep));

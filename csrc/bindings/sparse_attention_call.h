@@ -39,8 +39,7 @@ inline SparseAttentionCall read_sparse_attention(
     require_heads(num_q_heads, keys.num_kv_heads, keys.head_dim);
     if (place.is_cuda) {
         require_cuda_head_dim(keys.head_dim);
-        for (const TensorArg* arg : {&k_cache_arg, &v_cache_arg})
-            require_aligned_rows(*arg, keys.dtype == DType::kFloat32 ? 4 : 2);
+        for (const TensorArg* arg : {&k_cache_arg, &v_cache_arg}) require_aligned_rows(*arg);
     }
 
     SparseAttentionParams p{};
