@@ -104,6 +104,14 @@ def test_who_names_a_size_gets_it() -> None:
     assert shape_of(options) == Shape(num_q_heads=8, num_kv_heads=2, head_dim=32, dtype="float16")
 
 
+def test_a_result_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(parser(), ["--out", str(tmp_path)], quick={})
+    assert f"out: got '{tmp_path}', which is a folder, allowed: a file" in capsys.readouterr().err
+
+
 def test_threads_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, expected in ((1, "1"), (2, "1,2"), (64, "1,2")):
         monkeypatch.setattr("kvselect.bench.request.usable_cores", lambda cores=cores: cores)

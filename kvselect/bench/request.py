@@ -167,7 +167,7 @@ def script_parser(doc: str | None, script: str) -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=path.parent / "results" / f"{path.stem}.json",
-        help="where the JSON goes (default: bench/results)",
+        help=f"the JSON file (default: bench/results/{path.stem}.json)",
     )
     return parser
 
@@ -178,7 +178,8 @@ def parse(
     """Options of a script; ``--quick`` stands for the defaults ``quick``.
 
     Whoever names a size gets that size, quick or not. Results of a quick run go to a folder of
-    their own: they answer no question and must not replace those that do.
+    their own: they answer no question and must not replace those that do. An ``--out`` that cannot
+    be written is refused here, before anything is measured.
     """
     parser.add_argument(
         "--quick",
@@ -190,6 +191,8 @@ def parse(
         out: Path = parser.get_default("out")
         parser.set_defaults(**quick, out=out.parent / "quick" / out.name)
         options = parser.parse_args(arguments)
+    if options.out.is_dir():
+        parser.error(f"out: got {str(options.out)!r}, which is a folder, allowed: a file")
     return options
 
 
