@@ -9,7 +9,8 @@ that renumber positions ("compact"; beyond the window only these can answer), an
 before they see the question ("next_call").
 
 Methods that no budget of tokens sizes are named with their settings by ``--also``. Those that flow
-through the layers of a model take part in the second place only.
+through the layers of a model take part in the second place only. A run that was killed goes on with
+the same command.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ from kvselect.bench.request import (
     shape_of,
 )
 from kvselect.bench.results import as_row, print_table, save
+from kvselect.bench.resumed import resumed
 from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+from kvselect.eval.identity import code_identity
 from kvselect.eval.request import parse_lengths, parse_policies
 from kvselect.eval.results import Results
 from kvselect.eval.tasks import TASKS
+from kvselect.machine import cpu_name
 from kvselect.policies.base import Policy
 
 FORMS = {"positions": "original", "evict_at": "decode"}  # setting -> the value that is not named
@@ -94,6 +98,24 @@ def in_all_forms(found: Mapping[str, Policy]) -> dict[str, Policy]:
     return every
 
 
+def layer_rows(options: Any, request: policies.PoliciesRequest) -> list[policies.PolicyRow]:
+    """Every length of the layer, from the journal where a killed run has measured it."""
+    header = {"layer": repr(request), "cpu": cpu_name(), "code": code_identity()}
+    rows: list[policies.PolicyRow] = []
+    with resumed(options.out.with_suffix(".layer.jsonl"), header) as journal:
+        done = {record["tokens"]: record["rows"] for record in journal.records}
+        for tokens in request.tokens:
+            if tokens not in done:
+                with progress_bar() as on_progress:
+                    found = policies.run(
+                        dataclasses.replace(request, tokens=(tokens,)), on_progress
+                    )
+                done[tokens] = [dataclasses.asdict(row) for row in found]
+                journal.append({"tokens": tokens, "rows": done[tokens]})
+            rows += [policies.PolicyRow(**row) for row in done[tokens]]
+    return rows
+
+
 def answers(options: Any, found: Mapping[str, Policy]) -> Results:
     """All tasks of the dialect at every length, every policy on the same questions."""
     checkpoint = load_checkpoint(options.model)
@@ -106,11 +128,16 @@ def answers(options: Any, found: Mapping[str, Policy]) -> Results:
         timed_steps=1,
         seed=options.seed,
     )
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    header = runner.describe_request(checkpoint, request)
+    with (
+        resumed(options.out.with_suffix(".samples.jsonl"), header) as journal,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
         bar = progress.add_task("", total=runner.total_progress(request))
         return runner.run(
             checkpoint,
             request,
+            journal=journal,
             on_progress=lambda what, amount: progress.update(bar, description=what, advance=amount),
         )
 
@@ -254,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.policies, parse_counts(options.model_budgets, "model-budgets")
     )
     on_model |= also
-    with progress_bar() as on_progress:
-        rows = policies.run(request, on_progress)
+    rows = layer_rows(options, request)
     for tokens in request.tokens:
         layer_table(rows, tokens)
     wins = policies.fastest(rows, MASSES)
@@ -272,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = vars(options) | {"tasks": list(results.tasks), "model_config": results.config}
     told = [{"part": "layer", **as_row(row)} for row in rows] + answer_rows(results)
     print("written:", save(options.out, parser.description or "", config, told))
+    for part in (".layer.jsonl", ".samples.jsonl"):
+        options.out.with_suffix(part).unlink()
 
 
 if __name__ == "__main__":

@@ -391,6 +391,7 @@ def test_policies(tmp_path: Path) -> None:
     }
     assert asked["Dense"]["score"] > 0.9 > asked["StreamingLLM 228"]["score"]
     assert (tmp_path / "policies.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob("*.jsonl"))  # nothing is left to go on with
 
 
 def test_methods_without_a_budget_are_refused() -> None:
