@@ -33,7 +33,7 @@ from kvselect.bench.request import (
     script_parser,
     shape_of,
 )
-from kvselect.bench.results import as_row, print_table, save
+from kvselect.bench.results import Skipped, as_row, print_table, save
 from kvselect.bench.resumed import resumed
 from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
@@ -98,22 +98,29 @@ def in_all_forms(found: Mapping[str, Policy]) -> dict[str, Policy]:
     return every
 
 
-def layer_rows(options: Any, request: policies.PoliciesRequest) -> list[policies.PolicyRow]:
+def layer_rows(
+    options: Any, request: policies.PoliciesRequest
+) -> tuple[list[policies.PolicyRow], list[Skipped]]:
     """Every length of the layer, from the journal where a killed run has measured it."""
     header = {"layer": repr(request), "cpu": cpu_name(), "code": code_identity()}
     rows: list[policies.PolicyRow] = []
+    skipped: list[Skipped] = []
     with resumed(options.out.with_suffix(".layer.jsonl"), header) as journal:
-        done = {record["tokens"]: record["rows"] for record in journal.records}
+        done = {record["tokens"]: record for record in journal.records}
         for tokens in request.tokens:
             if tokens not in done:
+                one, left_out = dataclasses.replace(request, tokens=(tokens,)), list[Skipped]()
                 with progress_bar() as on_progress:
-                    found = policies.run(
-                        dataclasses.replace(request, tokens=(tokens,)), on_progress
-                    )
-                done[tokens] = [dataclasses.asdict(row) for row in found]
-                journal.append({"tokens": tokens, "rows": done[tokens]})
-            rows += [policies.PolicyRow(**row) for row in done[tokens]]
-    return rows
+                    found = policies.run(one, on_progress, left_out.append)
+                done[tokens] = {
+                    "tokens": tokens,
+                    "rows": [dataclasses.asdict(row) for row in found],
+                    "skipped": [dataclasses.asdict(skip) for skip in left_out],
+                }
+                journal.append(done[tokens])
+            rows += [policies.PolicyRow(**row) for row in done[tokens]["rows"]]
+            skipped += [Skipped(**skip) for skip in done[tokens]["skipped"]]
+    return rows, skipped
 
 
 def answers(options: Any, found: Mapping[str, Policy]) -> Results:
@@ -281,9 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.policies, parse_counts(options.model_budgets, "model-budgets")
     )
     on_model |= also
-    rows = layer_rows(options, request)
+    rows, skipped = layer_rows(options, request)
     for tokens in request.tokens:
         layer_table(rows, tokens)
+    for skip in skipped:
+        print(f"left out at {skip.tokens} tokens: {skip.reason}")
     wins = policies.fastest(rows, MASSES)
     columns = ["tokens", *(f"mass >= {mass}" for mass in MASSES)]
     by_length = [
@@ -297,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answer_table(results)
     config = vars(options) | {"tasks": list(results.tasks), "model_config": results.config}
     told = [{"part": "layer", **as_row(row)} for row in rows] + answer_rows(results)
-    print("written:", save(options.out, parser.description or "", config, told))
+    print("written:", save(options.out, parser.description or "", config, told, skipped))
     for part in (".layer.jsonl", ".samples.jsonl"):
         options.out.with_suffix(part).unlink()
 

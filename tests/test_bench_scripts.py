@@ -22,6 +22,7 @@ from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, policies, prefill
 from kvselect.bench.contenders import DisagreementError
 from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.layer import Shape
 from kvselect.bench.results import load, save
 from kvselect.cli import main
 
@@ -400,6 +401,29 @@ def test_methods_without_a_budget_are_refused() -> None:
         policies.budgeted(["Dense"], [512])
     with pytest.raises(ValueError, match="budget: got 3, allowed: an int >= 144"):
         policies.budgeted(None, [3])
+
+
+def test_a_policy_without_room_in_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = policies.PoliciesRequest(
+        tokens=(512,),
+        policies=policies.budgeted(["Coverage", "SnapKV"], [256]),
+        shape=Shape(num_q_heads=2, num_kv_heads=1, head_dim=32),
+        chunk_tokens=64,
+        rounds=1,
+    )
+    # Coverage compares all tokens with all: 4 MB, where three caches take .2 MB.
+    monkeypatch.setattr("kvselect.bench.policies.free_bytes", lambda: 3_000_000)
+    skipped: list[Any] = []
+    rows = policies.run(request, on_skip=skipped.append)
+    assert [row.policy for row in rows] == ["Dense", "SnapKV 256"]
+    message = "policy: got Coverage 256, which needs 0.0 GB, allowed: 0.0 GB"
+    assert [(skip.tokens, skip.contender) for skip in skipped] == [(512, "Coverage 256")]
+    assert skipped[0].reason.startswith(message)
+    with pytest.raises(ValueError, match=message):
+        policies.run(request)
+    monkeypatch.setattr("kvselect.bench.policies.free_bytes", lambda: 100_000)
+    with pytest.raises(ValueError, match=r"tokens: got 512, which needs 0\.0 GB"):
+        policies.run(request, on_skip=skipped.append)
 
 
 def test_the_quickest_policy_of_a_mass() -> None:

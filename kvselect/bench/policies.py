@@ -9,7 +9,7 @@ so nobody is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,17 @@ from torch import Tensor
 from kvselect.attention import recovered_mass, sparse_attention
 from kvselect.bench.layer import ROPE_BASE, Shape, StructuredLayer
 from kvselect.bench.measure import ColdCaches, Contender, interleaved_ms, quantiles, threads
+from kvselect.bench.memory import free_bytes, require_memory
 from kvselect.bench.prefill import chunk_queries
-from kvselect.bench.request import OnProgress, no_progress
+from kvselect.bench.request import OnProgress, OnSkip, no_progress
+from kvselect.bench.results import Skipped
 from kvselect.checks import require, require_int
 from kvselect.decode import decode_step
 from kvselect.policies.base import POLICIES, Policy
 from kvselect.policies.dense import Dense
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
+from kvselect.sketch import bytes_per_token
 from kvselect.testing import rel_err
 
 __all__ = [
@@ -141,14 +144,63 @@ class PolicyRow:
     over_dense_prefill: float
 
 
-def run(request: PoliciesRequest, on_progress: OnProgress = no_progress) -> list[PolicyRow]:
-    """Measure every length; ``on_progress`` is told what is going on, and which share is done."""
+def run(
+    request: PoliciesRequest,
+    on_progress: OnProgress = no_progress,
+    on_skip: OnSkip | None = None,
+) -> list[PolicyRow]:
+    """Measure every length.
+
+    Parameters
+    ----------
+    request : PoliciesRequest
+    on_progress : callable
+        Told what is going on, and which share of all work was just finished.
+    on_skip : callable or None
+        Told whom the free memory leaves no room for at a length; None: that is an error.
+
+    Raises
+    ------
+    ValueError
+        If a length's caches do not fit into the free memory together.
+    """
     rows: list[PolicyRow] = []
     with threads(request.threads), torch.inference_mode():
         for tokens in request.tokens:
             weight = tokens / sum(request.tokens)
-            rows += _Prompt(request, tokens).rows(on_progress, weight)
+            fitting = _fitting(request, tokens, on_skip)
+            rows += _Prompt(replace(request, policies=fitting), tokens).rows(on_progress, weight)
     return rows
+
+
+def _fitting(request: PoliciesRequest, tokens: int, on_skip: OnSkip | None) -> dict[str, Policy]:
+    """Those that have room for what they take for a moment beside the caches of all."""
+    shape, free = request.shape, free_bytes()
+    sizes = {
+        "num_q_heads": shape.num_q_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "itemsize": shape.torch_dtype.itemsize,
+    }
+    held, momentary = 0.0, {}
+    for label, policy in request.policies.items():
+        remembered, momentary[label] = policy.extra_bytes(tokens, **sizes)
+        per_token = 2.0 * shape.head_dim * shape.torch_dtype.itemsize
+        if policy.required_sketch is not None:
+            per_token += bytes_per_token(policy.required_sketch, shape.head_dim)
+        held += per_token * shape.num_kv_heads * tokens + remembered
+    require_memory("tokens", tokens, int(held), free)
+    fitting = {}
+    for label, policy in request.policies.items():
+        try:
+            require_memory("policy", label, int(held) + momentary[label], free)
+        except ValueError as error:
+            if on_skip is None:
+                raise
+            on_skip(Skipped(tokens=tokens, contender=label, reason=str(error)))
+        else:
+            fitting[label] = policy
+    return fitting
 
 
 class _Runner:
