@@ -36,7 +36,7 @@ from kvselect.bench.request import (
 from kvselect.bench.results import Skipped, as_row, print_table, save
 from kvselect.bench.resumed import resumed
 from kvselect.eval import runner
-from kvselect.eval.checkpoint import EMBEDDED, load_checkpoint
+from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
 from kvselect.eval.identity import code_identity
 from kvselect.eval.request import parse_lengths, parse_policies
 from kvselect.eval.results import Results
@@ -123,13 +123,28 @@ def layer_rows(
     return rows, skipped
 
 
-def answers(options: Any, found: Mapping[str, Policy]) -> Results:
+def fitting(
+    checkpoint: Checkpoint, found: Mapping[str, Policy]
+) -> tuple[dict[str, Policy], list[Skipped]]:
+    """Every form that the model takes; the others, and why not."""
+    taken, refused = {}, []
+    for label, policy in in_all_forms(found).items():
+        try:
+            runner.require_policies(checkpoint, {label: policy})
+        except ValueError as error:
+            tokens = checkpoint.window_tokens
+            refused.append(Skipped(tokens=tokens, contender=label, reason=str(error)))
+        else:
+            taken[label] = policy
+    return taken, refused
+
+
+def answers(options: Any, checkpoint: Checkpoint, found: Mapping[str, Policy]) -> Results:
     """All tasks of the dialect at every length, every policy on the same questions."""
-    checkpoint = load_checkpoint(options.model)
     request = runner.Request(
         tasks=tuple(task for task in TASKS.values() if task.draw is not None),
         lengths=parse_lengths(options.windows, checkpoint.window_tokens),
-        policies=in_all_forms(found),
+        policies=found,
         samples=options.samples,
         max_contexts=options.max_contexts,
         timed_steps=1,
@@ -288,11 +303,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.policies, parse_counts(options.model_budgets, "model-budgets")
     )
     on_model |= also
+    checkpoint = load_checkpoint(options.model)
+    taken, refused = fitting(checkpoint, on_model)
     rows, skipped = layer_rows(options, request)
+    skipped += refused
     for tokens in request.tokens:
         layer_table(rows, tokens)
     for skip in skipped:
-        print(f"left out at {skip.tokens} tokens: {skip.reason}")
+        print(f"left out, of {skip.tokens} tokens: {skip.reason}")
     wins = policies.fastest(rows, MASSES)
     columns = ["tokens", *(f"mass >= {mass}" for mass in MASSES)]
     by_length = [
@@ -302,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table("Quickest decode step that keeps so much", columns, by_length)
     about = f"{request.shape}, {request.threads} thread{'s' if request.threads > 1 else ''}"
     draw(rows, options.out.with_suffix(".png"), about)
-    results = answers(options, on_model)
+    results = answers(options, checkpoint, taken)
     answer_table(results)
     config = vars(options) | {"tasks": list(results.tasks), "model_config": results.config}
     told = [{"part": "layer", **as_row(row)} for row in rows] + answer_rows(results)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
 from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
 from kvselect.queries import Queries
@@ -111,7 +112,7 @@ def choose_blocks(
         Tokens whose key is not finite are not listed (with one list for all heads: the key of any
         head).
     """
-    size, device = statistics.block_size, votes.device
+    size = statistics.block_size
     batch, num_query_blocks, num_lists, num_blocks = votes.shape
     num_sinks = -(-num_sink_tokens // size)
     votes = votes.flatten(0, 1).unsqueeze(1)
@@ -133,18 +134,16 @@ def choose_blocks(
         width=list_width(most),
     ).indices[:, 0, :, :most]
 
-    end = windows.end.flatten()[:, None, None]
-    window = first[:, None] + torch.arange(windows.most_blocks, dtype=torch.int32, device=device)
-    window = window.masked_fill(window * size >= end[:, 0], -1)[:, None].expand(-1, num_lists, -1)
-    blocks = torch.cat([picked, window], 2)
-    place = blocks[..., None] * size + torch.arange(size, dtype=torch.int32, device=device)
-    listed = (blocks >= 0)[..., None] & (place < end[..., None])
-    listed &= _finite(statistics, blocks, num_query_blocks)
-    start = 0 if cache.starts is None else cache.starts.repeat_interleave(num_query_blocks)
-    if isinstance(start, Tensor):
-        place = place + start[:, None, None, None]
-    indices, count = _packed(place.flatten(2), listed.flatten(2), queries.max_seqlen)
-
+    width = list_width(min((most + windows.most_blocks) * size, queries.max_seqlen))
+    indices, count = torch.ops.kvselect.list_blocks.default(
+        picked,
+        first,
+        windows.end.flatten().contiguous(),
+        cache.starts,
+        statistics.finite,
+        windows.most_blocks,
+        width,
+    )
     heads = cache.num_kv_heads
     shape = (batch, num_query_blocks, heads)
     indices = indices.expand(-1, heads, -1).view(*shape, -1)
@@ -177,24 +176,3 @@ def split_lists(
             entries, length = entries.squeeze(1), length.squeeze(1)
         parts.append(Selection(entries.contiguous(), length, selection.q_block_offsets))
     return parts[0], parts[1]
-
-
-def _finite(statistics: BlockStatistics, blocks: Tensor, num_query_blocks: int) -> Tensor:
-    """Which tokens of ``blocks`` [batch * n, num_lists, width] may be listed."""
-    finite = statistics.finite
-    num_lists, heads = blocks.shape[1], finite.shape[1]
-    if num_lists != heads:
-        finite = finite.all(1, keepdim=True)
-    blocks = blocks.clamp(min=0, max=finite.shape[2] - 1).long()
-    blocks = torch.unflatten(blocks, 0, (-1, num_query_blocks)).transpose(1, 2).flatten(2)
-    found = finite.gather(2, blocks[..., None].expand(-1, -1, -1, finite.shape[3]))
-    return torch.unflatten(found, 2, (num_query_blocks, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _packed(tokens: Tensor, listed: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """The listed ones of ascending tokens [rows, num_lists, n], and how many there are."""
-    width = list_width(min(tokens.shape[2], max_seqlen))
-    target = (listed.cumsum(2) - 1).where(listed, width)
-    room = tokens.new_full((*tokens.shape[:2], width + 1), -1)  # what is not listed goes to the end
-    indices = room.scatter_(2, target, tokens.where(listed, -1))[..., :width].contiguous()
-    return indices, listed.sum(2, dtype=torch.int32)

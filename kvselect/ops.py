@@ -186,6 +186,20 @@ def _sparse_attention(
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
+@_fake("list_blocks")
+def _list_blocks(
+    picked: Tensor,
+    first_block: Tensor,
+    end: Tensor,
+    starts: Tensor | None,
+    finite: Tensor,
+    num_window_blocks: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    lists = picked.shape[:2]
+    return picked.new_empty((*lists, width)), picked.new_empty(lists)
+
+
 @_fake("merge_splits")
 def _merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     return partial_out.new_empty(partial_out.shape[1:]), partial_out.new_empty(

@@ -427,12 +427,15 @@ def test_a_policy_without_room_in_memory_is_left_out(monkeypatch: pytest.MonkeyP
 
 
 def test_the_quickest_policy_of_a_mass() -> None:
-    found = {"tokens": 9, "kept_mass": 0.5, "decode_ms": 1.0}
+    found = {"tokens": 9, "kept_mass": 0.5, "decode_ms": 1.0, "method": "Quest"}
     rows: Any = [
         SimpleNamespace(**found | {"policy": "a"}),
         SimpleNamespace(**found | {"policy": "b", "kept_mass": 0.9, "decode_ms": 2.0}),
         SimpleNamespace(**found | {"policy": "c", "kept_mass": None, "decode_ms": 0.1}),
         SimpleNamespace(**found | {"policy": "Dense", "kept_mass": 1.0, "decode_ms": 5.0}),
+        SimpleNamespace(
+            **found | {"policy": "d", "method": "AdaSpa", "kept_mass": 1.0}
+        ),  # prefill only
     ]
     wins = policies.fastest(rows, [0.1, 0.6, 0.95])
     assert wins == [(9, 0.1, "a"), (9, 0.6, "b"), (9, 0.95, "Dense")]

@@ -23,6 +23,7 @@ SCHEMAS = {
     "score_tokens",
     "select_tokens",
     "sparse_attention",
+    "list_blocks",
     "merge_splits",
     "recovered_mass",
     "block_sparse_attention",
@@ -230,6 +231,18 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_attention dense": (
         "sparse_attention",
         attention_arguments() | {"indices": None, "topk_length": None},
+    ),
+    "list_blocks": (
+        "list_blocks",
+        {
+            "picked": torch.tensor([[[0, 2], [1, -1]], [[0, 1], [-1, -1]]], dtype=torch.int32),
+            "first_block": int32(3, 2),
+            "end": int32(60, 40),
+            "starts": int32(0, 5),
+            "finite": torch.ones(2, 2, 4, 16, dtype=torch.bool),
+            "num_window_blocks": 2,
+            "width": 64,
+        },
     ),
     "merge_splits": (
         "merge_splits",

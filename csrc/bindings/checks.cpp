@@ -41,6 +41,8 @@ const char* dtype_name(ScalarType dtype) {
             return "float64";
         case ScalarType::Byte:
             return "uint8";
+        case ScalarType::Bool:
+            return "bool";
         case ScalarType::Int:
             return "int32";
         case ScalarType::Long:

@@ -33,6 +33,10 @@ std::tuple<Tensor, Tensor> sparse_attention(
     OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits);
 
+std::tuple<Tensor, Tensor> list_blocks(Tensor picked, Tensor first_block, Tensor end,
+                                       OptionalTensor starts, Tensor finite,
+                                       int64_t num_window_blocks, int64_t width);
+
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
 Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tensor cache_seqlens,

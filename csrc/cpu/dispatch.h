@@ -7,6 +7,7 @@
 #include "kvselect/block_mass.h"
 #include "kvselect/block_sparse_attention.h"
 #include "kvselect/kv_append.h"
+#include "kvselect/list_blocks.h"
 #include "kvselect/merge_splits.h"
 #include "kvselect/recovered_mass.h"
 #include "kvselect/rolling_sweep.h"
@@ -31,6 +32,7 @@ struct Implementation {
     RollingSweepFn rolling_sweep;
     BlockSparseAttentionFn block_sparse_attention;
     BlockMassFn block_mass;
+    ListBlocksFn list_blocks;
 };
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.

@@ -47,7 +47,8 @@ const Implementation& amx_implementation() {
         amx::selection_cache_step,
         amx::rolling_sweep,
         amx::block_sparse_attention,
-        amx::block_mass};
+        amx::block_mass,
+        amx::list_blocks};
     return implementation;
 }
 

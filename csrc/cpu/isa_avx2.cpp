@@ -40,7 +40,8 @@ const Implementation& avx2_implementation() {
                                                    avx2::selection_cache_step,
                                                    avx2::rolling_sweep,
                                                    avx2::block_sparse_attention,
-                                                   avx2::block_mass};
+                                                   avx2::block_mass,
+                                                   avx2::list_blocks};
     return implementation;
 }
 

@@ -41,7 +41,8 @@ const Implementation& avx2_vnni_implementation() {
                                                    avx2_vnni::selection_cache_step,
                                                    avx2_vnni::rolling_sweep,
                                                    avx2_vnni::block_sparse_attention,
-                                                   avx2_vnni::block_mass};
+                                                   avx2_vnni::block_mass,
+                                                   avx2_vnni::list_blocks};
     return implementation;
 }
 

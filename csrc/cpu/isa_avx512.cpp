@@ -42,7 +42,8 @@ const Implementation& avx512_implementation() {
                                                    avx512::selection_cache_step,
                                                    avx512::rolling_sweep,
                                                    avx512::block_sparse_attention,
-                                                   avx512::block_mass};
+                                                   avx512::block_mass,
+                                                   avx512::list_blocks};
     return implementation;
 }
 

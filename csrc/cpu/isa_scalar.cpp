@@ -36,7 +36,8 @@ const Implementation& scalar_implementation() {
                                                    scalar::selection_cache_step,
                                                    scalar::rolling_sweep,
                                                    scalar::block_sparse_attention,
-                                                   scalar::block_mass};
+                                                   scalar::block_mass,
+                                                   scalar::list_blocks};
     return implementation;
 }
 

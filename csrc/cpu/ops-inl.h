@@ -7,6 +7,7 @@
 #include "cpu/key_logits_bf16-inl.h"
 #endif
 #include "cpu/kv_append-inl.h"
+#include "cpu/list_blocks-inl.h"
 #include "cpu/merge_splits-inl.h"
 #include "cpu/recovered_mass-inl.h"
 #if KVS_HAS_TILE_DOT

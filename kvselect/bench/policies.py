@@ -366,11 +366,14 @@ def _counts(runner: _Runner, shape: Shape) -> tuple[float, float, float]:
 def fastest(rows: Sequence[PolicyRow], masses: Sequence[float]) -> list[tuple[int, float, str]]:
     """Per length and mass: the policy with the quickest decode step that keeps at least so much.
 
+    Those whose decode steps are dense attention under another name do not compete.
+
     Returns
     -------
     (tokens, mass, label), the label of Dense where nothing else keeps so much.
     """
     found = []
+    rows = [row for row in rows if row.method == DENSE or "decode" in POLICIES[row.method].phases]
     for tokens in dict.fromkeys(row.tokens for row in rows):
         here = [row for row in rows if row.tokens == tokens and row.kept_mass is not None]
         for mass in masses:

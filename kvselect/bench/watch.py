@@ -19,6 +19,7 @@ KVSELECT_STAGES = {
     "kvselect.kv_append": "append and sketch",
     "kvselect.score_tokens": "scan",
     "kvselect.select_tokens": "select",
+    "kvselect.list_blocks": "select",
     "kvselect.sparse_attention": "attention",
     "kvselect.merge_splits": "attention",
     "kvselect.rolling_sweep": "rolling sweep",

@@ -17,6 +17,57 @@ def blocks_of_row(cache: CacheLike, row: int, block_size: int) -> list[range]:
     return [range(at, min(at + block_size, end)) for at in range(start, end, block_size)]
 
 
+def list_blocks(
+    picked: Tensor,
+    first_block: Tensor,
+    end: Tensor,
+    starts: Tensor | None,
+    finite: Tensor,
+    num_window_blocks: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Tokens of chosen blocks and of a window of blocks, ascending; what is not finite is left out.
+
+    Parameters
+    ----------
+    picked : Tensor, [num_rows, num_lists, num_picked], int32
+        Blocks before the window, ascending, -1 pads. A row is a query block of a row of the batch;
+        one list is for all heads.
+    first_block, end : Tensor, [num_rows], int32
+        The window's first block; the first token that is not listed. Like blocks, counted from the
+        batch row's first real token.
+    starts : Tensor, [batch], int32, or None
+    finite : Tensor, [batch, num_kv_heads, num_blocks, block_size], bool
+        Of a list for all heads every head's flag counts.
+    num_window_blocks, width : int
+        Blocks of a window at most; entries of a list.
+
+    Returns
+    -------
+    indices : Tensor, [num_rows, num_lists, width], int32
+        Positions in the batch row, -1 behind the last.
+    count : Tensor, [num_rows, num_lists], int32
+    """
+    num_rows, num_lists, _ = picked.shape
+    batch, _, num_blocks, size = finite.shape
+    indices = torch.full((num_rows, num_lists, width), -1, dtype=torch.int32)
+    count = torch.zeros(num_rows, num_lists, dtype=torch.int32)
+    for row in range(num_rows):
+        batch_row = row // (num_rows // batch)
+        begin = int(first_block[row])
+        window = range(begin, min(begin + num_window_blocks, num_blocks))
+        start = 0 if starts is None else int(starts[batch_row])
+        for part in range(num_lists):
+            flags = finite[batch_row]
+            flags = flags.all(0) if num_lists == 1 else flags[part]
+            blocks = {int(block) for block in picked[row, part] if block >= 0} | set(window)
+            tokens = [b * size + i for b in sorted(blocks) for i in range(size) if flags[b, i]]
+            tokens = [token + start for token in tokens if token < int(end[row])][:width]
+            indices[row, part, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
+            count[row, part] = len(tokens)
+    return indices, count
+
+
 def finite_keys(cache: CacheLike, row: int, head: int, block: range) -> Tensor:
     """Keys of a block that hold numbers only, [n, head_dim] float64."""
     keys = cache.k[row, list(block), head].double()

@@ -18,6 +18,10 @@ void kv_append(const KvAppendParams& p, int64_t begin, int64_t end) {
     if (begin < end && end == kv_append_items(p).count) cuda::kv_append(p, kLaunch);
 }
 
+void list_blocks(const ListBlocksParams& p, int64_t, int64_t end) {
+    if (end == p.num_rows * p.num_lists) cuda::list_blocks(p, kLaunch);
+}
+
 void merge_splits(const MergeSplitsParams& p, int64_t, int64_t end) {
     if (end == p.num_rows) cuda::merge_splits(p, kLaunch);
 }
@@ -101,6 +105,7 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.block_mass = block_mass;
         table.block_sparse_attention = block_sparse_attention;
         table.kv_append = kv_append;
+        table.list_blocks = list_blocks;
         table.merge_splits = merge_splits;
         table.score_tokens = score_tokens;
         table.sparse_attention = sparse_attention;

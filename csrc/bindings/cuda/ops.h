@@ -31,6 +31,10 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts,
                bool sketch_in_pages);
 
+std::tuple<Tensor, Tensor> list_blocks(Tensor picked, Tensor first_block, Tensor end,
+                                       OptionalTensor starts, Tensor finite,
+                                       int64_t num_window_blocks, int64_t width);
+
 std::tuple<Tensor, Tensor> merge_splits(Tensor partial_out, Tensor partial_lse);
 
 std::tuple<Tensor, Tensor, Tensor> score_tokens(
