@@ -37,7 +37,7 @@ from kvselect.bench.graphs import (
 )
 from kvselect.bench.layer import Shape
 from kvselect.bench.measure import Contender, interleaved_ms, read_gb_per_s, threads
-from kvselect.bench.memory import HEADROOM, free_bytes, free_device_bytes, require_cuda
+from kvselect.bench.memory import HEADROOM, free_device_bytes, require_cuda
 from kvselect.bench.request import (
     add_device,
     add_sizes,
@@ -50,6 +50,7 @@ from kvselect.bench.request import (
 from kvselect.bench.results import Skipped
 from kvselect.checks import require, require_int
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
+from kvselect.machine import free_bytes
 from kvselect.testing import rel_err
 
 SDPA = "transformers, sdpa"

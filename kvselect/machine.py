@@ -7,7 +7,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_identity", "cpu_name", "last_level_cache_bytes", "usable_cores"]
+__all__ = ["cpu_identity", "cpu_name", "free_bytes", "last_level_cache_bytes", "usable_cores"]
 
 UNKNOWN_CACHE_BYTES = 64 << 20
 
@@ -60,3 +60,45 @@ def last_level_cache_bytes() -> int:
         except (OSError, ValueError, KeyError, IndexError):
             continue  # a form that we do not know
     return max(found, default=UNKNOWN_CACHE_BYTES)
+
+
+def free_bytes() -> int | None:
+    """Memory that this process may still take: the system's, or what its control group leaves.
+
+    Page cache that can be dropped counts as free. None where the system does not say.
+    """
+    group = Path("/sys/fs/cgroup")
+    found = [
+        _available_bytes(Path("/proc/meminfo")),
+        _group_left(group, "memory.max", "memory.current", "inactive_file"),
+        _group_left(
+            group / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ]
+    return min((left for left in found if left is not None), default=None)
+
+
+def _available_bytes(path: Path) -> int | None:
+    try:
+        for line in path.read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == "MemAvailable":
+                return int(value.split()[0]) << 10
+    except (OSError, ValueError):
+        pass  # not Linux
+    return None
+
+
+def _group_left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
+    """What a container's limit leaves; None without one ("max", or no such group)."""
+    try:
+        allowed = int((folder / limit).read_text(encoding="ascii"))
+        used = int((folder / usage).read_text(encoding="ascii"))
+        told = (folder / "memory.stat").read_text(encoding="ascii").split()
+        dropped = int(told[told.index(droppable) + 1])
+    except (OSError, ValueError):
+        return None
+    return max(0, allowed - used + dropped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -173,17 +172,6 @@ def test_what_fits_is_let_through_and_what_does_not_is_refused(
 def test_where_the_system_does_not_say_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
     memory.require_memory("tokens", 1, 1 << 60)
-
-
-def test_the_control_group_counts(tmp_path: Path) -> None:
-    limit, usage = tmp_path / "max", tmp_path / "current"
-    usage.write_text("300\n")
-    for text, left in (("1000\n", 700), ("200\n", 0), ("max\n", None)):
-        limit.write_text(text)
-        assert memory._group_left(str(limit), str(usage)) == left
-    assert memory._group_left(str(tmp_path / "none"), str(usage)) is None
-    free = memory.free_bytes()
-    assert free is None or free > 0
 
 
 def test_resident_memory_grows_with_what_is_touched() -> None:

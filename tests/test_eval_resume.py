@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvselect import StreamingLLM, TokenSelect, cli
-from kvselect.eval import checkpoint, memory, runner
+from kvselect.eval import checkpoint, runner
 from kvselect.eval.journal import Journal, keep_aside
 from kvselect.eval.memory import available_bytes, estimate, in_units
 from kvselect.eval.request import parse_policy
@@ -367,22 +367,6 @@ def test_free_memory_is_known_here() -> None:
     free = available_bytes(torch.device("cpu"))
     assert free is not None and 1e8 < free < 1e14
     assert in_units(3.21e9) == "3.2 GB" and in_units(41e6) == "41 MB"
-
-
-def test_a_container_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, text in (
-        ("memory.max", "1000000"),
-        ("memory.current", "700000"),
-        ("memory.stat", "anon 5\ninactive_file 200000\n"),
-    ):
-        (tmp_path / name).write_text(text)
-    real = memory.Path
-    monkeypatch.setattr(
-        memory, "Path", lambda p: tmp_path if str(p) == "/sys/fs/cgroup" else real(p)
-    )
-    assert memory._cgroup_room() == 500_000
-    (tmp_path / "memory.max").write_text("max")
-    assert memory._cgroup_room() is None
 
 
 def test_an_estimate_counts_sketches_and_policies() -> None:

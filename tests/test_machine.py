@@ -121,3 +121,30 @@ def test_the_largest_cache(
 def test_results_say_where_they_were_made() -> None:
     about = describe()["machine"]
     assert about["cpu"] == machine.cpu_name() and about["cores"] == machine.usable_cores()
+
+
+def test_free_memory_is_known_here() -> None:
+    free = machine.free_bytes()
+    assert free is not None and 1e8 < free < 1e14
+
+
+def test_a_container_limit_counts(tmp_path: Path) -> None:
+    names = ("memory.max", "memory.current", "inactive_file")
+    assert machine._group_left(tmp_path, *names) is None
+    for name, text in zip(
+        (*names[:2], "memory.stat"), ("1000\n", "700\n", "anon 5\ninactive_file 20\n")
+    ):
+        (tmp_path / name).write_text(text)
+    assert machine._group_left(tmp_path, *names) == 320
+    (tmp_path / "memory.max").write_text("500\n")
+    assert machine._group_left(tmp_path, *names) == 0
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine._group_left(tmp_path, *names) is None
+
+
+def test_what_the_system_does_not_say_is_unknown(tmp_path: Path) -> None:
+    assert machine._available_bytes(tmp_path / "none") is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\n")
+    assert machine._available_bytes(tmp_path / "meminfo") is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   7 kB\n")
+    assert machine._available_bytes(tmp_path / "meminfo") == 7 << 10

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from kvselect.machine import free_bytes
+
 __all__ = [
-    "free_bytes",
     "free_device_bytes",
     "require_cuda",
     "require_memory",
@@ -15,21 +16,6 @@ __all__ = [
 ]
 
 HEADROOM = 0.9  # of what is free: allocators, torch's own scratch and other programs need the rest
-
-
-def free_bytes() -> int | None:
-    """Memory that this process may still take: the system's, or what its control group leaves.
-
-    None where the system does not say.
-    """
-    found = [
-        _available(),
-        _group_left("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ]
-    v1 = "/sys/fs/cgroup/memory/memory."
-    found.append(_group_left(v1 + "limit_in_bytes", v1 + "usage_in_bytes"))
-    known = [left for left in found if left is not None]
-    return min(known) if known else None
 
 
 def free_device_bytes(device: str) -> int:
@@ -66,25 +52,3 @@ def resident_bytes() -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) << 10
     raise OSError("/proc/self/status: got no VmRSS, allowed: Linux")
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return None
-
-
-def _group_left(limit: str, usage: str) -> int | None:
-    try:
-        allowed = Path(limit).read_text(encoding="ascii").strip()
-        used = Path(usage).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    if not (allowed.isdigit() and used.isdigit()):  # "max": no limit
-        return None
-    return max(int(allowed) - int(used), 0)

@@ -18,12 +18,13 @@ from torch import Tensor
 from kvselect.attention import recovered_mass, sparse_attention
 from kvselect.bench.layer import ROPE_BASE, Shape, StructuredLayer
 from kvselect.bench.measure import ColdCaches, Contender, interleaved_ms, quantiles, threads
-from kvselect.bench.memory import free_bytes, require_memory
+from kvselect.bench.memory import require_memory
 from kvselect.bench.prefill import chunk_queries
 from kvselect.bench.request import OnProgress, OnSkip, no_progress
 from kvselect.bench.results import Skipped
 from kvselect.checks import require, require_int
 from kvselect.decode import decode_step
+from kvselect.machine import free_bytes
 from kvselect.policies.base import POLICIES, Policy
 from kvselect.policies.dense import Dense
 from kvselect.prefill import prefill

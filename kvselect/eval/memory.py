@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from kvselect.machine import free_bytes
 from kvselect.policies.base import Policy
 from kvselect.sketch import bytes_per_token
 
@@ -75,32 +75,7 @@ def available_bytes(device: torch.device) -> int | None:
     """Memory that a process may still take there; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [value for value in (_meminfo_available(), _cgroup_room()) if value is not None]
-    return min(found, default=None)
-
-
-def _meminfo_available() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError):
-        pass  # not Linux
-    return None
-
-
-def _cgroup_room() -> int | None:
-    """What a container's limit leaves; page cache that can be dropped counts as free."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        told = (folder / "memory.stat").read_text(encoding="ascii").split()
-        droppable = int(told[told.index("inactive_file") + 1])
-    except (OSError, ValueError):
-        return None  # no limit ("max"), or no cgroup v2
-    return max(0, limit - used + droppable)
+    return free_bytes()
 
 
 def in_units(num_bytes: float) -> str:
