@@ -17,6 +17,7 @@ from kvselect.ops import (
 from kvselect.policies import (
     ActQKV,
     AdaSpa,
+    ColumnRank,
     Coverage,
     Dense,
     Dilate,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActQKV",
     "AdaSpa",
+    "ColumnRank",
     "Coverage",
     "DecodeInfo",
     "Dense",

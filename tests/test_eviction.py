@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvselect import (
+    ColumnRank,
     Coverage,
     KVCache,
     MaxMin,
@@ -32,7 +33,7 @@ from kvselect.reference import eviction as plain
 from kvselect.testing import TOLERANCE, make_qkv, rel_err
 
 DIM, HEADS = 32, 2
-POLICIES: list[type[Any]] = [SnapKV, MaxMin, Coverage]
+POLICIES: list[type[Any]] = [SnapKV, MaxMin, Coverage, ColumnRank]
 
 
 class Run:

@@ -298,7 +298,7 @@ def test_diversity_serves_questions_that_were_not_asked() -> None:
         (RegionQuota, {"overview_tokens": 0}, ValueError, "overview_tokens: got 0"),
         (RegionQuota, {"region_tokens": 0}, ValueError, "region_tokens: got 0"),
         (RegionQuota, {"alpha": -1}, ValueError, "alpha: got -1"),
-        (LayerSchedule, {"method": "Dense"}, ValueError, "method: got 'Dense', allowed: 'Coverag"),
+        (LayerSchedule, {"method": "Dense"}, ValueError, "method: got 'Dense', allowed: 'ColumnR"),
         (LayerSchedule, {"method": 3}, TypeError, "method: got int 3"),
         (LayerSchedule, {"first_layer": -1}, ValueError, "first_layer: got -1"),
         (

@@ -12,13 +12,13 @@ import torch
 from test_hf_attach import EXACT, error, logits_of
 from transformers import DynamicCache, StaticCache
 
-from kvselect import Coverage, InfLLM, MaxMin, Quest, SnapKV
+from kvselect import ColumnRank, Coverage, InfLLM, MaxMin, Quest, SnapKV
 from kvselect.eval.session import Session
 from kvselect.explain import explain
 from kvselect.integrations.hf import attach
 from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 
-POLICIES: list[type[Any]] = [SnapKV, MaxMin, Coverage]
+POLICIES: list[type[Any]] = [SnapKV, MaxMin, Coverage, ColumnRank]
 
 
 def small(kind: type[Any], **changes: Any) -> Any:

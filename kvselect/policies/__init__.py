@@ -3,6 +3,7 @@
 from kvselect.policies.act_qkv import ActQKV
 from kvselect.policies.adaspa import AdaSpa
 from kvselect.policies.base import POLICIES, Policy, PolicyState, policy_from_dict
+from kvselect.policies.column_rank import ColumnRank
 from kvselect.policies.coverage import Coverage
 from kvselect.policies.dense import Dense
 from kvselect.policies.dilate import Dilate
@@ -22,6 +23,7 @@ __all__ = [
     "POLICIES",
     "ActQKV",
     "AdaSpa",
+    "ColumnRank",
     "Coverage",
     "Dense",
     "Dilate",

@@ -22,8 +22,23 @@ from kvselect.policies.base import Policy, PolicyState, visible_tokens
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
+from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
-__all__ = ["EvictionPolicy", "EvictionState", "Span", "best"]
+__all__ = ["EvictionPolicy", "EvictionState", "Prompt", "Span", "best"]
+
+
+class Prompt(NamedTuple):
+    """Sinks and span of one row, with the queries of their tokens: finite, float32, rotated."""
+
+    queries: Tensor  # [num_kv_heads, group_size, num_tokens, head_dim]
+    keys: Tensor  # [num_kv_heads, num_tokens, head_dim]
+    num_sinks: int  # the first so many are sinks
+    softmax_scale: float
+    softcap: float
+
+    def logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Of queries [num_queries, head_dim] and keys [num_keys, head_dim] of one head."""
+        return _logits(q, k, self.softmax_scale, self.softcap)
 
 
 class Span(NamedTuple):
@@ -35,6 +50,7 @@ class Span(NamedTuple):
     weights: Tensor
     begin: int  # position of the first of them, padding excluded
     num_queries: int  # of the window; its last query's weights come last
+    prompt: Prompt | None = None  # of methods with `EvictionPolicy.watches_whole_prompt`
 
     @property
     def num_tokens(self) -> int:
@@ -54,7 +70,8 @@ class Span(NamedTuple):
 class EvictionState(PolicyState):
     """`PolicyState`, and the last queries of the prompt."""
 
-    window: Tensor | None = None  # [batch, at most num_window_queries, num_q_heads, head_dim]
+    # [batch, at most num_window_queries, num_q_heads, head_dim], or all of the prompt's
+    window: Tensor | None = None
     version: int = 0  # of the cache, and its longest row, when the window was as it is
     num_tokens: int = 0
     warned: bool = False
@@ -118,11 +135,17 @@ class EvictionPolicy(Policy):
         of it. "next_call": before whatever follows the first call is read, so that a question finds
         what was kept without knowing it; a prompt that comes in several calls loses tokens after
         the first of them.
+    drop_below : float in (0, 1] or None
+        Given, layers that evict share what they found, in the order in which they run: from the
+        first on whose window gives the span less than this share of its attention (mean over
+        queries and heads), all of the span goes, per row. The states must be those of a stack
+        (`new_states`, or `attach`). Source: ToDRE, arXiv:2505.18757.
     """
 
     revocable: ClassVar[bool] = False
     persistent: ClassVar[bool] = True
     needs_keys_before_rope: ClassVar[bool] = False
+    watches_whole_prompt: ClassVar[bool] = False  # are the queries of all of it kept until then?
 
     topk: int = 1024
     ratio: float | None = None
@@ -131,6 +154,7 @@ class EvictionPolicy(Policy):
     num_recent_tokens: int = 64
     num_window_queries: int = 32
     evict_at: Literal["decode", "next_call"] = "decode"
+    drop_below: float | None = None
 
     def __post_init__(self) -> None:
         require_int(self.topk, "topk", 0)
@@ -146,6 +170,17 @@ class EvictionPolicy(Policy):
         require_int(self.num_recent_tokens, "num_recent_tokens", 1)
         require_int(self.num_window_queries, "num_window_queries", 1)
         require_choice(self.evict_at, "evict_at", ("decode", "next_call"))
+        if self.drop_below is not None:
+            share = require_float(self.drop_below, "drop_below", "None or a float in (0, 1]")
+            require(0.0 < share <= 1.0, "drop_below", share, "None or a float in (0, 1]")
+
+    @property
+    def flows_between_layers(self) -> bool:
+        return self.drop_below is not None
+
+    @property
+    def joins_heads(self) -> bool:
+        return self.drop_below is not None
 
     @property
     def dense_prefill(self) -> bool:
@@ -187,10 +222,11 @@ class EvictionPolicy(Policy):
         if cache.rows is None and self._is_due(queries, cache):
             self._evict(state, queries, cache)
         elif queries.phase == "prefill" and cache.rows is None:
-            last = queries.q[:, -self.num_window_queries :]
+            watched = 0 if self.watches_whole_prompt else self.num_window_queries  # -0: all
+            last = queries.q[:, -watched:]
             before = state.window
             if before is not None and before.shape[0] == last.shape[0]:
-                last = torch.cat((before, last), 1)[:, -self.num_window_queries :]
+                last = torch.cat((before, last), 1)[:, -watched:]
             state.keep_window(last.clone(), cache)
         elif self.evict_at == "decode" and queries.phase == "prefill" and not state.warned:
             state.warned = True
@@ -254,6 +290,7 @@ class EvictionPolicy(Policy):
         masks = torch.zeros(
             cache.batch, cache.num_kv_heads, cache.max_seqlen, dtype=torch.bool, device=cache.device
         )
+        gone = self._dropped_above(state, queries, cache)
         starts = [n - real for n, real in zip(cache.lengths, cache.num_real_tokens)]
         for row, (start, length) in enumerate(zip(starts, cache.lengths)):
             masks[row, :, start:length] = True
@@ -262,9 +299,15 @@ class EvictionPolicy(Policy):
                 begin, end = max(begin, start + self.span[0]), min(end, start + self.span[1])
             num_tokens = max(end - begin, 0)
             budget = self.topk if self.ratio is None else round(self.ratio * num_tokens)
-            if budget < num_tokens:
+            if num_tokens == 0 or (budget >= num_tokens and self.drop_below is None):
+                continue
+            if not gone[row]:
                 span = self._span(queries, cache, window[row], row, start, (begin, end), newer)
-                masks[row, :, begin:end] = self.choose(span, budget)
+                gone[row] = self._is_ignored(span, queries)
+                if not gone[row] and budget < num_tokens:
+                    masks[row, :, begin:end] = self.choose(span, budget)
+            if gone[row]:
+                masks[row, :, begin:end] = False
         lengths = masks.sum(2)
         width = int(lengths.max()) if lengths.numel() else 0
         place = torch.arange(cache.max_seqlen, dtype=torch.int32, device=cache.device)
@@ -272,6 +315,26 @@ class EvictionPolicy(Policy):
         listed = listed.where(listed < cache.max_seqlen, -1)
         cache.evict(listed, lengths.int(), self.num_recent_tokens + newer)
         state.window = None
+        if self.drop_below is not None:  # the stack must know of what has just happened here
+            state.shared(cache).carry("dropped spans", state.layer, queries, tuple(gone))
+
+    def _dropped_above(
+        self, state: EvictionState, queries: Queries, cache: EvictableKVCache
+    ) -> list[bool]:
+        """Whether a layer above dropped all of a row's span, in this call."""
+        none = (False,) * cache.batch
+        if self.drop_below is None:
+            return list(none)
+        allowed = "one of policy.new_states(caches): drop_below goes from layer to layer"
+        require(state.stack is not None, "state", "the state of a layer by itself", allowed)
+        stack = state.shared(cache)
+        return list(stack.carried("dropped spans", state.layer, queries, lambda: none))
+
+    def _is_ignored(self, span: Span, queries: Queries) -> bool:
+        if self.drop_below is None:
+            return False
+        mass = sum_over_ranks(span.weights.sum(2).mean()[None], queries.process_group)
+        return float(mass) / num_ranks(queries.process_group) < self.drop_below
 
     def _span(
         self,
@@ -287,11 +350,13 @@ class EvictionPolicy(Policy):
         last = cache.lengths[row] - newer
         keys = cache.k[row, start:last].float().transpose(0, 1)
         group = window.shape[1] // cache.num_kv_heads
-        window = window[-min(window.shape[0], last - start) :].float()
+        prompt = None
+        if self.watches_whole_prompt:
+            prompt = self._prompt(queries, keys, window, begin - start, end - start)
+        window = window[-min(self.num_window_queries, window.shape[0], last - start) :].float()
         grouped = window.view(window.shape[0], cache.num_kv_heads, group, -1).permute(1, 0, 2, 3)
-        logits = queries.softmax_scale * grouped.flatten(1, 2) @ keys.transpose(1, 2)
-        if queries.softcap:
-            logits = queries.softcap * (logits / queries.softcap).tanh()
+        flat = grouped.flatten(1, 2)
+        logits = _logits(flat, keys, queries.softmax_scale, queries.softcap)
         first = last - start - window.shape[0]
         seen = first + torch.arange(window.shape[0], device=cache.device).repeat_interleave(group)
         place = torch.arange(last - start, device=cache.device)
@@ -301,7 +366,28 @@ class EvictionPolicy(Policy):
         if self.needs_keys_before_rope and queries.rope is not None:
             keys = _before_rope(keys, queries.rope, positions)
         weights = weights[..., begin - start : end - start]
-        return Span(keys, weights, begin - start, window.shape[0])
+        return Span(keys, weights, begin - start, window.shape[0], prompt)
+
+    def _prompt(
+        self, queries: Queries, keys: Tensor, window: Tensor, begin: int, end: int
+    ) -> Prompt:
+        """Of a row's keys [num_kv_heads, num_tokens, head_dim] and the queries that end with it."""
+        num_kv_heads, num_tokens, _ = keys.shape
+        allowed = f"those of all {num_tokens} tokens (the policy must see all of the prefill)"
+        got = f"{window.shape[0]} of the last tokens"
+        require(window.shape[0] >= num_tokens, "queries of the prompt", got, allowed)
+        num_sinks = min(self.num_sink_tokens, begin)
+        places = torch.arange(num_sinks + end - begin, device=keys.device)
+        places[num_sinks:] += begin - num_sinks
+        picked = window[places - num_tokens].float().nan_to_num(0.0, 0.0, 0.0)
+        picked = picked.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        there = keys[:, places].nan_to_num(0.0, 0.0, 0.0)
+        return Prompt(picked, there, num_sinks, queries.softmax_scale, queries.softcap)
+
+
+def _logits(q: Tensor, k: Tensor, softmax_scale: float, softcap: float) -> Tensor:
+    logits = softmax_scale * q @ k.transpose(-1, -2)
+    return softcap * (logits / softcap).tanh() if softcap else logits
 
 
 def _before_rope(keys: Tensor, rope: Rope, positions: Tensor) -> Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_int, require_type
+from kvselect.crossovers import Crossover
 from kvselect.policies.base import POLICIES, Policy, PolicyState, register_policy
 from kvselect.policies.eviction import EvictionPolicy
 from kvselect.queries import Queries
@@ -31,7 +33,7 @@ class LayerSchedule(EvictionPolicy):
         Name of the eviction that chooses, with its own settings' defaults.
     first_layer, last_layer : int
         ``first_layer < last_layer``; AIM, of 28 layers: 14 and 21.
-    topk, ratio, span, num_sink_tokens, num_recent_tokens, num_window_queries
+    topk, ratio, span, num_sink_tokens, num_recent_tokens, num_window_queries, drop_below
         See `EvictionPolicy`.
 
     Raises
@@ -42,7 +44,7 @@ class LayerSchedule(EvictionPolicy):
 
     Notes
     -----
-    Source: Zhong et al., AIM, arXiv:2412.03248.
+    Source: Zhong et al., AIM, arXiv:2412.03248; ToDRE, arXiv:2505.18757.
     """
 
     query_aware: ClassVar[bool] = True
@@ -82,6 +84,15 @@ class LayerSchedule(EvictionPolicy):
         else:
             settings["ratio"] = fraction * self.ratio
         return POLICIES[self.method](**settings)
+
+    def new_states(
+        self, caches: Sequence[KVCache], crossovers: Mapping[int, Crossover] | None = None
+    ) -> list[PolicyState]:
+        """As `Policy.new_states`, each of what its layer runs: ``state.policy``."""
+        states = super(LayerSchedule, self).new_states(caches, crossovers)
+        for layer, state in enumerate(states):
+            state.policy = self.for_layer(layer)
+        return states
 
     def extra_bytes(self, num_tokens: int, **sizes: int) -> tuple[int, int]:
         return self.for_layer(0).extra_bytes(num_tokens, **sizes)

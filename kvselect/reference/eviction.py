@@ -75,3 +75,29 @@ def greedy_cover(rows: Tensor, budget: int) -> list[int]:
 def best_cover(rows: Tensor, budget: int) -> float:
     """The most that ``budget`` columns can cover: all sets are tried."""
     return max(covered(rows, s) for s in itertools.combinations(range(rows.shape[1]), budget))
+
+
+def visits(
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float,
+    *,
+    num_steps: int,
+    damping: float,
+    temperature: float,
+) -> Tensor:
+    """Where a walk along attention is after some steps, [num_tokens], of one KV head.
+
+    ``q`` [num_tokens, group_size, head_dim], ``k`` [num_tokens, head_dim]; token by token, and the
+    root mean square over the query heads.
+    """
+    num_tokens, group_size, _ = q.shape
+    squares = torch.zeros(num_tokens, dtype=torch.float64)
+    for head in range(group_size):
+        rows = window_weights(q[:, head : head + 1], k, softmax_scale / temperature)
+        x = torch.full((num_tokens,), 1 / num_tokens, dtype=torch.float64)
+        for _ in range(num_steps):
+            led = sum((x[i] * rows[i] for i in range(num_tokens)), torch.zeros_like(x))
+            x = (1 - damping) * led + damping / num_tokens
+        squares += x**2
+    return (squares / group_size).sqrt()

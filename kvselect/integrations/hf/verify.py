@@ -138,7 +138,7 @@ def widened_policies(policy: Policy, length: int) -> dict[str, Policy]:
         if "overselect" in fields:
             forms["dense"]["overselect"] = 1.0
         if "ratio" in fields:  # an eviction's, which goes before topk
-            forms["dense"]["ratio"] = None
+            forms["dense"] |= {"ratio": None, "drop_below": None}
         if "last_layer" in fields:  # of a schedule, which would keep less in deep layers
             forms["dense"] |= {"first_layer": 2**20, "last_layer": 2**20 + 1}
     elif "token_budget" in fields:
