@@ -143,34 +143,50 @@ class SharedPrefix:
         scale = require_softmax_scale(softmax_scale, prefix.head_dim)
         require_softcap(softcap)
         require_sink_logits(sink_logits, q.shape[2], private)
-        own, own_lse = sparse_attention(
+        own = sparse_attention(
             q, private, softmax_scale=scale, softcap=softcap, sink_logits=sink_logits
         )
-        shared, shared_lse = _attend_rows(q, prefix, selection, scale, softcap)
-        seqlen_q = q.shape[1]
-        if (
-            min(private.lengths, default=seqlen_q) < seqlen_q
-        ):  # queries of tokens that are not there
-            place = torch.arange(seqlen_q, device=q.device)
-            absent = place < (seqlen_q - private.cache_seqlens)[:, None]
-            shared = shared.masked_fill(absent[:, :, None, None], 0.0)
-            shared_lse = shared_lse.masked_fill(absent[:, :, None], -torch.inf)
-            own_lse = own_lse.masked_fill(absent[:, :, None], -torch.inf)
-        out, lse = merge_splits(
-            torch.stack((shared.float(), own.float())), torch.stack((shared_lse, own_lse))
-        )
-        return out.to(q.dtype), lse
+        shared = attend_prefix(q, prefix, selection, scale, softcap)
+        return join_parts(q, private, shared, own)
 
 
-def num_prefix_passes(num_rows: int) -> int:
-    """How often `SharedPrefix.attend` reads the prefix on the CPU, for query rows per KV head."""
-    return -(-num_rows // (ROWS_AT_ONCE if num_rows <= FEW_ROWS else ROWS_PER_BLOCK))
+def join_parts(
+    q: Tensor, private: KVCache, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` over prefix and private tokens merged; 0 for queries of no token.
+
+    These are queries in padding, and of rows with fewer private tokens than queries.
+    """
+    (out, lse), (own_out, own_lse) = shared, own
+    seqlen_q = q.shape[1]
+    if min(private.num_real_tokens, default=seqlen_q) < seqlen_q:
+        place = torch.arange(seqlen_q, device=q.device)
+        first = seqlen_q - private.cache_seqlens
+        if private.starts is not None:
+            first = first + private.starts
+        absent = place < first[:, None]
+        out = out.masked_fill(absent[:, :, None, None], 0.0)
+        lse = lse.masked_fill(absent[:, :, None], -torch.inf)
+        own_lse = own_lse.masked_fill(absent[:, :, None], -torch.inf)
+    merged, total = merge_splits(
+        torch.stack((out.float(), own_out.float())), torch.stack((lse, own_lse))
+    )
+    return merged.to(q.dtype), total
 
 
-def _attend_rows(
+def num_prefix_passes(num_rows: int, device_type: str = "cpu") -> int:
+    """How often `SharedPrefix.attend` reads the prefix, for query rows per KV head."""
+    few = num_rows <= FEW_ROWS or device_type != "cpu"
+    return -(-num_rows // (ROWS_AT_ONCE if few else ROWS_PER_BLOCK))
+
+
+def attend_prefix(
     q: Tensor, prefix: KVCache, selection: Selection | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Every query over the whole prefix, or over one list per KV head."""
+    """Every query of all members over the whole prefix, or over one list per KV head.
+
+    ``out`` [num_members, seqlen_q, num_q_heads, head_dim], dtype of ``q``, and ``lse``.
+    """
     batch, seqlen_q, num_q_heads, head_dim = q.shape
     num_kv_heads = prefix.num_kv_heads
     num_rows = batch * seqlen_q * (num_q_heads // num_kv_heads)

@@ -17,6 +17,8 @@ from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.integrations.hf.prefix_attention import attend_prefixes
+from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer
 from kvselect.integrations.hf.shared_stack import join_stack
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
@@ -125,6 +127,8 @@ def _attend(
     plan, layer = context.plan, context.layer
     stack = plan.stack
     keys = stack.mask(attention_mask)
+    if isinstance(layer, KVSelectPrefixLayer):
+        return attend_prefixes(plan, layer, query, value, keys, softmax_scale, **options)
     if isinstance(layer, AttachedLayer) and isinstance(keys, KeyRange):
         if query.shape[2] > 1 or keys.validity is not None:
             _remember_validity(layer, keys)
