@@ -1,4 +1,4 @@
-"""A batch whose rows fall into groups, each with a prefix of its own that is stored and read once."""
+"""A batch of groups: each has a prefix of its own, which is stored and read once for its rows."""
 
 from __future__ import annotations
 
@@ -87,6 +87,10 @@ class PrefixGroups:
         """Length of each row's prefix, [batch]."""
         return [self._prefixes[n].num_tokens if n >= 0 else 0 for n in self._rows]
 
+    def rows_of(self, number: int) -> list[int]:
+        """Rows of the prefix of this number, ascending."""
+        return [row for row, n in enumerate(self._rows) if n == number]
+
     @property
     def nbytes(self) -> int:
         """Bytes held, with room not yet used."""
@@ -125,7 +129,7 @@ class PrefixGroups:
         if self._index is None:
             self._index = []
             for number, prefix in enumerate(self._prefixes):
-                rows = [row for row, n in enumerate(self._rows) if n == number]
+                rows = self.rows_of(number)
                 with torch.inference_mode(False):  # kept: it must serve calls of any grad mode
                     self._index.append(torch.tensor(rows, device=prefix.cache.device))
         return list(zip(self._prefixes, self._index))
@@ -192,14 +196,15 @@ class PrefixGroups:
             out[rows], lse[rows] = part
         return join_parts(q, private, (out, lse), own)
 
-    def reads(self, seqlen_q: int, group_size: int, device_type: str) -> PrefixReads:
-        """Of a call of ``seqlen_q`` queries with ``group_size`` query heads per KV head.
+    def reads(self, seqlen_q: int, group_size: int) -> PrefixReads:
+        """Of a call of ``seqlen_q`` queries, ``group_size`` query heads per KV head, without lists.
 
         Separate rows read their prefix once per 128 queries.
         """
         shared = separate = 0
         for prefix in self._prefixes:
             rows = prefix.num_members * seqlen_q * group_size
-            shared += num_prefix_passes(rows, device_type) * prefix.num_tokens
+            by_token = prefix.cache.device.type != "cpu"
+            shared += num_prefix_passes(rows, by_token) * prefix.num_tokens
             separate += prefix.num_members * -(-seqlen_q // 128) * prefix.num_tokens
         return PrefixReads(shared, separate)

@@ -25,7 +25,8 @@ from kvselect.integrations.hf.plan import (
     StackPlan,
     plan_of,
 )
-from kvselect.integrations.hf.prefix_layer import require_whole_prefixes
+from kvselect.integrations.hf.prefix_attention import require_shareable
+from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer, require_whole_prefixes
 from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 
 
@@ -54,7 +55,9 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        require_whole_prefixes(cache, dict(zip(names, args)) | kwargs)
+        if cache.layers and isinstance(cache.layers[0], KVSelectPrefixLayer):
+            require_shareable(plan)
+            require_whole_prefixes(cache.layers[0], dict(zip(names, args)) | kwargs)
         upgrade_cache(
             cache,
             plan.sketches,

@@ -35,6 +35,7 @@ NAME = "kvselect"
 PLAN_KEY = "_kvselect_plan"
 """Where a plan sits in ``module.__dict__``."""
 
+
 @dataclass(slots=True)
 class PrefixCounts:
     """What decode steps, and all calls, read of shared prefixes in one layer.
@@ -43,18 +44,19 @@ class PrefixCounts:
     ----------
     num_steps : int
         Decode steps on a cache with shared prefixes.
-    step_tokens, separate_step_tokens : int
-        Prefix tokens per KV head that they read, and what rows with a prefix each would have.
-    saved_tokens : int
-        The difference over all calls, prefill included, summed over KV heads.
+    step_tokens, separate_step_tokens : int or Tensor, 0-d
+        Prefix tokens that they read, summed over KV heads, and what rows would have that do not
+        share: with a policy that selects, by lists of their own.
+    saved_tokens : int or Tensor, 0-d
+        What attended to tokens of prefixes, over all calls, was not read for.
     held_bytes, separate_held_bytes : int
         Of the prefixes of the last cache, and what its rows would hold with one each.
     """
 
     num_steps: int = 0
-    step_tokens: int = 0
-    separate_step_tokens: int = 0
-    saved_tokens: int = 0
+    step_tokens: int | Tensor = 0
+    separate_step_tokens: int | Tensor = 0
+    saved_tokens: int | Tensor = 0
     held_bytes: int = 0
     separate_held_bytes: int = 0
 

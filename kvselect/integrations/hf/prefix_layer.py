@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import RopeState
@@ -63,17 +62,11 @@ class KVSelectPrefixLayer(KVSelectLayer):
         Raises
         ------
         ValueError
-            If the caller is not an attached model, which alone attends to the prefixes, or the
-            rows are not those that share them.
+            If the caller is not an attached model, which alone attends to the prefixes.
         """
         if self._announced is None:
             allowed = "a call of an attached model: only it attends to the shared prefixes"
             require(False, "cache layer", "a KVSelectPrefixLayer", allowed)
-        allowed = (
-            f"{self.groups.batch} (rows that share the prefixes; beams and several returns: "
-            "cache.batch_repeat_interleave first)"
-        )
-        require(key_states.shape[0] == self.groups.batch, "batch", key_states.shape[0], allowed)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -102,46 +95,62 @@ class KVSelectPrefixLayer(KVSelectLayer):
         super()._take_rows(index)
 
 
-def require_whole_prefixes(cache: Cache, call: dict[str, Any]) -> None:
-    """Refuse calls on a cache with shared prefixes whose mask or positions are not those of them.
+def require_whole_prefixes(layer: KVSelectPrefixLayer, call: dict[str, Any]) -> None:
+    """Refuse calls on a cache with shared prefixes whose rows, mask or positions are not theirs.
 
-    Off the CPU only calls of several tokens are looked at: a decode step reads nothing back.
+    Off the CPU only calls of several tokens are looked at closely: a decode step reads nothing
+    back.
 
     Parameters
     ----------
+    layer : KVSelectPrefixLayer
+        Any one of the cache's.
     call : dict
         The decoder stack's arguments by name.
 
     Raises
     ------
     ValueError
-        If the mask hides a part of a prefix or shows what is none, or the positions skip something.
+        If the rows are not those that share the prefixes, the mask hides a part of a prefix, shows
+        what is none or has holes in a row's own tokens, or the positions skip something.
     """
-    layer = cache.layers[0] if cache.layers else None
-    if not isinstance(layer, KVSelectPrefixLayer):
-        return
-    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     tokens, longest = layer.groups.row_tokens, layer.groups.num_tokens
+    given = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    batch, seqlen_q = given.shape[:2]
+    allowed = (
+        f"{len(tokens)} (rows that share the prefixes; for beams and several returns call "
+        "past_key_values.batch_repeat_interleave first)"
+    )
+    require(batch == len(tokens), "batch", batch, allowed)
+    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
+    width = layer.get_seq_length() + seqlen_q
     if mask is None:
         allowed = "the mask that share_prefixes gave: its prefixes differ in length"
         require(min(tokens, default=longest) == longest, "attention_mask", None, allowed)
-        return
+        mask = torch.ones(batch, width, dtype=torch.bool, device=given.device)
     allowed = "a 2-D padding mask, as share_prefixes gave it"
     got = f"a {type(mask).__name__}"
     require(isinstance(mask, Tensor) and mask.ndim == 2, "attention_mask", got, allowed)
-    given = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-    seqlen_q = given.shape[1]
+    allowed = f"{width}: those of the cache and of the call"
+    require(mask.shape[1] == width, "columns of attention_mask", mask.shape[1], allowed)
     if mask.device.type != "cpu" and seqlen_q == 1:
         return
     real = mask.bool()
     place = torch.arange(longest, device=mask.device)
     whole = place >= longest - torch.tensor(tokens, device=mask.device)[:, None]
     allowed = f"1 in the columns of every prefix, which end before {longest}, and 0 before them"
-    same = real.shape[0] == len(tokens) and torch.equal(real[:, :longest], whole)
+    same = torch.equal(real[:, :longest], whole)
     require(same, "attention_mask", "one that cuts or lengthens a shared prefix", allowed)
+    own = real[:, longest:]
+    holes = bool(((own.cumsum(-1) > 0) & ~own).any())
+    allowed = "left padding between a prefix and a row's own tokens"
+    require(not holes, "attention_mask", "holes in the padding", allowed)
     if position_ids is None and bool(real.all()):
         return  # the model counts places by itself
-    allowed = "positions that count real tokens (generate makes them from the mask)"
+    allowed = (
+        "positions that count real tokens: generate makes them from the mask, but assisted "
+        "generation sends a filled cache its whole prompt once more"
+    )
     require(position_ids is not None, "position_ids", None, allowed)
     assert isinstance(position_ids, Tensor)
     counted = (real.cumsum(-1) - 1)[:, -seqlen_q:]

@@ -202,7 +202,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         cache_layer=layer.cache_class,
         ran_dense=dict(layer.runtime_dense),
         bytes_read=sum(phase.bytes_read(*sizes, policy.required_sketch) for phase in phases)
-        - 2 * layer.head_dim * layer.itemsize * layer.prefix_counts.saved_tokens,
+        - 2 * layer.head_dim * layer.itemsize * float(layer.prefix_counts.saved_tokens),
         dense_bytes_read=sum(phase.dense_bytes_read(*sizes) for phase in phases),
         nonfinite_cached=0 if layer.nonfinite is None else int(layer.nonfinite.sum()),
         nonfinite_scored=sum(phase.num_nonfinite for phase in phases),
@@ -223,12 +223,12 @@ def _shared_prefix(layer: LayerPlan) -> dict[str, float] | None:
     counts = layer.prefix_counts
     if not counts.separate_held_bytes:
         return None
-    per_token = 2 * layer.num_kv_heads * layer.head_dim * layer.itemsize
+    per_token = 2 * layer.head_dim * layer.itemsize
     steps = max(counts.num_steps, 1)
     return {
         "num_steps": counts.num_steps,
-        "bytes_per_step": per_token * counts.step_tokens / steps,
-        "separate_bytes_per_step": per_token * counts.separate_step_tokens / steps,
+        "bytes_per_step": per_token * float(counts.step_tokens) / steps,
+        "separate_bytes_per_step": per_token * float(counts.separate_step_tokens) / steps,
         "held_bytes": counts.held_bytes,
         "separate_held_bytes": counts.separate_held_bytes,
     }

@@ -87,7 +87,7 @@ def share_prefixes(
     known: SharedPrompts | None,
 ) -> SharedPrompts:
     """See `Handle.share_prefixes`."""
-    require_shareable(stack_plan.policy)
+    require_shareable(stack_plan)
     _require_full_attention(model, stack_plan)
     ids = [_tokens(prompt, number) for number, prompt in enumerate(prompts)]
     require(len(ids) > 0, "prompts", [], "a prompt or more")
@@ -212,7 +212,7 @@ def _without_room(cache: KVCache) -> KVCache:
         dtype=cache.dtype,
         device=cache.device,
         capacity=cache.max_seqlen,
-        sketch=None,
+        sketch=cache.sketch_format,
     )
     if tight.capacity >= cache.capacity:
         return cache
