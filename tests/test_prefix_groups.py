@@ -100,11 +100,11 @@ def test_rows_move_and_leave_and_the_last_one_frees_its_prefix() -> None:
         for place, row in enumerate(rows):
             wanted = reference.sparse_attention(batch.q[place : place + 1], batch.whole(row))[0]
             assert rel_err(out[place], wanted[0]) <= 3e-6
-    assert alive[0]() is not None and alive[1]() is None
+    assert alive[0]() is None and alive[1]() is not None
     assert groups.nbytes < held and groups.num_prefixes == 1
     assert groups.num_tokens == 131  # columns stay where they are
     groups.take_rows([])
-    assert groups.batch == 0 and alive[0]() is None
+    assert groups.batch == 0 and alive[1]() is None
 
 
 def test_reads_are_those_of_a_group() -> None:

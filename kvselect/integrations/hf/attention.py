@@ -254,7 +254,7 @@ def _select_static(
         q = filled_up(query.transpose(1, 2), cache.head_dim)
         if plan.rotates_itself:
             rope: Rope | None = plan.stack.table(
-                plan, max(policy.capacity, cache.capacity), q.device
+                plan, max(policy.num_positions, cache.capacity), q.device
             )
             q_unrotated = None
         else:
@@ -289,7 +289,7 @@ def _attend_call(
 
     rope, q_unrotated = None, None
     if plan.rotates_itself:
-        rope = plan.stack.table(plan, max(policy.capacity, room), q.device)
+        rope = plan.stack.table(plan, max(policy.num_positions, room), q.device)
     elif filled and seqlen_q == 1:
         q_unrotated, rope = _before_rotation(plan, q, context)
     elif "prefill" in plan.needs_unrotated and not stepwise:
