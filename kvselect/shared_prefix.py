@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,34 +143,53 @@ class SharedPrefix:
         scale = require_softmax_scale(softmax_scale, prefix.head_dim)
         require_softcap(softcap)
         require_sink_logits(sink_logits, q.shape[2], private)
-        own, own_lse = sparse_attention(
+        own = sparse_attention(
             q, private, softmax_scale=scale, softcap=softcap, sink_logits=sink_logits
         )
-        shared, shared_lse = _attend_rows(q, prefix, selection, scale, softcap)
-        seqlen_q = q.shape[1]
-        if (
-            min(private.lengths, default=seqlen_q) < seqlen_q
-        ):  # queries of tokens that are not there
-            place = torch.arange(seqlen_q, device=q.device)
-            absent = place < (seqlen_q - private.cache_seqlens)[:, None]
-            shared = shared.masked_fill(absent[:, :, None, None], 0.0)
-            shared_lse = shared_lse.masked_fill(absent[:, :, None], -torch.inf)
-            own_lse = own_lse.masked_fill(absent[:, :, None], -torch.inf)
-        out, lse = merge_splits(
-            torch.stack((shared.float(), own.float())), torch.stack((shared_lse, own_lse))
-        )
-        return out.to(q.dtype), lse
+        shared = attend_prefix(q, prefix, selection, scale, softcap)
+        return join_parts(q, private, shared, own)
 
 
-def num_prefix_passes(num_rows: int) -> int:
-    """How often `SharedPrefix.attend` reads the prefix on the CPU, for query rows per KV head."""
-    return -(-num_rows // (ROWS_AT_ONCE if num_rows <= FEW_ROWS else ROWS_PER_BLOCK))
+def join_parts(
+    q: Tensor, private: KVCache, shared: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` over prefix and private tokens merged; 0 for queries of no token.
+
+    These are queries in padding, and of rows with fewer private tokens than queries.
+    """
+    (out, lse), (own_out, own_lse) = shared, own
+    seqlen_q = q.shape[1]
+    if min(private.num_real_tokens, default=seqlen_q) < seqlen_q:
+        place = torch.arange(seqlen_q, device=q.device)
+        first = seqlen_q - private.cache_seqlens
+        if private.starts is not None:
+            first = first + private.starts
+        absent = place < first[:, None]
+        out = out.masked_fill(absent[:, :, None, None], 0.0)
+        lse = lse.masked_fill(absent[:, :, None], -torch.inf)
+        own_lse = own_lse.masked_fill(absent[:, :, None], -torch.inf)
+    merged, total = merge_splits(
+        torch.stack((out.float(), own_out.float())), torch.stack((lse, own_lse))
+    )
+    return merged.to(q.dtype), total
 
 
-def _attend_rows(
+def num_prefix_passes(num_rows: int, token_by_token: bool = False) -> int:
+    """How often `SharedPrefix.attend` reads the prefix, for query rows per KV head.
+
+    ``token_by_token``: whatever their number, as off the CPU and with a selection.
+    """
+    few = num_rows <= FEW_ROWS or token_by_token
+    return -(-num_rows // (ROWS_AT_ONCE if few else ROWS_PER_BLOCK))
+
+
+def attend_prefix(
     q: Tensor, prefix: KVCache, selection: Selection | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Every query over the whole prefix, or over one list per KV head."""
+    """Every query of all members over the whole prefix, or over one list per KV head.
+
+    ``out`` [num_members, seqlen_q, num_q_heads, head_dim], dtype of ``q``, and ``lse``.
+    """
     batch, seqlen_q, num_q_heads, head_dim = q.shape
     num_kv_heads = prefix.num_kv_heads
     num_rows = batch * seqlen_q * (num_q_heads // num_kv_heads)
@@ -308,8 +327,12 @@ def select_shared(
     prefix: SharedPrefix,
     *,
     topk: int,
+    num_sink_tokens: int = 0,
+    num_recent_tokens: int = 0,
     by: str = "union",
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> SharedSelection:
     """One list per KV head for a whole group, so that picked rows of the prefix are read once.
 
@@ -320,11 +343,15 @@ def select_shared(
         Scored from its sketch, or from its keys where it has none.
     topk : int
         Tokens per request and KV head ("union"), or of the group ("vote").
+    num_sink_tokens, num_recent_tokens : int
+        Tokens at either end of the prefix that are always listed, and scored from exact keys.
     by : "union" or "vote"
         "union": every token that some request's own top-k holds. "vote": the top-k of the sum of
         all requests' scores.
     softmax_scale : float or None
         None: ``head_dim ** -0.5``.
+    softcap, sink_logits
+        As in `score_tokens`.
 
     Returns
     -------
@@ -344,10 +371,20 @@ def select_shared(
     cache = prefix.cache
     shape = (prefix.num_members, None, None, cache.head_dim)
     require_tensor(q, "q", shape, (cache.dtype,), cache.device)
+    ends: dict[str, int] = {
+        "num_sink_tokens": num_sink_tokens,
+        "num_recent_tokens": num_recent_tokens,
+    }
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "sink_logits": sink_logits,
+        **ends,
+    }
     if by == "vote":
         together = q.reshape(1, -1, *q.shape[2:])
-        scores = score_tokens(together, cache, softmax_scale=softmax_scale)
-        picked = select_tokens(scores, cache.cache_seqlens, topk=topk)
+        scores = score_tokens(together, cache, **options)
+        picked = select_tokens(scores, cache.cache_seqlens, topk=topk, **ends)
         size = picked.topk_length[0].long()
         return SharedSelection(picked, size, size)
     seqlen_k = cache.max_seqlen
@@ -355,15 +392,15 @@ def select_shared(
     listed = torch.zeros(cache.num_kv_heads, seqlen_k + 1, dtype=torch.bool, device=cache.device)
     total = torch.zeros(cache.num_kv_heads, dtype=torch.int64, device=cache.device)
     for row in range(q.shape[0]):
-        scores = score_tokens(q[row : row + 1], cache, softmax_scale=softmax_scale)
-        lists = select_tokens(scores, cache.cache_seqlens, topk=topk)
+        scores = score_tokens(q[row : row + 1], cache, **options)
+        lists = select_tokens(scores, cache.cache_seqlens, topk=topk, **ends)
         indices = lists.indices[0].long()
         listed.scatter_(1, indices.where(indices >= 0, seqlen_k), True)
         total += lists.topk_length[0]
     listed = listed[:, :seqlen_k]
     size = listed.sum(1)
     # As wide as it may get: the host need not know how wide it is.
-    width = min(seqlen_k, q.shape[0] * topk)
+    width = min(seqlen_k, q.shape[0] * topk + num_sink_tokens + num_recent_tokens)
     place = torch.arange(seqlen_k, device=cache.device, dtype=torch.int32)
     ascending = place.where(listed, seqlen_k).sort(1).values[:, :width]
     indices = ascending.where(ascending < seqlen_k, -1).contiguous()

@@ -347,7 +347,12 @@ def test_through_attach() -> None:
         ({"order": True}, ValueError, "order: got True, allowed: 1 or 2"),
         ({"scope": "token"}, ValueError, "scope: got 'token', allowed: 'kv_head' or 'layer'"),
         ({"attention": "merge"}, ValueError, "attention: got 'merge', allowed: 'joint' or 'resid"),
-        ({"positions": "stingy"}, ValueError, r"positions: got 'stingy', allowed: 'original' \(st"),
+        ({"positions": "compact"}, ValueError, "positions: got 'compact', allowed: 'original' or"),
+        (
+            {"positions": "stingy", "attention": "residual"},
+            ValueError,
+            "positions: got 'stingy', allowed: 'original' with attention='residual'",
+        ),
         ({"dense_layers": 3}, TypeError, "dense_layers: got int 3"),
         ({"dense_layers": (-1,)}, ValueError, "dense_layers: got -1"),
     ],

@@ -43,7 +43,7 @@ FLOORS = (
         "tiered_cache",
     },
     {"policies"},
-    {"decode", "prefill", "repeated_attention", "shared_prefix"},
+    {"decode", "prefill", "prefix_groups", "repeated_attention", "shared_prefix"},
     {"break_even"},
     {"reference", "testing"},
     {"integrations"},

@@ -197,6 +197,27 @@ def test_same_bits_every_time() -> None:
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize("by", ["union", "vote"])
+@pytest.mark.parametrize("ends", [(0, 7), (5, 0), (4, 9)])
+def test_shared_selection_keeps_both_ends(by: str, ends: tuple[int, int]) -> None:
+    sinks, recent = ends
+    q, prefix, _, _ = group_of(150, (3, 3, 3), 1, 4, seed=6)
+    chosen = select_shared(
+        q, prefix, topk=11, num_sink_tokens=sinks, num_recent_tokens=recent, by=by
+    )
+    for head in range(HEADS):
+        picked: set[int] = set()
+        for row in [slice(0, 3)] if by == "vote" else [slice(i, i + 1) for i in range(3)]:
+            one = q[row].reshape(1, -1, *q.shape[2:])
+            scores = reference.score_tokens(one, prefix.cache)[0, head]
+            best = scores[sinks : 150 - recent].topk(11).indices + sinks
+            picked |= set(best.tolist())
+        wanted = [*range(sinks), *sorted(picked), *range(150 - recent, 150)]
+        count = int(chosen.selection.topk_length[0, head])
+        assert chosen.selection.indices[0, head, :count].tolist() == wanted
+        assert int(chosen.union_size[head]) == count
+
+
 def test_bad_arguments() -> None:
     q, prefix, own, _ = group_of(20, (3, 3), 1, 2)
     with pytest.raises(TypeError, match=r"cache: got int 3, allowed: a kvselect.KVCache"):

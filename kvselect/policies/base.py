@@ -161,7 +161,7 @@ class Policy:
 
     # A method that has one of these settings declares a field of its name.
     @property
-    def positions(self) -> Literal["original", "compact", "clamp"]:
+    def positions(self) -> Literal["original", "compact", "clamp", "stingy"]:
         return "original"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Policy:

@@ -57,6 +57,7 @@ class CapturedStatistics(PhaseStatistics):
         scored: bool,
         num_nonfinite: Tensor | None = None,
         sweep: SweepCounts | None = None,
+        tokens_scanned: int = 0,
     ) -> None:
         """A call that attended to lists."""
         visible = self._visible()
@@ -71,7 +72,7 @@ class CapturedStatistics(PhaseStatistics):
                     zero,
                     visible,
                     lengths.sum(dtype=torch.float64),
-                    visible if scored else zero,
+                    visible if scored else zero + tokens_scanned,
                     zero + lengths.numel(),
                     zero if mass is None else mass.nansum(dtype=torch.float64),
                     zero if known is None else known.sum(dtype=torch.float64),

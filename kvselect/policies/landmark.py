@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from kvselect.arguments import require_compact_rope
 from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_masks import BlockMask
 from kvselect.block_scores import moment_logits
@@ -18,6 +19,12 @@ from kvselect.checks import require, require_choice
 from kvselect.policies.base import PolicyState, longest_block, register_policy, visible_tokens
 from kvselect.policies.block_policy import BlockState, WindowedBlocks, share_out_blocks
 from kvselect.policies.residual_blocks import SelectionWithRest, merge_rest, with_rest
+from kvselect.policies.stingy_positions import (
+    StingySelection,
+    attend_stingy,
+    stingy_logits,
+    with_slots,
+)
 from kvselect.queries import Queries
 from kvselect.selection import Selection
 from kvselect.tensor_parallel import num_ranks
@@ -44,7 +51,10 @@ class Landmark(WindowedBlocks):
         "residual": a block that is not picked still takes part by one pseudo-token, its mean value
         at the estimate of ``lse_B`` (Vcc, arXiv:2305.04241; with order 1, its mean key with the
         bias ``log |B|``).
-    positions : "original", as moments are of rotated keys
+    positions : "original" or "stingy"
+        "original": moments are of rotated keys. "stingy": blocks before the window are seen at
+        ``topk_blocks`` + sink blocks + 1 slots in front of it (`stingy_positions`), so that
+        contexts may be longer than the model was trained for; with "joint" attention only.
     chunk_size, q_block_size, dense_layers : as `TokenSelect` has them.
 
     Raises
@@ -69,7 +79,7 @@ class Landmark(WindowedBlocks):
     num_recent_tokens: int = 512
     scope: Literal["kv_head", "layer"] = "kv_head"
     attention: Literal["joint", "residual"] = "joint"
-    positions: Literal["original"] = "original"
+    positions: Literal["original", "stingy"] = "original"
     chunk_size: int = 2048
     q_block_size: int = 128
     dense_layers: tuple[int, ...] = ()
@@ -79,15 +89,28 @@ class Landmark(WindowedBlocks):
         require(self.order in (1, 2) and self.order is not True, "order", self.order, "1 or 2")
         require_choice(self.scope, "scope", ("kv_head", "layer"))
         require_choice(self.attention, "attention", ("joint", "residual"))
-        allowed = "'original' (stingy slots need keys that are rotated anew for every query block)"
-        require(self.positions == "original", "positions", self.positions, allowed)
+        require_choice(self.positions, "positions", ("original", "stingy"))
+        joint = self.attention == "joint" or self.positions == "original"
+        allowed = "'original' with attention='residual' (blocks that are left out have no slot)"
+        require(joint, "positions", self.positions, allowed)
 
     @classmethod
     def at_budget(cls, budget: int) -> Landmark:
         return cls(**share_out_blocks(budget, 64))
 
     @property
+    def num_slots(self) -> int:
+        """Most blocks that a list holds before its window."""
+        return self.num_sink_blocks + self.topk_blocks
+
+    @property
+    def num_positions(self) -> int:
+        return self.capacity + self.block_size
+
+    @property
     def reads_unlisted(self) -> str | None:
+        if self.positions == "stingy":
+            return "positions='stingy' rotates picked keys itself, on the device"
         if self.attention == "residual":
             return "attention='residual' averages values of the host"
         return super(Landmark, self).reads_unlisted
@@ -103,6 +126,9 @@ class Landmark(WindowedBlocks):
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """Sinks, the best blocks and the window of every query block; None where that is all."""
         assert isinstance(state, BlockState)
+        stingy = self.positions == "stingy"
+        if stingy:
+            require_compact_rope(queries.rope, self.num_positions)
         visible, statistics = visible_tokens(queries, cache), state.statistics(queries.phase)
         if self.is_dense(queries.phase, *longest_block(queries, cache), queries.rope):
             statistics.record_dense(visible)
@@ -115,7 +141,11 @@ class Landmark(WindowedBlocks):
         candidate = (number >= self.num_sink_blocks) & (number < windows.first_block[..., None])
         votes = []
         for part in range(queries.num_blocks):
-            logits = self._logits(queries, blocks, part, len(number))
+            if stingy:
+                slots = {"num_slots": self.num_slots, "order": self.order}
+                logits = stingy_logits(queries, cache, blocks, windows, part, len(number), **slots)
+            else:
+                logits = self._logits(queries, blocks, part, len(number))
             known = candidate[:, part, None, None, None] & ~logits.isnan()
             # Logarithms of the weights: those far apart stay apart.
             weights = logits.where(known, -torch.inf).log_softmax(-1).where(known, torch.nan)
@@ -131,6 +161,9 @@ class Landmark(WindowedBlocks):
             num_sink_tokens=self.num_sink_tokens,
         )
         statistics.record_selection(chosen.selection, visible, scored=False)
+        if stingy:
+            sizes = {"num_slots": self.num_slots, "block_size": self.block_size}
+            return with_slots(chosen, queries, cache, windows, **sizes)
         if self.attention == "joint":
             return chosen.selection
         return with_rest(chosen, candidate, blocks)
@@ -139,6 +172,8 @@ class Landmark(WindowedBlocks):
         self, queries: Queries, cache: KVCache, selection: Selection | BlockMask | None
     ) -> tuple[Tensor, Tensor]:
         """Attention over the lists; "residual": merged with that over the blocks left out."""
+        if isinstance(selection, StingySelection):
+            return attend_stingy(queries, cache, selection)
         out, lse = super(Landmark, self).attend(queries, cache, selection)
         if isinstance(selection, SelectionWithRest) and selection.blocks is not None:
             logits_of = partial(self._logits, queries, selection.blocks)

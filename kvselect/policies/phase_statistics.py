@@ -77,6 +77,7 @@ class PhaseStatistics:
         scored: bool,
         num_nonfinite: Tensor | None = None,
         sweep: SweepCounts | None = None,
+        tokens_scanned: int = 0,
     ) -> None:
         """A call that attended to lists.
 
@@ -90,10 +91,12 @@ class PhaseStatistics:
             Tokens and query vectors that were not finite.
         sweep : SweepCounts or None
             Of a rolling sweep.
+        tokens_scanned : int
+            Where only some of the visible tokens were scored: how many.
         """
         self.num_calls += 1
         self.tokens_visible += tokens_visible
-        self._scanned += tokens_visible if scored else 0
+        self._scanned += tokens_visible if scored else tokens_scanned
         if selection.hit is not None:
             self._looked_up += selection.hit.numel()
         self._recorded.append(

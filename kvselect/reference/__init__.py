@@ -41,6 +41,12 @@ from kvselect.reference.rotation import RopeTable, rotate
 from kvselect.reference.score import BlockScores, score_query_blocks, score_tokens
 from kvselect.reference.selection import BlockLists, select_query_blocks, select_tokens
 from kvselect.reference.selection_cache import CacheStep, selection_cache_step
+from kvselect.reference.stingy import (
+    scoring_slot,
+    stingy_attention,
+    stingy_estimate,
+    stingy_slots,
+)
 from kvselect.reference.sweep import SweepState, SweptLists, rolling_sweep
 
 __all__ = [
@@ -85,10 +91,14 @@ __all__ = [
     "rotate",
     "score_query_blocks",
     "score_tokens",
+    "scoring_slot",
     "select_query_blocks",
     "select_tokens",
     "selection_cache_step",
     "sketched_keys",
     "sparse_attention",
+    "stingy_attention",
+    "stingy_estimate",
+    "stingy_slots",
     "token_sums",
 ]

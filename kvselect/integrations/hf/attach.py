@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +22,7 @@ from kvselect.integrations.hf.hooks import install_hooks, remove_copied_hooks
 from kvselect.integrations.hf.masks import key_range_mask
 from kvselect.integrations.hf.plan import NAME, PLAN_KEY, StackPlan, unrotated_phases
 from kvselect.integrations.hf.report import Report, make_report
+from kvselect.integrations.hf.shared_prompts import SharedPrompts, share_prefixes
 from kvselect.integrations.hf.stack import (
     attention_modules,
     execution_device,
@@ -35,6 +36,7 @@ from kvselect.integrations.hf.tiered_layer import make_tiers, require_keep
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
 from kvselect.policies.base import Policy, policy_from_dict
 from kvselect.policies.eviction import EvictionPolicy
+from kvselect.prefix_plan import PrefixPlan
 
 
 class Handle:
@@ -58,6 +60,46 @@ class Handle:
     def report(self) -> Report:
         """What every layer did since `attach`; ``str()`` is a table, ``.to_dict()`` is for JSON."""
         return make_report(self.model, self._plan)
+
+    def share_prefixes(
+        self,
+        prompts: Sequence[Sequence[int] | Tensor],
+        *,
+        plan: PrefixPlan | None = None,
+        pad_token_id: int | None = None,
+        known: SharedPrompts | None = None,
+    ) -> SharedPrompts:
+        """Read what prompts begin with alike once, for ``model.generate(**shared)``.
+
+        Exact: the tokens are those of prompts read one by one. Each prefix is stored once and, in
+        every call after this one, read once for all of its rows.
+
+        Parameters
+        ----------
+        prompts : sequence of token ids, lists or 1-D tensors
+            Whole prompts, without padding; the rows of ``generate`` in this order.
+        plan : PrefixPlan or None
+            Who shares what (`kvselect.plan_prefixes` of the same prompts); None: the groups that
+            store the fewest tokens.
+        pad_token_id : int or None
+            What stands in padded places; None: the generation configuration's, else 0.
+        known : SharedPrompts or None
+            Of an earlier call, whose prefixes are used again where they are among those needed.
+
+        Returns
+        -------
+        SharedPrompts
+            A mapping of ``input_ids``, ``attention_mask`` and ``past_key_values``, for one
+            ``generate``. New tokens begin at column ``shared.num_columns`` of its result.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the policy is not `Dense`, the model has layers without full attention and a cache of
+            their own, the plan is not one of these prompts, or the model is detached.
+        """
+        require(self.attached, "handle", "a detached model", "an attached one")
+        return share_prefixes(self.model, self._plan, prompts, plan, pad_token_id, known)
 
     def verify(
         self,

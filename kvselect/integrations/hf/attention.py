@@ -17,6 +17,8 @@ from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 from kvselect.integrations.hf.head_dims import filled_up, stored_head_dim
 from kvselect.integrations.hf.masks import KeyRange
 from kvselect.integrations.hf.plan import LayerContext, LayerPlan
+from kvselect.integrations.hf.prefix_attention import attend_prefixes
+from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer
 from kvselect.integrations.hf.shared_stack import join_stack
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
@@ -125,6 +127,8 @@ def _attend(
     plan, layer = context.plan, context.layer
     stack = plan.stack
     keys = stack.mask(attention_mask)
+    if isinstance(layer, KVSelectPrefixLayer):
+        return attend_prefixes(plan, layer, query, value, keys, softmax_scale, **options)
     if isinstance(layer, AttachedLayer) and isinstance(keys, KeyRange):
         if query.shape[2] > 1 or keys.validity is not None:
             _remember_validity(layer, keys)
@@ -250,7 +254,7 @@ def _select_static(
         q = filled_up(query.transpose(1, 2), cache.head_dim)
         if plan.rotates_itself:
             rope: Rope | None = plan.stack.table(
-                plan, max(policy.capacity, cache.capacity), q.device
+                plan, max(policy.num_positions, cache.capacity), q.device
             )
             q_unrotated = None
         else:
@@ -285,7 +289,7 @@ def _attend_call(
 
     rope, q_unrotated = None, None
     if plan.rotates_itself:
-        rope = plan.stack.table(plan, max(policy.capacity, room), q.device)
+        rope = plan.stack.table(plan, max(policy.num_positions, room), q.device)
     elif filled and seqlen_q == 1:
         q_unrotated, rope = _before_rotation(plan, q, context)
     elif "prefill" in plan.needs_unrotated and not stepwise:

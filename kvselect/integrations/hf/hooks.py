@@ -25,6 +25,8 @@ from kvselect.integrations.hf.plan import (
     StackPlan,
     plan_of,
 )
+from kvselect.integrations.hf.prefix_attention import require_shareable
+from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer, require_whole_prefixes
 from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 
 
@@ -48,10 +50,14 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     allowed = f"{NAME!r} while attached; call handle.detach() first"
     require(implementation == NAME, "attn_implementation", implementation, allowed)
     _require_one_axis(plan, kwargs.get("position_ids"))
-    place = plan.cache_argument
+    names = plan.arguments
+    place = names.index("past_key_values") if "past_key_values" in names else len(names)
     positional = len(args) > place
     cache = args[place] if positional else kwargs.get("past_key_values")
     if isinstance(cache, Cache):
+        if cache.layers and isinstance(cache.layers[0], KVSelectPrefixLayer):
+            require_shareable(plan)
+            require_whole_prefixes(cache.layers[0], dict(zip(names, args)) | kwargs)
         upgrade_cache(
             cache,
             plan.sketches,
@@ -175,9 +181,7 @@ def install_hooks(
 ) -> list[RemovableHandle]:
     """Put the plans into the modules and register both hooks; the handles undo the latter."""
     names = list(inspect.signature(stack.forward).parameters)
-    plan.cache_argument = (
-        names.index("past_key_values") if "past_key_values" in names else len(names)
-    )
+    plan.arguments = tuple(names)
     stack.__dict__[PLAN_KEY] = plan
     handles = [stack.register_forward_pre_hook(stack_pre_hook, with_kwargs=True)]
     for module, layer_plan in zip(attention_modules, plan.layers):

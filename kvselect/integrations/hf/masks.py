@@ -81,7 +81,8 @@ def key_range_mask(
     q_offset : int or Tensor, 0-d
         Tokens before the first query; a device tensor for static caches.
     kv_offset : int
-        Position of the first key that the cache layer shows (sliding layers forget the rest).
+        Position of the first key that the cache layer shows: sliding layers forget the rest, and
+        `KVSelectPrefixLayer` keeps a shared prefix apart, of which a causal range says nothing.
     mask_function : callable
         The pattern; see `mask_kind`.
     attention_mask : Tensor, [batch, width], bool, or None
@@ -126,6 +127,9 @@ def key_range_mask(
             ends = end.to(torch.int32).reshape(1).expand(batch_size)
         return _pack(torch.zeros_like(ends), ends, None)
 
+    if kind == "causal" and kv_offset:  # padding lies between the prefix and a row's own tokens
+        attention_mask = attention_mask[:, kv_offset:]
+        q_offset, kv_offset = q_offset - kv_offset, 0
     width = attention_mask.shape[-1]
     # argmax says 0 for a row without a real token, which in chunked prefill may well be all padding
     # so far.

@@ -35,6 +35,32 @@ NAME = "kvselect"
 PLAN_KEY = "_kvselect_plan"
 """Where a plan sits in ``module.__dict__``."""
 
+
+@dataclass(slots=True)
+class PrefixCounts:
+    """What decode steps, and all calls, read of shared prefixes in one layer.
+
+    Attributes
+    ----------
+    num_steps : int
+        Decode steps on a cache with shared prefixes.
+    step_tokens, separate_step_tokens : int or Tensor, 0-d
+        Prefix tokens that they read, summed over KV heads, and what rows would have that do not
+        share: with a policy that selects, by lists of their own.
+    saved_tokens : int or Tensor, 0-d
+        What attended to tokens of prefixes, over all calls, was not read for.
+    held_bytes, separate_held_bytes : int
+        Of the prefixes of the last cache, and what its rows would hold with one each.
+    """
+
+    num_steps: int = 0
+    step_tokens: int | Tensor = 0
+    separate_step_tokens: int | Tensor = 0
+    saved_tokens: int | Tensor = 0
+    held_bytes: int = 0
+    separate_held_bytes: int = 0
+
+
 KEPT_MASKS = 3
 """Older masks that stay known: a forward has one per kind of layer."""
 MIN_TABLE_ROWS = 1024
@@ -97,7 +123,7 @@ class StackPlan:
     evicting_layers: frozenset[int] = frozenset()  # whose cache layer may drop tokens for good
     process_group: ProcessGroup | None = None
     thread: int = field(default_factory=threading.get_ident)  # that attaches
-    cache_argument: int = -1  # place of past_key_values among the stack's positional arguments
+    arguments: tuple[str, ...] = ()  # names of the stack's, in their order
     announced: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)  # cache layers, ever
     _masks: list[tuple[weakref.ref[Tensor], KeyRange]] = field(default_factory=list)
     _ones: tuple[Tensor, Tensor] | None = None
@@ -249,6 +275,8 @@ class LayerPlan:
         Of prefill and decode: shared by every cache that the layer meets while attached.
     audit_every : int or None
         Every so many decode steps are scored exactly.
+    prefix_counts : PrefixCounts
+        Of calls on a cache with shared prefixes.
     num_steps : int
         Decode steps so far.
     num_lists : int
@@ -290,6 +318,7 @@ class LayerPlan:
     statistics: tuple[PhaseStatistics, PhaseStatistics] = field(
         default_factory=lambda: (PhaseStatistics(), PhaseStatistics())
     )
+    prefix_counts: PrefixCounts = field(default_factory=PrefixCounts)
     audit_every: int | None = None
     num_steps: int = 0
     num_lists: int = 0

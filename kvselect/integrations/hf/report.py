@@ -58,6 +58,10 @@ class LayerReport:
         Tokens per row and KV head on the device, of the cache layer that it reads; None: all.
     residency : dict or None
         With ``keep="cpu"``: what moved, by `Residency`.
+    shared_prefix : dict or None
+        Of caches that share prefixes (`Handle.share_prefixes`): decode steps, the prefix bytes that
+        each reads and would read with a prefix per row, the bytes that the last cache's prefixes
+        take and would take.
     """
 
     index: int
@@ -80,6 +84,7 @@ class LayerReport:
     decode: dict[str, Any]
     resident_tokens: int | None = None
     residency: dict[str, Any] | None = None
+    shared_prefix: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,7 @@ class Report:
         words += _border_lines(self.layers)
         words += _audit_lines(self.layers)
         words += _tier_lines(self.layers)
+        words += _prefix_lines(self.layers)
         if self.bytes_ratio is not None:
             words.append(
                 f"bytes read against dense, all selecting layers (modelled): {self.bytes_ratio:.1%}"
@@ -195,7 +201,8 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         rope_fit_error=layer.fit_error,
         cache_layer=layer.cache_class,
         ran_dense=dict(layer.runtime_dense),
-        bytes_read=sum(phase.bytes_read(*sizes, policy.required_sketch) for phase in phases),
+        bytes_read=sum(phase.bytes_read(*sizes, policy.required_sketch) for phase in phases)
+        - 2 * layer.head_dim * layer.itemsize * float(layer.prefix_counts.saved_tokens),
         dense_bytes_read=sum(phase.dense_bytes_read(*sizes) for phase in phases),
         nonfinite_cached=0 if layer.nonfinite is None else int(layer.nonfinite.sum()),
         nonfinite_scored=sum(phase.num_nonfinite for phase in phases),
@@ -207,7 +214,24 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         decode=phases[1].to_dict(),
         resident_tokens=None if tier is None else tier.resident_tokens,
         residency=None if tier is None else tier.residency.to_dict(),
+        shared_prefix=_shared_prefix(layer),
     )
+
+
+def _shared_prefix(layer: LayerPlan) -> dict[str, float] | None:
+    """`LayerReport.shared_prefix`; None before the first call on such a cache."""
+    counts = layer.prefix_counts
+    if not counts.separate_held_bytes:
+        return None
+    per_token = 2 * layer.head_dim * layer.itemsize
+    steps = max(counts.num_steps, 1)
+    return {
+        "num_steps": counts.num_steps,
+        "bytes_per_step": per_token * float(counts.step_tokens) / steps,
+        "separate_bytes_per_step": per_token * float(counts.separate_step_tokens) / steps,
+        "held_bytes": counts.held_bytes,
+        "separate_held_bytes": counts.separate_held_bytes,
+    }
 
 
 def _note(layer: LayerPlan) -> str | None:
@@ -258,6 +282,26 @@ def _audit_lines(layers: tuple[LayerReport, ...]) -> list[str]:
                 f"mass {audit['mass']:.1%} against {audit['exact_mass']:.1%}"
             )
     return lines
+
+
+def _prefix_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line if prefixes were shared: what a decode step reads of them, and what they take."""
+    found = [layer.shared_prefix for layer in layers if layer.shared_prefix is not None]
+    if not found:
+        return []
+    read, apart, held, separate = (
+        sum(layer[name] for layer in found)
+        for name in (
+            "bytes_per_step",
+            "separate_bytes_per_step",
+            "held_bytes",
+            "separate_held_bytes",
+        )
+    )
+    line = f"shared prefixes hold {held / 1e6:.2f} MB, {separate / held:.2f} times less than apart"
+    if read:
+        line += f"; a decode step reads {read / 1e6:.2f} MB of them, {apart / read:.2f} times less"
+    return [line]
 
 
 def _tier_lines(layers: tuple[LayerReport, ...]) -> list[str]:
