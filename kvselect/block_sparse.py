@@ -21,6 +21,9 @@ __all__ = ["BLOCK_SIZES", "block_mass", "block_sparse_attention"]
 
 BLOCK_SIZES = (16, 32, 64, 128)  # [tokens] of a q block and of a KV block, as the kernels have them
 
+IMPLEMENTATIONS = ("auto", "sm90a")
+_IMPLEMENTATION_NAMES = ", ".join(map(repr, IMPLEMENTATIONS))
+
 
 def block_sparse_attention(
     q: Tensor,
@@ -35,6 +38,7 @@ def block_sparse_attention(
     softcap: float | None = None,
     seqlens_q: Tensor | None = None,
     cache_seqlens: Tensor | None = None,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of each block of queries over the KV blocks that a mask keeps for it.
 
@@ -68,7 +72,12 @@ def block_sparse_attention(
         Given, a logit ``x`` becomes ``softcap * tanh(x / softcap)``.
     seqlens_q, cache_seqlens : Tensor, [batch], int32, or None
         Queries and keys of each row, the first ones of ``q`` and ``k``; None: all. What lies behind
-        is not read.
+        does not matter.
+    implementation : str
+        "auto": on the CPU what `set_cpu_implementation` says, on a GPU the kernel for all of them.
+        "sm90a": Hopper's own instructions, for GPUs of architecture 9.0 and builds for 90a; float16
+        and bfloat16, head_dim 64 to 256, ``q_block_size`` 64 or 128, rows of ``q`` at multiples of
+        16 bytes. It compiles and has not run on a GPU, so "auto" never takes it.
 
     Returns
     -------
@@ -78,8 +87,9 @@ def block_sparse_attention(
     Raises
     ------
     ValueError, TypeError
-        If shapes, dtypes or devices do not agree, a block size is not among those of the kernel, or
-        a block index lies outside the keys. On a GPU indices, offsets and lengths are not read by
+        If shapes, dtypes or devices do not agree, a block size is not among those of the kernel, a
+        block index lies outside the keys, or the implementation does not take this or does not
+        exist here. On a GPU indices, offsets and lengths are not read by
         the host: what lies outside is left out.
 
     Notes
@@ -87,6 +97,10 @@ def block_sparse_attention(
     Cost: ``4 * head_dim`` flops per query and kept token; compute-bound.
     """
     _require_grid(q, k, q_block_size, kv_block_size, causal, seqlens_q, cache_seqlens)
+    require_type(implementation, str, "implementation", _IMPLEMENTATION_NAMES)
+    require(
+        implementation in IMPLEMENTATIONS, "implementation", implementation, _IMPLEMENTATION_NAMES
+    )
     require_tensor(v, "v", tuple(k.shape), (k.dtype,), k.device)
     _require_no_grad(v, "v")
     scale, cap = require_softmax_scale(softmax_scale, q.shape[3]), require_softcap(softcap)
@@ -106,6 +120,7 @@ def block_sparse_attention(
         causal,
         scale,
         cap,
+        implementation,
     )
     return out, lse
 

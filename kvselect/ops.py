@@ -238,6 +238,7 @@ def _block_sparse_attention(
     causal: bool,
     softmax_scale: float,
     softcap: float = 0.0,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 

@@ -1,6 +1,7 @@
 """Registers, spills and shared memory of every CUDA kernel, as ptxas reports them.
 
-A spill fails, but in the kernels that COLD names.
+A spill fails, but in the kernels that COLD names; so does a product of a warpgroup that ptxas
+could not leave under way (its notes C7508 to C7520 say that products "are serialized").
 
 Two uses, both by `make cuda-check`:
 
@@ -20,6 +21,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+SERIALIZED = "are serialized"
 SUFFIX = ".ptxas"
 
 # Kernels that may spill, by the start of their readable name, and why that is no loss that counts.
@@ -134,6 +136,11 @@ def report(folder: Path) -> int:
                 f"{'spills' if why else 'SPILLS'} {names[u.kernel]} on {u.architecture}: "
                 f"{u.spill_bytes} bytes, stack {u.stack_bytes}{f' (allowed: {why})' if why else ''}"
             )
+    for log in sorted(folder.rglob(f"*{SUFFIX}")):
+        serialized = [line for line in log.read_text().splitlines() if SERIALIZED in line]
+        failures += len(serialized)
+        for line in serialized:
+            print(f"SERIALIZED {log.name}: {line}")
     return 1 if failures else 0
 
 

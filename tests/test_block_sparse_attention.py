@@ -294,6 +294,13 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"block_mask: got block -2, allowed: -1\.\.2 \(-1: none\)",
     ),
+    ({"implementation": 1}, TypeError, "implementation: got int 1, allowed: 'auto', 'sm90a'"),
+    ({"implementation": "mma"}, ValueError, "implementation: got 'mma', allowed: 'auto', 'sm90a'"),
+    (
+        {"implementation": "sm90a"},
+        ValueError,
+        "implementation: got 'sm90a' with tensors on the CPU, allowed: 'auto'",
+    ),
     ({"block_mask": (1, 2, 3)}, ValueError, r"block_mask: got 3, allowed: '?\(row_offsets, ind"),
     ({"block_mask": csr(length=16)}, ValueError, r"row_offsets: got shape \(16,\), allowed: \[17"),
     ({"block_mask": csr(last=3)}, ValueError, r"row_offsets: got 0\.\.3, allowed: 0\.\.2"),

@@ -285,20 +285,34 @@ def test_a_cuda_op_is_bound_emulated_and_described(op: str) -> None:
     assert "## CUDA" in page
 
 
-def test_instructions_by_name_have_host_twins() -> None:
-    """ptx.cuh is the one file with assembly, and the emulation defines the same functions."""
-    twin = ROOT / "tests" / "cpp" / "cuda_emulation" / "cuda" / "device" / "ptx.cuh"
+@pytest.mark.parametrize("header", ["ptx.cuh", "hopper_ptx.cuh"])
+def test_instructions_by_name_have_host_twins(header: str) -> None:
+    """Assembly lies in two files, and the emulation defines the same functions."""
+    twin = ROOT / "tests" / "cpp" / "cuda_emulation" / "cuda" / "device" / header
     names = [
         set(re.findall(r"^(?:__device__ __forceinline__|inline) [\w* ]+?(\w+)\(", text, re.M))
         for text in (
-            (CSRC / "cuda" / "device" / "ptx.cuh").read_text(encoding="utf-8"),
+            (CSRC / "cuda" / "device" / header).read_text(encoding="utf-8"),
             twin.read_text(encoding="utf-8"),
         )
     ]
     assert len(names[0]) > 10 and names[0] <= names[1]
     for path in (CSRC / "cuda").rglob("*.cu*"):
         text = path.read_text(encoding="utf-8")
-        assert path.name == "ptx.cuh" or not re.search(r"\basm\b|<<<|__CUDA_ARCH__", text), path
+        assert path.name in ("ptx.cuh", "hopper_ptx.cuh") or not re.search(
+            r"\basm\b|<<<|__CUDA_ARCH__", text
+        ), path
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CSRC / "cuda" / "sm90a").glob("*.cu")), ids=lambda path: str(path.stem)
+)
+def test_an_op_in_hoppers_instructions_is_emulated_and_has_a_kernel_for_the_rest(path: Path) -> None:
+    assert path.stem in CUDA_OPS
+    emulated = ROOT / "tests" / "cpp" / f"emulated_{path.stem}_sm90a.cpp"
+    assert f'#include "cuda/sm90a/{path.name}"' in emulated.read_text(encoding="utf-8")
+    header = (CSRC / "include" / "kvselect" / f"{path.stem}.h").read_text(encoding="utf-8")
+    assert f"void {path.stem}_sm90a(const " in header
 
 
 def test_files_are_named_after_what_they_hold() -> None:

@@ -43,8 +43,8 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def(
         "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask, "
         "Tensor? row_offsets, Tensor? seqlens_q, Tensor? cache_seqlens, int q_block_size, "
-        "int kv_block_size, bool causal, float softmax_scale, float softcap=0.0) -> (Tensor out, "
-        "Tensor lse)");
+        "int kv_block_size, bool causal, float softmax_scale, float softcap=0.0, "
+        "str implementation='auto') -> (Tensor out, Tensor lse)");
     m.def(
         "block_mass(Tensor q, Tensor k, Tensor? lse, Tensor? seqlens_q, Tensor? cache_seqlens, "
         "int q_block_size, int kv_block_size, bool causal, int row_stride, float softmax_scale, "

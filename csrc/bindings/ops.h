@@ -44,10 +44,13 @@ Tensor recovered_mass(Tensor q, Tensor k_cache, OptionalTensor block_table, Tens
                       OptionalTensor q_block_offsets, double softmax_scale, int64_t max_seqlen_k,
                       double softcap);
 
-std::tuple<Tensor, Tensor> block_sparse_attention(
-    Tensor q, Tensor k, Tensor v, Tensor block_mask, OptionalTensor row_offsets,
-    OptionalTensor seqlens_q, OptionalTensor cache_seqlens, int64_t q_block_size,
-    int64_t kv_block_size, bool causal, double softmax_scale, double softcap);
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask,
+                                                  OptionalTensor row_offsets,
+                                                  OptionalTensor seqlens_q,
+                                                  OptionalTensor cache_seqlens,
+                                                  int64_t q_block_size, int64_t kv_block_size,
+                                                  bool causal, double softmax_scale, double softcap,
+                                                  StringArg implementation);
 
 Tensor block_mass(Tensor q, Tensor k, OptionalTensor lse, OptionalTensor seqlens_q,
                   OptionalTensor cache_seqlens, int64_t q_block_size, int64_t kv_block_size,

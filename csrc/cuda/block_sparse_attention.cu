@@ -15,7 +15,8 @@
 //          read, with the longest. Heads of a group are neighbours: they find keys in L2.
 #include "kvselect/block_sparse_attention.h"
 
-#include "cuda/device/block_tiles.cuh"
+#include "cuda/device/kept_blocks.cuh"
+#include "cuda/device/longest_first.cuh"
 #include "cuda/device/soft_cap.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
@@ -30,66 +31,15 @@ struct Schedule {
     bool aligned_queries;  // they can be loaded 16 bytes at a time
 };
 
-constexpr int kOrderThreads = 1024, kLengthClasses = 256, kItemsPerThread = 4;
-// Beyond this one thread block would take longer to order items than the order saves.
-constexpr int64_t kMostOrderedItems = int64_t{1} << 18;
-
-// Items of CSR masks by falling number of kept blocks, in classes of about equal length. Which of a
-// class comes first is left to chance; results do not depend on it.
+// Items of CSR masks by falling number of kept blocks; results do not depend on the order.
 __global__ void __launch_bounds__(kOrderThreads)
     order_items_kernel(const int64_t* row_offsets, int num_items, int longest, int32_t* order) {
     __shared__ int ends[kLengthClasses];
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
-    const int thread = static_cast<int>(threadIdx.x);
-    const auto class_of = [&](int item) {  // 0: the longest
-        const int64_t length = row_offsets[item + 1] - row_offsets[item];
-        const int64_t own = length < 0 ? 0 : (length < longest ? length : longest);
-        return kLengthClasses - 1 - static_cast<int>(own * (kLengthClasses - 1) / longest);
-    };
-    const auto for_each = [&](const auto& use) {  // several at once: they wait for memory together
-        for (int begin = thread; begin < num_items; begin += kItemsPerThread * kOrderThreads) {
-            int found[kItemsPerThread];
-#pragma unroll
-            for (int i = 0; i < kItemsPerThread; ++i) {
-                const int item = begin + i * kOrderThreads;
-                found[i] = item < num_items ? class_of(item) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < kItemsPerThread; ++i)
-                if (begin + i * kOrderThreads < num_items) use(begin + i * kOrderThreads, found[i]);
-        }
-    };
-    if (thread < kLengthClasses) ends[thread] = 0;
-    __syncthreads();
-    for_each([&](int, int found) { atomicAdd(&ends[found], 1); });
-    __syncthreads();
-    if (thread < kWarpSize) {  // counts become the places of the first of each class
-        constexpr int kEach = kLengthClasses / kWarpSize;
-        int own = 0;
-        for (int i = 0; i < kEach; ++i) own += ends[thread * kEach + i];
-        int before = own;
-        for (int step = 1; step < kWarpSize; step *= 2) {
-            const int other = __shfl_up_sync(kAllLanes, before, static_cast<unsigned>(step));
-            if (thread >= step) before += other;
-        }
-        before -= own;
-        for (int i = 0; i < kEach; ++i) {
-            const int count = ends[thread * kEach + i];
-            ends[thread * kEach + i] = before;
-            before += count;
-        }
-    }
-    __syncthreads();
-    for_each([&](int item, int found) { order[atomicAdd(&ends[found], 1)] = item; });
+    order_longest_first([&](int item) { return row_offsets[item + 1] - row_offsets[item]; },
+                        num_items, longest, ends, order);
 }
-
-struct Work {
-    int item;  // (row, q head, q block)
-    int block;
-    int begin, size;  // queries of the thread block
-    BlockQueries queries;
-};
 
 __device__ __forceinline__ Work find_work(const BlockGrid& g, const Schedule& schedule) {
     Work w;
@@ -120,47 +70,6 @@ __device__ __forceinline__ Work find_work(const BlockGrid& g, const Schedule& sc
 
 // --- what a mask keeps
 
-constexpr int kWindowWords = 128, kWindowBlocks = 32 * kWindowWords;
-
-// Marks which of the item's KV blocks from `window` on are kept, a bit each; by all threads.
-__device__ __forceinline__ void mark_window(const BlockMask& mask, const Work& work, int kv_blocks,
-                                            int window, uint32_t* bits) {
-    const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-    const int rest = kv_blocks - window, count = rest < kWindowBlocks ? rest : kWindowBlocks;
-    const int words = (count + 31) / 32;
-    const int64_t at = work.queries.row * mask.strides[0] + work.queries.head * mask.strides[1] +
-                       work.block * mask.strides[2];
-    __syncthreads();  // nobody reads the one before any more
-    if (mask.form == MaskForm::kDense) {
-        const uint8_t* kept = mask.dense + at + window * mask.strides[3];
-        const int lane = thread % kWarpSize;
-        for (int i = thread / kWarpSize; i < words; i += threads / kWarpSize) {
-            const int block = 32 * i + lane;
-            const bool is_kept = block < count && kept[block * mask.strides[3]] != 0;
-            const unsigned word = __ballot_sync(kAllLanes, is_kept);
-            if (lane == 0) bits[i] = word;
-        }
-    } else {
-        for (int i = thread; i < words; i += threads) bits[i] = 0;
-        __syncthreads();
-        // Entries that are no block, and offsets outside the list, are not the host's to find.
-        const bool csr = mask.form == MaskForm::kCsr;
-        const auto clipped = [&](int64_t offset) {
-            return offset < 0 ? 0 : (offset < mask.width ? offset : mask.width);
-        };
-        const int64_t begin = csr ? clipped(mask.row_offsets[work.item]) : 0;
-        const int64_t end = csr ? clipped(mask.row_offsets[work.item + 1]) : mask.width;
-        const int32_t* list = mask.indices + (csr ? 0 : at);
-        const int64_t step = csr ? 1 : mask.strides[3];
-        for (int64_t i = begin + thread; i < end; i += threads) {
-            const int64_t block = int64_t{list[i * step]} - window;
-            if (block >= 0 && block < count)
-                atomicOr(&bits[block / 32], 1u << static_cast<unsigned>(block % 32));
-        }
-    }
-    __syncthreads();
-}
-
 // Walks the kept tokens of `work`, ascending. Every thread walks for itself; all come to every call
 // together. What they have in common lies in shared memory: registers are scarce.
 class KeptSpans {
@@ -174,7 +83,7 @@ public:
             while (word_ == 0) {
                 if (32 * index_ >= kv_blocks) return kNowhere;
                 if (index_ % kWindowWords == 0)
-                    mark_window(mask, work, kv_blocks, 32 * index_, bits);
+                    mark_window<BlockTeam>(mask, work, kv_blocks, 32 * index_, bits);
                 word_ = bits[index_++ % kWindowWords];
             }
             position_ = (32 * index_ - 33 + __ffs(static_cast<int>(word_))) * size;

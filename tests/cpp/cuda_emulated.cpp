@@ -1,5 +1,7 @@
 #include "cuda_emulated.h"
 
+#include <cuda_runtime.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -90,6 +92,15 @@ void block_sparse_attention(const BlockSparseAttentionParams& p, int64_t begin, 
     cuda::block_sparse_attention(p, workspace.data(), kLaunch);
 }
 
+void block_sparse_attention_sm90a(const BlockSparseAttentionParams& p, int64_t, int64_t end,
+                                  float*) {
+    if (end != p.grid.batch * p.grid.num_q_heads * p.grid.num_q_blocks()) return;
+    const PlayedDevice sm90({9, 0, 2, (227 << 10) - (4 << 10)});  // less what the kernel declares
+    cuda::require_block_sparse_attention_sm90a(p);
+    std::vector<uint8_t> workspace(cuda::block_sparse_attention_sm90a_workspace_bytes(p), 0xff);
+    cuda::block_sparse_attention_sm90a(p, workspace.data(), kLaunch);
+}
+
 void block_mass(const BlockMassParams& p, int64_t begin, int64_t end, float* scratch) {
     if (p.grid.head_dim > kMostChannels) return kScalar.block_mass(p, begin, end, scratch);
     if (end == p.grid.batch * p.grid.num_q_heads * p.grid.num_q_blocks())
@@ -112,6 +123,16 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.select_tokens = select_tokens;
         table.selection_cache_step = selection_cache_step;
         table.recovered_mass = recovered_mass;
+        return table;
+    }();
+    return implementation;
+}
+
+const cpu::Implementation& cuda_emulated_sm90a_implementation() {
+    static const cpu::Implementation implementation = [] {
+        cpu::Implementation table = cpu::scalar_implementation();
+        table.name = "cuda sm90a";
+        table.block_sparse_attention = block_sparse_attention_sm90a;
         return table;
     }();
     return implementation;

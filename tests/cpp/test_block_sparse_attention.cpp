@@ -2,6 +2,7 @@
 
 #include "block_inputs.h"
 #include "check.h"
+#include "cuda_emulated.h"
 
 using namespace kvselect;
 using namespace kvselect::test;
@@ -88,10 +89,12 @@ TEST(block_sparse_attention_of_groups_and_long_rows) {
     }
 }
 
+namespace {
 // A value that is not finite shows to those who see it and to nobody else.
-TEST(block_sparse_attention_keeps_bad_values_to_those_who_see_them) {
+void expect_bad_values_where_they_are_seen(const cpu::Implementation& ops,
+                                           const std::vector<DType>& dtypes) {
     constexpr int64_t kChannel = 3, kBlock = 16;
-    for (DType dtype : kDTypes)
+    for (DType dtype : dtypes)
         for (float bad : {NAN, INFINITY}) {
             BlockInputs in(dtype, 64, 128, kBlock, true);
             const BlockGrid& g = in.grid;
@@ -123,6 +126,11 @@ TEST(block_sparse_attention_keeps_bad_values_to_those_who_see_them) {
                     }
             EXPECT(shown > 0);
         }
+}
+}  // namespace
+
+TEST(block_sparse_attention_keeps_bad_values_to_those_who_see_them) {
+    expect_bad_values_where_they_are_seen(ops, {std::begin(kDTypes), std::end(kDTypes)});
 }
 
 // More KV blocks than any kernel marks at once; lists with entries that are no blocks.
@@ -187,4 +195,41 @@ TEST(block_sparse_attention_caps_logits) {
     BlockInputs in(DType::kFloat32, 64, 64, 64, true);
     in.grid.softcap = 1.5f;
     expect_attention(ops, in, in.dense());
+}
+
+// --- sm_90a's own kernel: copies, barriers and products of the warpgroups as host twins
+
+namespace {
+constexpr emulation::Order kOrders[] = {emulation::Order::kForwards, emulation::Order::kBackwards,
+                                        emulation::Order::kShuffled};
+}
+
+TEST_ONCE(block_sparse_attention_sm90a_equals_plain_loops) {
+    const cpu::Implementation& ops = cuda_emulated_sm90a_implementation();
+    int64_t number = 0;
+    for (int64_t head_dim : {64, 80, 128, 256})
+        for (int64_t q_block_size : {64, 128})
+            for (int64_t kv_block_size : {16, 64, 128}) {
+                emulation::set_order(kOrders[number % 3]);
+                const DType dtype = number % 2 ? DType::kFloat16 : DType::kBFloat16;
+                BlockInputs in(dtype, head_dim, q_block_size, kv_block_size, number % 5 < 3, 1);
+                if (number % 4 == 3) in.grid.softcap = 1.5f;
+                const BlockMask masks[] = {in.dense(), in.lists(), in.csr()};
+                expect_attention(ops, in, masks[number++ / 2 % 3]);
+            }
+    emulation::set_order(emulation::Order::kForwards);
+}
+
+TEST_ONCE(block_sparse_attention_sm90a_of_groups) {
+    emulation::set_order(emulation::Order::kShuffled);
+    BlockInputs in(DType::kBFloat16, 64, 64, 64, true, 7);
+    expect_attention(cuda_emulated_sm90a_implementation(), in, in.csr());
+    emulation::set_order(emulation::Order::kForwards);
+}
+
+TEST_ONCE(block_sparse_attention_sm90a_keeps_bad_values_to_those_who_see_them) {
+    emulation::set_order(emulation::Order::kBackwards);
+    expect_bad_values_where_they_are_seen(cuda_emulated_sm90a_implementation(),
+                                          {DType::kFloat16, DType::kBFloat16});
+    emulation::set_order(emulation::Order::kForwards);
 }

@@ -68,10 +68,13 @@ Tensor selection_cache_step(Tensor q, Tensor cache_seqlens, OptionalTensor start
                             int64_t max_age, int64_t dense_limit, Tensor anchor_query, Tensor age,
                             Tensor expected_seqlens, Tensor known_nonfinite, Tensor reuse_counts);
 
-std::tuple<Tensor, Tensor> block_sparse_attention(
-    Tensor q, Tensor k, Tensor v, Tensor block_mask, OptionalTensor row_offsets,
-    OptionalTensor seqlens_q, OptionalTensor cache_seqlens, int64_t q_block_size,
-    int64_t kv_block_size, bool causal, double softmax_scale, double softcap);
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask,
+                                                  OptionalTensor row_offsets,
+                                                  OptionalTensor seqlens_q,
+                                                  OptionalTensor cache_seqlens,
+                                                  int64_t q_block_size, int64_t kv_block_size,
+                                                  bool causal, double softmax_scale, double softcap,
+                                                  StringArg implementation);
 
 Tensor block_mass(Tensor q, Tensor k, OptionalTensor lse, OptionalTensor seqlens_q,
                   OptionalTensor cache_seqlens, int64_t q_block_size, int64_t kv_block_size,

@@ -28,10 +28,11 @@ constexpr int64_t kMaxGridX = 0x7fffffff, kMaxGridY = 65535;
 constexpr int64_t kMaxStaticSharedBytes = int64_t{1} << 10;
 constexpr int64_t kMaxDynamicSharedBytes = (int64_t{99} << 10) - kMaxStaticSharedBytes;
 
-// grid.x = x, grid.y = y; a grid of nothing is not launched.
+// grid.x = x, grid.y = y; a grid of nothing is not launched. shared_limit: the most that this
+// kernel is ever launched with.
 template <typename... Params, typename... Args>
-void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64_t y, int threads,
-            int64_t shared_bytes, const Args&... args) {
+void launch_with(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64_t y,
+                 int threads, int64_t shared_bytes, int64_t shared_limit, const Args&... args) {
     if (x == 0 || y == 0) return;
     KVS_CHECK(x <= kMaxGridX && y <= kMaxGridY, "grid: got ", x, " x ", y, ", allowed: at most ",
               kMaxGridX, " x ", kMaxGridY, " (rows, blocks of queries and heads of one call)");
@@ -39,7 +40,7 @@ void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64
     // no thread of the host lowers it for another that launches the same kernel.
     if (shared_bytes > 0)
         KVS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(kMaxDynamicSharedBytes)));
+                                            static_cast<int>(shared_limit)));
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -52,6 +53,13 @@ void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64
     config.numAttrs = where.overlap ? 1 : 0;
     KVS_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
     KVS_CUDA_CHECK(cudaGetLastError());
+}
+
+// With shared memory that every GPU has.
+template <typename... Params, typename... Args>
+void launch(const CudaLaunch& where, void (*kernel)(Params...), int64_t x, int64_t y, int threads,
+            int64_t shared_bytes, const Args&... args) {
+    launch_with(where, kernel, x, y, threads, shared_bytes, kMaxDynamicSharedBytes, args...);
 }
 
 KVS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -32,6 +32,14 @@ namespace cuda {
 int64_t block_sparse_attention_workspace_bytes(const BlockSparseAttentionParams&);
 // All items.
 void block_sparse_attention(const BlockSparseAttentionParams&, void* workspace, const CudaLaunch&);
+
+// The same by sm_90a's own instructions, in builds for 90a only: 16-bit elements, head_dim 64 to
+// 256, q blocks of 64 or 128; the require_ says what is not among that. It compiles and has not run
+// on a GPU.
+void require_block_sparse_attention_sm90a(const BlockSparseAttentionParams&);
+int64_t block_sparse_attention_sm90a_workspace_bytes(const BlockSparseAttentionParams&);
+void block_sparse_attention_sm90a(const BlockSparseAttentionParams&, void* workspace,
+                                  const CudaLaunch&);
 }  // namespace cuda
 
 }  // namespace kvselect

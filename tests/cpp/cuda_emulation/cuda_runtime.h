@@ -147,6 +147,12 @@ struct cudaLaunchConfig_t {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor
+};
+
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t num_bytes, cudaStream_t) {
@@ -158,15 +164,32 @@ namespace kvselect::emulation {
 constexpr size_t kStaticSharedBytes = 1 << 10;
 constexpr size_t kUnaskedSharedBytes = (48 << 10) - kStaticSharedBytes;
 constexpr size_t kMostSharedBytes = (99 << 10) - kStaticSharedBytes;
+// Of the GPU that is played, which is a small one; one of sm_90 has more and its own instructions.
+struct Device {
+    int major = 8, minor = 6, num_sms = 2;
+    size_t shared_bytes = kMostSharedBytes;
+};
+inline Device device;
 inline std::map<const void*, size_t>& shared_limits() {
     static std::map<const void*, size_t> of_kernel;
     return of_kernel;
 }
 }  // namespace kvselect::emulation
+inline cudaError_t cudaGetDevice(int* index) {
+    *index = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+    const kvselect::emulation::Device& device = kvselect::emulation::device;
+    *value = which == cudaDevAttrMultiProcessorCount      ? device.num_sms
+             : which == cudaDevAttrComputeCapabilityMajor ? device.major
+                                                          : device.minor;
+    return cudaSuccess;
+}
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
     using namespace kvselect::emulation;
-    if (value < 0 || static_cast<size_t>(value) > kMostSharedBytes) return cudaErrorInvalidValue;
+    if (value < 0 || static_cast<size_t>(value) > device.shared_bytes) return cudaErrorInvalidValue;
     shared_limits()[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
     return cudaSuccess;
 }

@@ -83,7 +83,7 @@ void make_context(Context* context, char* stack, void (*entry)()) {
 }
 #endif
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };
+enum class State { kReady, kAtWarp, kAtBlock, kPolling, kDone };
 
 struct Fibre {
     Context context;
@@ -92,6 +92,7 @@ struct Fibre {
     State state = State::kReady;
     Index3 index;
     const char* meets_at = "";
+    const std::function<bool()>* until = nullptr;    // kPolling
     alignas(16) unsigned char slots[2][kSlotBytes];  // of this collective and the one before
     unsigned turn = 0;
 };
@@ -108,6 +109,8 @@ struct Scheduler {
     std::vector<unsigned> warp_order, lane_order;  // of the running block
     Order order = Order::kForwards;
     uint64_t seed = 1;
+    unsigned long block_number = 0;
+    std::vector<std::function<void()>> later;
     std::exception_ptr error;  // thrown by a thread of the running block
 };
 Scheduler scheduler;
@@ -155,15 +158,17 @@ void resume(unsigned thread) {
     end_switch(scheduler.fake_stack, nullptr, nullptr);
 }
 
+unsigned random_below(unsigned count) {
+    scheduler.seed = scheduler.seed * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<unsigned>((scheduler.seed >> 33) % count);
+}
+
 std::vector<unsigned> turns(unsigned count) {
     std::vector<unsigned> out(count);
     std::iota(out.begin(), out.end(), 0u);
     if (scheduler.order == Order::kBackwards) std::reverse(out.begin(), out.end());
     if (scheduler.order == Order::kShuffled)
-        for (unsigned i = count; i > 1; --i) {
-            scheduler.seed = scheduler.seed * 6364136223846793005u + 1442695040888963407u;
-            std::swap(out[i - 1], out[(scheduler.seed >> 33) % i]);
-        }
+        for (unsigned i = count; i > 1; --i) std::swap(out[i - 1], out[random_below(i)]);
     return out;
 }
 
@@ -188,6 +193,24 @@ bool release_warp(unsigned warp) {
     return true;
 }
 
+bool can_run(Fibre& fibre) {
+    if (fibre.state == State::kPolling && (*fibre.until)()) fibre.state = State::kReady;
+    return fibre.state == State::kReady;
+}
+
+// One of what was put off, if there is any.
+bool do_one() {
+    auto& later = scheduler.later;
+    if (later.empty()) return false;
+    const size_t chosen = scheduler.order == Order::kShuffled
+                              ? random_below(static_cast<unsigned>(later.size()))
+                              : later.size() - 1;
+    const std::function<void()> action = std::move(later[chosen]);
+    later.erase(later.begin() + static_cast<std::ptrdiff_t>(chosen));
+    action();
+    return true;
+}
+
 bool all_are(State state) {
     for (unsigned i = 0; i < scheduler.num_threads; ++i)
         if (scheduler.fibres[i]->state != state) return false;
@@ -205,7 +228,7 @@ void run_block() {
                                lanes = std::min(kWarpThreads, scheduler.num_threads - begin);
                 bool ran = false;
                 for (unsigned lane : scheduler.lane_order)
-                    if (lane < lanes && scheduler.fibres[begin + lane]->state == State::kReady) {
+                    if (lane < lanes && can_run(*scheduler.fibres[begin + lane])) {
                         resume(begin + lane);
                         if (scheduler.error)
                             std::rethrow_exception(std::exchange(scheduler.error, nullptr));
@@ -215,11 +238,16 @@ void run_block() {
                 if (!release_warp(warp) && !ran) break;
             }
         }
-        if (all_are(State::kDone)) return;
+        if (all_are(State::kDone)) {
+            if (!scheduler.later.empty())
+                hang("copies are under way into the memory of a block that is over", 0);
+            return;
+        }
+        if (scheduler.order == Order::kShuffled && random_below(4) == 0) went_on |= do_one();
         if (all_are(State::kAtBlock)) {
             for (unsigned i = 0; i < scheduler.num_threads; ++i)
                 scheduler.fibres[i]->state = State::kReady;
-        } else if (!went_on) {
+        } else if (!went_on && !do_one()) {
             hang("some threads wait where others never come", 0);
         }
     }
@@ -228,6 +256,23 @@ void run_block() {
 }  // namespace
 
 void set_order(Order order) { scheduler.order = order; }
+Order order() { return scheduler.order; }
+unsigned long block_number() { return scheduler.block_number; }
+
+void wait_until(const std::function<bool()>& done) {
+    if (done()) return;
+    Fibre& self = fibre();
+    self.until = &done;
+    self.state = State::kPolling;
+    back_to_scheduler(false);
+}
+
+void do_later(std::function<void()> action) {
+    if (scheduler.order == Order::kForwards)
+        action();
+    else
+        scheduler.later.push_back(std::move(action));
+}
 
 void run_grid(Size3 grid, Size3 block, size_t dynamic_shared_bytes,
               const std::function<void()>& body) {
@@ -242,6 +287,8 @@ void run_grid(Size3 grid, Size3 block, size_t dynamic_shared_bytes,
         blockIdx = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
         s.shared.assign(dynamic_shared_bytes + 128, 0xff);
         s.shared.shrink_to_fit();
+        s.later.clear();  // of a block that failed
+        ++s.block_number;
         for (unsigned i = 0; i < s.num_threads; ++i) {
             Fibre& f = *s.fibres[i];
             f.state = State::kReady;

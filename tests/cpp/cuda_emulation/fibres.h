@@ -28,6 +28,8 @@ constexpr size_t kSlotBytes = 64;
 enum class Order { kForwards, kBackwards, kShuffled };
 void set_order(Order order);
 
+Order order();
+
 // Runs body() once per thread of the grid. Throws std::logic_error where a GPU would hang: a
 // barrier that some threads never reach, or a warp whose lanes meet at different collectives.
 // Dynamic shared memory starts as 0xff bytes, which are NaN in every float format.
@@ -42,6 +44,13 @@ void wait_for_block();
 // its next collective; `what` names the collective, which must be the same in all lanes.
 void meet_warp(const char* what, const void* data = nullptr, size_t bytes = 0);
 const void* lane_slot(unsigned lane);
+
+// Waits until done() says so; it is asked again and again.
+void wait_until(const std::function<bool()>& done);
+// What a unit beside the threads does, some time later: at once in kForwards, not before all
+// threads wait in kBackwards. All of it is done before the block may end.
+void do_later(std::function<void()> action);
+unsigned long block_number();  // of all blocks that ever ran
 
 }  // namespace kvselect::emulation
 

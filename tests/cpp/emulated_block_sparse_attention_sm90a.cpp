@@ -1,0 +1,1 @@
+#include "cuda/sm90a/block_sparse_attention.cu"
