@@ -40,6 +40,7 @@ FLOORS = (
         "score",
         "selection",
         "selection_cache",
+        "engine_selection_cache",
         "tiered_cache",
     },
     {"policies"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from functools import cache
@@ -26,6 +27,7 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 # Prefill cut elsewhere (chunks, hits, recompute) selects for other blocks of queries; dense prefill
 # does not depend on where it is cut.
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+REUSING = kvselect.TokenSelect(**SMALL, dense_prefill=True, similarity_threshold=0.6, max_age=6)
 DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
@@ -164,6 +166,50 @@ def test_preempted_requests_start_again() -> None:
     assert got == attached(UNCUT, asked, new_tokens=24)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        REUSING,
+        dataclasses.replace(REUSING, dense_prefill=False, positions="compact"),
+        dataclasses.replace(REUSING, scope="layer", similarity_on="rotated"),
+    ],
+    ids=["original", "compact", "layer-rotated"],
+)
+def test_lists_are_reused_as_under_attach(policy: Policy) -> None:
+    asked, hits = ASKED[6:], list[int]()
+    wanted = attached(policy, asked, new_tokens=24, hits=hits)
+    whole = policy.dense_prefill
+    options = {"max_num_batched_tokens": 512, "max_num_seqs": 6} if whole else {}
+    with engine(policy, **options) as running:  # requests come and go: rows move
+        assert running.generate(asked, new_tokens=24) == wanted
+        counts = [layer._served.state.decode for layer in running.layers]
+        assert sum(count.num_hits for count in counts) == sum(hits)
+        assert all(0 < count.num_hits for count in counts)
+        assert all(0 < count.num_misses for count in counts)
+
+
+def test_preempted_requests_select_anew() -> None:
+    """They reuse what was selected since, never what another request left in their blocks."""
+    asked, hits = prompts((250, 380, 254, 383, 300, 511, 253, 640)), list[int]()
+    wanted = attached(REUSING, asked, new_tokens=24, hits=hits)
+    options = {"max_model_len": 1024, "num_gpu_blocks_override": 22}
+    with engine(REUSING, **options) as running:
+        answered: dict[str, int] = {}  # by preempted requests, when they first were
+        preempt = running.scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **more: Any) -> Any:
+            answered.setdefault(request.request_id.split("-")[0], request.num_output_tokens)
+            return preempt(request, *args, **more)
+
+        running.scheduler._preempt_request = count
+        got = running.generate(asked, new_tokens=24)
+        counts = [layer._served.state.decode for layer in running.layers]
+        assert answered and 0 < sum(count.num_hits for count in counts) < sum(hits)
+    for index, (tokens, right) in enumerate(zip(got, wanted)):
+        exact = answered.get(str(index), 24)
+        assert tokens[:exact] == right[:exact], index
+
+
 def test_prefix_hits_find_their_sketch() -> None:
     long, short = prompts((2047, 700))
     asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
@@ -209,6 +255,88 @@ def test_aborted_requests_leave_nothing_behind() -> None:
                 assert tokens == expected(UNCUT)[int(request)]
 
 
+# ---- other dtypes, other layers
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str) -> None:
+    """A budget that covers everything gives vLLM's answers; lists of a part still find them."""
+    asked = ASKED[8:]
+    with engine(None, dtype=dtype) as running:
+        own = running.generate(asked, new_tokens=3)
+    found = {}
+    for policy in (kvselect.Dense(), ORIGINAL):
+        with engine(policy, dtype=dtype) as running:
+            found[policy] = running.generate(asked, new_tokens=3)
+            layers = [layer._served for layer in running.layers]
+            assert all(layer.cache.dtype == getattr(torch, dtype) for layer in layers)
+    same = [a == b for a, b in zip(found[kvselect.Dense()], own)]
+    assert sum(same) >= len(own) - 1, same  # rounding may decide between two words
+    counts = layers[0].state.decode
+    assert 0 < counts.tokens_attended < counts.tokens_visible
+    exact = expected(ORIGINAL)[8:]
+    assert sum(a == b[:3] for a, b in zip(found[ORIGINAL], exact)) >= len(exact) - 1
+
+
+def stored(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Options of an engine over random weights of these sizes."""
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(sizes | config))
+    return {
+        "model": str(folder),
+        "load_format": "dummy",
+        "hf_overrides": {},
+        "max_model_len": 1024,
+    }
+
+
+QWEN = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "use_sliding_window": True,
+    "sliding_window": 96,
+}
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "intermediate_size_mlp": 128,
+    "num_local_experts": 1,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 4,
+    "moe_layers": [],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 128,
+    "layer_types": ["chunked_attention", "full_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [QWEN | {"layer_types": ["sliding_attention", "full_attention"]}, LLAMA4],
+    ids=["sliding", "chunked"],
+)
+def test_layers_with_a_window_run_vllms_own(config: dict[str, Any], tmp_path: Path) -> None:
+    options = stored(tmp_path, config)
+    asked = [tokens[:700] for tokens in ASKED[6:12]]
+    with engine(None, **options) as running:
+        own = running.generate(asked)
+    for policy in (kvselect.Dense(), kvselect.StreamingLLM(num_recent_tokens=160)):
+        with engine(policy, **options) as running:
+            assert (running.generate(asked) == own) == (policy == kvselect.Dense())
+            local, whole = (layer._served for layer in running.layers)
+            assert local is None and whole is not None
+
+
 # ---- refusals, before anything is served
 
 
@@ -230,6 +358,14 @@ def test_aborted_requests_leave_nothing_behind() -> None:
             r"max_model_len: got 4096, allowed: at most 512, the trained length of the model, with",
         ),
         (
+            {"hf_overrides": {"max_position_embeddings": 256}, "max_model_len": 256},
+            r"rotary table: got 256, allowed: at least 512 positions",
+        ),
+        (
+            {"num_gpu_blocks_override": 2**26},
+            r"KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '\d+.00 GiB', allowed: at most",
+        ),
+        (
             {"kv_cache_memory_bytes": 2**44},
             r"KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '16384.00 GiB', allowed: at most",
         ),
@@ -241,6 +377,13 @@ def test_the_server_does_not_start(
     if "kv_cache_memory_bytes" in options:  # the variable would win
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
+        pass
+
+
+def test_a_model_without_a_layer_that_selects(tmp_path: Path) -> None:
+    options = stored(tmp_path, QWEN | {"layer_types": ["sliding_attention"] * 2})
+    message = r"layers that select: got '0 of 2', allowed: at least 1 \(windows, dense_layers"
+    with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
         pass
 
 
