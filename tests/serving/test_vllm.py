@@ -184,8 +184,8 @@ def test_lists_are_reused_as_under_attach(policy: Policy) -> None:
         assert running.generate(asked, new_tokens=24) == wanted
         counts = [layer._served.state.decode for layer in running.layers]
         assert sum(count.num_hits for count in counts) == sum(hits)
-        assert all(0 < count.num_hits for count in counts)
-        assert all(0 < count.num_misses for count in counts)
+        assert all(count.num_hits > 0 for count in counts)
+        assert all(count.num_misses > 0 for count in counts)
 
 
 def test_preempted_requests_select_anew() -> None:
@@ -300,12 +300,7 @@ def stored(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-QWEN = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "use_sliding_window": True,
-    "sliding_window": 96,
-}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "sliding_window": 96}
 LLAMA4 = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",
@@ -322,7 +317,7 @@ LLAMA4 = {
 
 @pytest.mark.parametrize(
     "config",
-    [QWEN | {"layer_types": ["sliding_attention", "full_attention"]}, LLAMA4],
+    [LLAMA | {"layer_types": ["sliding_attention", "full_attention"]}, LLAMA4],
     ids=["sliding", "chunked"],
 )
 def test_layers_with_a_window_run_vllms_own(config: dict[str, Any], tmp_path: Path) -> None:
@@ -330,7 +325,10 @@ def test_layers_with_a_window_run_vllms_own(config: dict[str, Any], tmp_path: Pa
     asked = [tokens[:700] for tokens in ASKED[6:12]]
     with engine(None, **options) as running:
         own = running.generate(asked)
-    for policy in (kvselect.Dense(), kvselect.StreamingLLM(num_recent_tokens=160)):
+    for policy in (
+        kvselect.Dense(),
+        kvselect.StreamingLLM(num_recent_tokens=160, positions="original"),
+    ):
         with engine(policy, **options) as running:
             assert (running.generate(asked) == own) == (policy == kvselect.Dense())
             local, whole = (layer._served for layer in running.layers)
@@ -381,7 +379,7 @@ def test_the_server_does_not_start(
 
 
 def test_a_model_without_a_layer_that_selects(tmp_path: Path) -> None:
-    options = stored(tmp_path, QWEN | {"layer_types": ["sliding_attention"] * 2})
+    options = stored(tmp_path, LLAMA | {"layer_types": ["sliding_attention"] * 2})
     message = r"layers that select: got '0 of 2', allowed: at least 1 \(windows, dense_layers"
     with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
         pass

@@ -156,7 +156,7 @@ class SelectingImpl(CPUAttentionBackendImpl):
             kv_sharing_target_layer_name,
             sinks,
         )
-        vllm_config = get_current_vllm_config()
+        self._vllm_config = vllm_config = get_current_vllm_config()
         self._policy = configured_policy(additional_config=vllm_config.additional_config)
         self._served: ServedLayer | None = None
         self._trained_length = 0
@@ -269,7 +269,8 @@ class SelectingImpl(CPUAttentionBackendImpl):
 
     def _rotation(self) -> Rotation:
         """The model's, made once for all its layers: it is as long as its contexts."""
-        module, sizes = rotary_module(), (self._trained_length, self.head_size)
+        module = rotary_module(self._vllm_config, self.head_size)
+        sizes = (self._trained_length, self.head_size)
         made = _ROTATIONS.get(module)
         if made is None or made[0] != sizes:
             made = (sizes, rotation_from_table(*rotary_table(module), *sizes))

@@ -152,7 +152,7 @@ def trained_length(vllm_config: Any) -> int:
     return int(length)
 
 
-def rotary_module() -> Any:
+def rotary_module(vllm_config: Any, head_size: int) -> Any:
     """What rotates queries and keys in every layer of the model: `rotary_table` reads it.
 
     Raises
@@ -160,9 +160,20 @@ def rotary_module() -> Any:
     ValueError
         If layers rotate by several tables: nobody says which is whose.
     """
-    modules = list(import_module(PLACES["_ROPE_DICT"])._ROPE_DICT.values())
-    require(len(modules) == 1, "rotary tables of the model", len(modules), "1")
-    return modules[0]
+    config = vllm_config.model_config.hf_text_config
+    asked = getattr(config, "rope_parameters", None)
+    if asked is not None:
+        pairs = asked.items()
+        asked = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)
+    # vLLM keeps tables by what they were asked for with, those of a process's other engines too.
+    found = [
+        module
+        for key, module in import_module(PLACES["_ROPE_DICT"])._ROPE_DICT.items()
+        if (key[0], key[2], key[4]) == (head_size, config.max_position_embeddings, asked)
+        and vllm_config.model_config.dtype in key
+    ]
+    require(len(found) == 1, "rotary tables of the model", len(found), "1")
+    return found[0]
 
 
 def rotary_table(module: Any) -> tuple[Tensor, bool]:
