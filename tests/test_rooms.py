@@ -32,6 +32,7 @@ FLOORS = (
         "fixed_cache",
         "local_mass",
         "block_masks",
+        "engine_block_statistics",
         "engine_cache",
         "evictable_cache",
         "prefix_plan",

@@ -20,6 +20,7 @@ from kvselect.integrations.vllm.config import (
     averages_unrotated,
     compares_unrotated,
     configured_policy,
+    extra_share,
     needs_rotation,
     require_attention,
     require_layer,
@@ -84,7 +85,10 @@ def test_the_variable_is_read_from_the_process(monkeypatch: pytest.MonkeyPatch) 
         ("[]", r"^settings: got list \[\], allowed: a dict made by"),
         ('{"policy": "Magic"}', r"^policy: got 'Magic', allowed: "),
         ('{"policy": "Dense", "topk": 3}', r"^settings of Dense: got \['topk'\]"),
-        ('{"policy": "Quest"}', r"^policy: got 'Quest', allowed: TokenSelect or StreamingLLM or D"),
+        (
+            '{"policy": "InfLLM"}',
+            r"^policy: got 'InfLLM', allowed: TokenSelect or StreamingLLM or Q",
+        ),
         ('{"policy": "TokenSelect", "num_segments": 4}', r"^num_segments: got 4, allowed: None u"),
         (
             '{"policy": "TokenSelect", "layer_budget": "entropy_pool"}',
@@ -182,6 +186,17 @@ def test_lists_are_reused_where_ranks_need_not_agree() -> None:
     require_server(POLICY, ServerFacts(**SERVER | {"pipeline_parallel_size": 2}))
 
 
+def test_pages_hold_whole_blocks() -> None:
+    quest = kvselect.Quest(page_size=48)
+    require_layer(quest, LayerFacts(**LAYER | {"page_block_size": 96}))
+    message = r"^page_block_size: got 128, allowed: a multiple of 48, the tokens of a block of the"
+    with pytest.raises(ValueError, match=message):
+        require_layer(quest, LayerFacts(**LAYER))
+    # Two bfloat16 vectors, a flag per token and a float32 count, per 16 keys and values.
+    share = extra_share(kvselect.Quest(), 128, 128, 2)
+    assert share == (2 * 128 * 2 + 16 + 4) / (2 * 16 * 128 * 2)
+
+
 def test_more_than_attention_is_refused() -> None:
     require_attention("Attention", False)
     message = r"^attention layer: got 'StaticSinkAttention', allowed: Attention under kvselect, or"
@@ -194,11 +209,12 @@ def test_more_than_attention_is_refused() -> None:
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:
     gib = 2**30
-    share = sketch_share("int4", 128, 2)
+    share = extra_share(POLICY, 128, 128, 2)
+    assert share == sketch_share("int4", 128, 2)
     require_memory(8 * gib, round(share * 8 * gib), 10 * gib)
     message = (
         r"^KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '9.00 GiB', allowed: at most 8.83 GiB: "
-        r"10.00 GiB are free, and the sketch takes 13% of the cache on top$"
+        r"10.00 GiB are free, and kvselect takes 13% of the cache on top$"
     )
     with pytest.raises(ValueError, match=message):
         require_memory(9 * gib, round(share * 9 * gib), 10 * gib)

@@ -123,6 +123,7 @@ POLICIES = {
     "original": kvselect.TokenSelect(**SMALL),
     "exact": kvselect.TokenSelect(**SMALL, sketch=None),
     "layer": kvselect.TokenSelect(**SMALL, scope="layer"),
+    "quest": kvselect.Quest(token_budget=96, page_size=16, dense_layers=()),
     "compact": kvselect.TokenSelect(**SMALL, positions="compact", q_block_size=64, max_age=1),
     "streaming": kvselect.StreamingLLM(num_recent_tokens=64, q_block_size=64),
     "dense": kvselect.Dense(),

@@ -28,6 +28,7 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 # does not depend on where it is cut.
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
 REUSING = kvselect.TokenSelect(**SMALL, dense_prefill=True, similarity_threshold=0.6, max_age=6)
+QUEST = kvselect.Quest(token_budget=224, dense_layers=())  # prefill is dense
 DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
@@ -107,8 +108,9 @@ def test_a_budget_that_covers_everything_equals_vllm() -> None:
         COMPACT,
         kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
         kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
+        QUEST,
     ],
-    ids=["original", "compact", "layer-exact", "streaming"],
+    ids=["original", "compact", "layer-exact", "streaming", "quest"],
 )
 def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     with engine(policy) as running:
@@ -122,9 +124,10 @@ def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     assert got == expected(policy)
 
 
-def test_chunked_prefill_among_decoding_requests() -> None:
-    with engine(UNCUT, max_num_batched_tokens=192, max_num_seqs=6) as running:
-        assert running.generate(ASKED) == expected(UNCUT)
+@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["tokens", "quest"])
+def test_chunked_prefill_among_decoding_requests(policy: Policy) -> None:
+    with engine(policy, max_num_batched_tokens=192, max_num_seqs=6) as running:
+        assert running.generate(ASKED) == expected(policy)
 
 
 def test_where_a_prompt_is_cut_changes_nothing() -> None:
@@ -210,10 +213,11 @@ def test_preempted_requests_select_anew() -> None:
         assert tokens[:exact] == right[:exact], index
 
 
-def test_prefix_hits_find_their_sketch() -> None:
+@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["sketch", "bounds"])
+def test_prefix_hits_find_what_lies_with_their_pages(policy: Policy) -> None:
     long, short = prompts((2047, 700))
     asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
-    with engine(UNCUT, enable_prefix_caching=True) as running:
+    with engine(policy, enable_prefix_caching=True) as running:
         found: list[int] = []
         lookup = running.scheduler.kv_cache_manager.get_computed_blocks
 
@@ -226,7 +230,7 @@ def test_prefix_hits_find_their_sketch() -> None:
         got = [running.generate([tokens])[0] for tokens in asked]  # one after another: hits
         again = running.generate(asked)
         assert sum(found) > 1000
-    wanted = attached(UNCUT, asked)
+    wanted = attached(policy, asked)
     assert got == wanted and again == wanted
 
 

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from kvselect.checks import require
-from kvselect.engine_cache import require_page_block_size, sketch_share
 from kvselect.integrations.vllm.config import (
     LayerFacts,
     configured_policy,
     describe,
+    extra_share,
     needs_rotation,
     require_attention,
     require_layer,
     require_memory,
+    require_pages,
     require_server,
 )
 from kvselect.integrations.vllm.layer import Rotation, ServedLayer, rotation_from_table
@@ -101,9 +102,9 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
         for layer in here:
             require_attention(type(layer).__name__, sees_later_tokens(layer))
         spec = kv_cache_spec
-        require_page_block_size(spec.block_size, policy.required_sketch)
+        require_pages(policy, spec.block_size)
         cache_bytes = allocated_cache_bytes(vllm_config, spec, len(layer_names))
-        share = sketch_share(policy.required_sketch, spec.head_size, spec.dtype.itemsize)
+        share = extra_share(policy, spec.block_size, spec.head_size, spec.dtype.itemsize)
         share *= len(selecting) / len(layer_names)
         require_memory(cache_bytes, round(share * cache_bytes), available_bytes())
 
@@ -182,7 +183,8 @@ class SelectingImpl(CPUAttentionBackendImpl):
         require_layer(policy, facts)
         asked = asked_cache_bytes(vllm_config)
         if asked is not None:
-            share = sketch_share(policy.required_sketch, facts.head_dim, facts.dtype.itemsize)
+            sizes = facts.page_block_size, facts.head_dim, facts.dtype.itemsize
+            share = extra_share(policy, *sizes)
             require_memory(asked, round(share * asked), available_bytes())
         if needs_rotation(policy):
             self._trained_length = trained_length(vllm_config)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
-from kvselect.engine_cache import require_page_block_size
-from kvselect.policies import Dense, StreamingLLM, TokenSelect
+from kvselect.engine_block_statistics import require_whole_blocks
+from kvselect.engine_cache import require_page_block_size, sketch_share
+from kvselect.policies import Dense, Quest, StreamingLLM, TokenSelect
 from kvselect.policies.base import Policy, policy_from_dict
+from kvselect.policies.block_policy import BlockPolicy
 
 __all__ = [
     "ADDITIONAL_CONFIG_KEY",
@@ -21,9 +23,11 @@ __all__ = [
     "LayerFacts",
     "ServerFacts",
     "configured_policy",
+    "extra_share",
     "require_attention",
     "require_layer",
     "require_memory",
+    "require_pages",
     "require_servable",
     "require_server",
 ]
@@ -31,7 +35,7 @@ __all__ = [
 POLICY_VARIABLE = "KVSELECT_VLLM_POLICY"
 ADDITIONAL_CONFIG_KEY = "kvselect"
 
-SERVED = (TokenSelect, StreamingLLM, Dense)
+SERVED = (TokenSelect, StreamingLLM, Quest, Dense)
 
 # Their attention rotates queries and keys by the model's one table, in every layer, as the last
 # thing before attention: what is rotated back here is what they had before.
@@ -182,7 +186,22 @@ def require_layer(policy: Policy, facts: LayerFacts) -> None:
     require(not facts.has_alibi, "alibi_slopes", "slopes", "None")
     allowed = "None under kvselect (each layer selects from its own keys)"
     require(not facts.shares_kv, "kv_sharing_target_layer_name", "a layer", allowed)
-    require_page_block_size(facts.page_block_size, policy.required_sketch)
+    require_pages(policy, facts.page_block_size)
+
+
+def require_pages(policy: Policy, page_block_size: int) -> None:
+    """ValueError unless pages of so many tokens can keep what the policy has beside their keys."""
+    require_page_block_size(page_block_size, policy.required_sketch)
+    if isinstance(policy, BlockPolicy):
+        require_whole_blocks(page_block_size, policy.new_statistics().block_size)
+
+
+def extra_share(policy: Policy, page_block_size: int, head_dim: int, itemsize: int) -> float:
+    """Bytes that a policy keeps beside keys and values, over theirs."""
+    heads = {"num_q_heads": 1, "num_kv_heads": 1}
+    kept, _ = policy.extra_bytes(page_block_size, head_dim=head_dim, itemsize=itemsize, **heads)
+    pages = 2 * page_block_size * head_dim * itemsize
+    return kept / pages + sketch_share(policy.required_sketch, head_dim, itemsize)
 
 
 def require_attention(kind: str, sees_later_tokens: bool) -> None:
@@ -205,12 +224,12 @@ def require_attention(kind: str, sees_later_tokens: bool) -> None:
     require(not sees_later_tokens, "attention", "tokens that attend to later ones", allowed)
 
 
-def require_memory(cache_bytes: int, sketch_bytes: int, available_bytes: int) -> None:
-    """Refuse to start where keys, values and their sketch do not fit.
+def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> None:
+    """Refuse to start where keys, values and what is kept beside them do not fit.
 
     Parameters
     ----------
-    cache_bytes, sketch_bytes : int
+    cache_bytes, extra_bytes : int
         What vLLM will take for keys and values, and we beside them.
     available_bytes : int
         Before either is taken.
@@ -219,14 +238,14 @@ def require_memory(cache_bytes: int, sketch_bytes: int, available_bytes: int) ->
     ------
     ValueError
     """
-    share = sketch_bytes / max(cache_bytes, 1)
+    share = extra_bytes / max(cache_bytes, 1)
     gib = 2.0**30
     allowed = (
         f"at most {available_bytes / (1 + share) / gib:.2f} GiB: {available_bytes / gib:.2f} GiB "
-        f"are free, and the sketch takes {share:.0%} of the cache on top"
+        f"are free, and kvselect takes {share:.0%} of the cache on top"
     )
     got = f"{cache_bytes / gib:.2f} GiB"
-    fits = cache_bytes + sketch_bytes <= available_bytes
+    fits = cache_bytes + extra_bytes <= available_bytes
     require(fits, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
 
 

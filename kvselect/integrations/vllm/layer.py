@@ -152,6 +152,8 @@ class ServedLayer:
         for rows in step.rows:
             self.cache.serve(rows.block_table, rows.lengths(after=False), rows.before)
             self.cache.append(rows.take(k), rows.take(v))
+            # Of all rows before any attends: pages that are filled in this step may be shared.
+            self.policy.update(self.state, self.cache)
             if rows.decodes and self._selections is not None:
                 counts = self.cache.num_nonfinite
                 self._num_nonfinite = counts.new_zeros(step.num_tokens, counts.shape[1])
@@ -190,7 +192,7 @@ class ServedLayer:
             assert isinstance(self._selections, EngineSelectionCache)
             assert self._num_nonfinite is not None  # these rows were stored
             num_nonfinite = rows.take(self._num_nonfinite)[:, 0]
-            self._selections.serve(self._num_steps, *step.pages(rows, self.cache.page_block_size))
+            self._selections.serve(self._num_steps, *step.pages(rows, self.cache.k_pages.shape[1]))
             if compares_unrotated(self.policy):
                 assert self.rotation is not None
                 q_unrotated = self.rotation.undo(q[:, 0], step.positions[rows.tokens])[:, None]
