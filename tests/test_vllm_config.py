@@ -43,6 +43,7 @@ SERVER: dict[str, Any] = {
     "architecture": "LlamaForCausalLM",
     "rope_type": "default",
     "speculative_method": None,
+    "num_speculative_tokens": 0,
     "kv_connector": None,
     "context_parallel_size": 1,
     "pipeline_parallel_size": 1,
@@ -131,7 +132,11 @@ def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
     [
         ({"architecture": "GPT2LMHeadModel"}, r"^model: got 'GPT2LMHeadModel', allowed: LlamaFor"),
         ({"rope_type": "dynamic"}, r"^rope_type: got 'dynamic', allowed: 'default' or"),
-        ({"speculative_method": "ngram"}, r"^speculative: got 'ngram', allowed: None"),
+        ({"speculative_method": "eagle"}, r"^speculative: got 'eagle', allowed: None or 'ngram'"),
+        (
+            {"speculative_method": "ngram", "num_speculative_tokens": 16},
+            r"^num_speculative_tokens: got 16, allowed: at most 15, tail_q_block_size - 1",
+        ),
         ({"kv_connector": "LMCache"}, r"^kv_connector: got 'LMCache', allowed: None"),
         ({"context_parallel_size": 2}, r"^context_parallel_size: got 2, allowed: 1"),
         ({"tensor_parallel_size": 4}, r"^tensor_parallel_size: got 4, allowed: at most 2, the mo"),
@@ -146,6 +151,12 @@ def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
     facts = ServerFacts(**SERVER | {"tensor_parallel_size": 4})
     for policy in (kvselect.Dense(), kvselect.StreamingLLM()):
         require_server(policy, facts)
+
+
+def test_drafts_without_layers_of_their_own() -> None:
+    drafts = {"speculative_method": "ngram", "num_speculative_tokens": 15}
+    for policy in (POLICY, kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest()):
+        require_server(policy, ServerFacts(**SERVER | drafts))
 
 
 def test_dense_layers_are_layers_of_the_model() -> None:

@@ -433,11 +433,3 @@ def test_latent_attention_is_refused(tmp_path: Path) -> None:
     message = r"attention: got 'MLA', allowed: models without MLA"
     with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
         pass
-
-
-def test_drafts_are_refused() -> None:
-    """Last: what vLLM imports for them keeps later engines of this process from starting."""
-    options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
-    message = r"speculative: got 'ngram', allowed: None under kvselect"
-    with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
-        pass

@@ -108,6 +108,7 @@ class ServerFacts:
     architecture: str
     rope_type: str
     speculative_method: str | None
+    num_speculative_tokens: int
     kv_connector: str | None
     context_parallel_size: int
     pipeline_parallel_size: int
@@ -132,8 +133,14 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
         require(facts.architecture in ROTATING, "model", facts.architecture, allowed)
         allowed = " or ".join(map(repr, ROPE_TYPES))
         require(facts.rope_type in ROPE_TYPES, "rope_type", facts.rope_type, allowed)
-    allowed = "None under kvselect (rejected drafts would count as tokens)"
-    require(facts.speculative_method is None, "speculative", facts.speculative_method, allowed)
+    allowed = "None or 'ngram' under kvselect (a draft model's layers would select as well)"
+    method = facts.speculative_method
+    require(method in (None, "ngram"), "speculative", method, allowed)
+    # More queries than that are blocks of prefill, which choose together.
+    most = policy.tail_q_block_size - 1
+    num_drafts = facts.num_speculative_tokens
+    allowed = f"at most {most}, tail_q_block_size - 1 (each draft selects as a decode step does)"
+    require(num_drafts <= most, "num_speculative_tokens", num_drafts, allowed)
     allowed = "None under kvselect (blocks from elsewhere have no sketch)"
     require(facts.kv_connector is None, "kv_connector", facts.kv_connector, allowed)
     size = facts.context_parallel_size

@@ -82,6 +82,7 @@ def server_facts(vllm_config: Any) -> ServerFacts:
         architecture=str(vllm_config.model_config.architecture),
         rope_type=str(rope.get("rope_type", "default" if not rope else "one per layer type")),
         speculative_method=None if speculative is None else str(speculative.method),
+        num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
         kv_connector=None if connector is None else str(connector.kv_connector),
         context_parallel_size=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
