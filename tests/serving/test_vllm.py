@@ -19,6 +19,7 @@ import transformers
 from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts
 
 import kvselect
+from kvselect.eval.checkpoint import embedded_model_path
 from kvselect.integrations.vllm import shim
 from kvselect.policies.base import Policy
 
@@ -434,4 +435,16 @@ def test_latent_attention_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": str(tmp_path), "load_format": "dummy", "hf_overrides": {}}
     message = r"attention: got 'MLA', allowed: models without MLA"
     with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
+        pass
+
+
+def test_draft_models_are_refused() -> None:
+    """Last: what vLLM imports for them keeps later engines of this process from starting."""
+    options = {
+        "method": "draft_model",
+        "model": str(embedded_model_path()),
+        "num_speculative_tokens": 2,
+    }
+    message = r"speculative: got 'draft_model', allowed: None or 'ngram' under kvselect"
+    with pytest.raises(Exception, match=message), engine(ORIGINAL, speculative_config=options):
         pass

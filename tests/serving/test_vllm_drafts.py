@@ -42,16 +42,3 @@ def test_drafts_are_verified_as_decode_steps_select() -> None:
         counts = [layer._served.state.decode for layer in running.layers]
         assert all(0 < count.tokens_attended < count.tokens_visible for count in counts)
     assert got == attached(POLICY, asked, new_tokens=NEW_TOKENS)
-
-
-def test_draft_models_are_refused() -> None:
-    from kvselect.eval.checkpoint import embedded_model_path
-
-    options = {
-        "method": "draft_model",
-        "model": str(embedded_model_path()),
-        "num_speculative_tokens": 2,
-    }
-    message = r"speculative: got 'draft_model', allowed: None or 'ngram' under kvselect"
-    with pytest.raises(Exception, match=message), engine(POLICY, speculative_config=options):
-        pass
