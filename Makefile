@@ -42,7 +42,7 @@ MATRIX ?= 2.11.0:5.17.0,2.13.0:newest
 test-matrix: build/.built-$(KIND)
 	$(PY) tests/version_matrix.py --pairs $(MATRIX)
 
-# kvselect inside vLLM's CPU build, in an environment of its own (3.5 GB), made once: docs/serving.md. A process per file: an engine
+# kvselect inside vLLM's CPU build, in an environment of its own (3.5 GB), made once: docs/serving.md. VLLM=0.28.0: the older release that is tested. A process per file: an engine
 # leaves things behind.
 VLLM ?= 0.32.0
 VLLM_TORCH ?= 2.13.0

@@ -73,6 +73,10 @@ class BlockStatistics:
         return self._block_size
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        return self._kinds
+
+    @property
     def num_blocks(self) -> int:
         """Blocks per row that there is room for."""
         return self._tables["finite"].shape[2]

@@ -72,7 +72,13 @@ class EngineKVCache(KVCache):
     def sketch_in_pages(self) -> bool:
         return self._sketch_data is not None
 
-    def serve(self, block_table: Tensor, cache_seqlens: Tensor, lengths: Sequence[int]) -> None:
+    def serve(
+        self,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        lengths: Sequence[int],
+        num_nonfinite: Tensor | None = None,
+    ) -> None:
         """Make these the rows of the calls that follow.
 
         Parameters
@@ -83,6 +89,8 @@ class EngineKVCache(KVCache):
             Tokens that each row holds; borrowed, appends update it in place.
         lengths : sequence of int
             The same for the host, which is trusted: nothing is read back.
+        num_nonfinite : Tensor, [batch, num_kv_heads], int64, or None
+            Defects that the rows count already; borrowed. None: none.
 
         Raises
         ------
@@ -96,7 +104,10 @@ class EngineKVCache(KVCache):
         self._cache_seqlens = cache_seqlens
         self._set_lengths(list(lengths), [0] * batch)
         shape = (batch, self._num_kv_heads)
-        self._num_nonfinite = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        if num_nonfinite is None:
+            num_nonfinite = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        require_tensor(num_nonfinite, "num_nonfinite", shape, (torch.int64,), self._device)
+        self._num_nonfinite = num_nonfinite
         self._changed()
 
     def append(self, k: Tensor, v: Tensor, seqlens: Sequence[int] | Tensor | None = None) -> None:

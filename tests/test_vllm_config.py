@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -11,13 +12,17 @@ import pytest
 import torch
 
 import kvselect
+from kvselect.engine_cache import sketch_share
 from kvselect.integrations.vllm import plugin, shim
 from kvselect.integrations.vllm.config import (
     LayerFacts,
     ServerFacts,
     averages_unrotated,
+    compares_unrotated,
     configured_policy,
+    extra_share,
     needs_rotation,
+    require_attention,
     require_layer,
     require_memory,
     require_server,
@@ -38,8 +43,10 @@ SERVER: dict[str, Any] = {
     "architecture": "LlamaForCausalLM",
     "rope_type": "default",
     "speculative_method": None,
+    "num_speculative_tokens": 0,
     "kv_connector": None,
     "context_parallel_size": 1,
+    "pipeline_parallel_size": 1,
     "tensor_parallel_size": 2,
     "num_kv_heads": 2,
     "num_layers": 4,
@@ -79,10 +86,9 @@ def test_the_variable_is_read_from_the_process(monkeypatch: pytest.MonkeyPatch) 
         ("[]", r"^settings: got list \[\], allowed: a dict made by"),
         ('{"policy": "Magic"}', r"^policy: got 'Magic', allowed: "),
         ('{"policy": "Dense", "topk": 3}', r"^settings of Dense: got \['topk'\]"),
-        ('{"policy": "Quest"}', r"^policy: got 'Quest', allowed: TokenSelect or StreamingLLM or D"),
         (
-            '{"policy": "TokenSelect", "similarity_threshold": 0.9}',
-            r"^similarity_threshold: got 0.9, allowed: None under vLLM",
+            '{"policy": "InfLLM"}',
+            r"^policy: got 'InfLLM', allowed: TokenSelect or StreamingLLM or Q",
         ),
         ('{"policy": "TokenSelect", "num_segments": 4}', r"^num_segments: got 4, allowed: None u"),
         (
@@ -126,7 +132,11 @@ def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
     [
         ({"architecture": "GPT2LMHeadModel"}, r"^model: got 'GPT2LMHeadModel', allowed: LlamaFor"),
         ({"rope_type": "dynamic"}, r"^rope_type: got 'dynamic', allowed: 'default' or"),
-        ({"speculative_method": "ngram"}, r"^speculative: got 'ngram', allowed: None"),
+        ({"speculative_method": "eagle"}, r"^speculative: got 'eagle', allowed: None or 'ngram'"),
+        (
+            {"speculative_method": "ngram", "num_speculative_tokens": 16},
+            r"^num_speculative_tokens: got 16, allowed: at most 15, tail_q_block_size - 1",
+        ),
         ({"kv_connector": "LMCache"}, r"^kv_connector: got 'LMCache', allowed: None"),
         ({"context_parallel_size": 2}, r"^context_parallel_size: got 2, allowed: 1"),
         ({"tensor_parallel_size": 4}, r"^tensor_parallel_size: got 4, allowed: at most 2, the mo"),
@@ -141,6 +151,12 @@ def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
     facts = ServerFacts(**SERVER | {"tensor_parallel_size": 4})
     for policy in (kvselect.Dense(), kvselect.StreamingLLM()):
         require_server(policy, facts)
+
+
+def test_drafts_without_layers_of_their_own() -> None:
+    drafts = {"speculative_method": "ngram", "num_speculative_tokens": 15}
+    for policy in (POLICY, kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest()):
+        require_server(policy, ServerFacts(**SERVER | drafts))
 
 
 def test_dense_layers_are_layers_of_the_model() -> None:
@@ -160,30 +176,106 @@ def test_models_whose_rotation_is_unknown_may_leave_it_alone() -> None:
     compact = kvselect.TokenSelect(topk=64, positions="compact")
     assert needs_rotation(compact) and not averages_unrotated(compact)
     assert needs_rotation(POLICY) and averages_unrotated(POLICY)
+    reusing = kvselect.TokenSelect(topk=64, dense_prefill=True, similarity_threshold=0.9)
+    assert needs_rotation(reusing) and compares_unrotated(reusing)
+    rotated = dataclasses.replace(reusing, similarity_on="rotated")
+    assert not needs_rotation(rotated)
+    assert not compares_unrotated(dataclasses.replace(compact, similarity_threshold=0.9))
+
+
+def test_lists_are_reused_where_ranks_need_not_agree() -> None:
+    reusing = kvselect.TokenSelect(topk=64, similarity_threshold=0.9)
+    require_server(reusing, ServerFacts(**SERVER))
+    joined = dataclasses.replace(reusing, scope="layer")
+    require_server(joined, ServerFacts(**SERVER | {"tensor_parallel_size": 1}))
+    message = r"^similarity_threshold: got 0.9, allowed: None with scope='layer' in tensor parallel"
+    with pytest.raises(ValueError, match=message):
+        require_server(joined, ServerFacts(**SERVER))
+    message = r"^similarity_threshold: got 0.9, allowed: None in pipeline parallel"
+    with pytest.raises(ValueError, match=message):
+        require_server(reusing, ServerFacts(**SERVER | {"pipeline_parallel_size": 2}))
+    require_server(POLICY, ServerFacts(**SERVER | {"pipeline_parallel_size": 2}))
+
+
+def test_pages_hold_whole_blocks() -> None:
+    quest = kvselect.Quest(page_size=48)
+    require_layer(quest, LayerFacts(**LAYER | {"page_block_size": 96}))
+    message = r"^page_block_size: got 128, allowed: a multiple of 48, the tokens of a block of the"
+    with pytest.raises(ValueError, match=message):
+        require_layer(quest, LayerFacts(**LAYER))
+    # Two bfloat16 vectors, a flag per token and a float32 count, per 16 keys and values.
+    share = extra_share(kvselect.Quest(), 128, 128, 2)
+    assert share == (2 * 128 * 2 + 16 + 4) / (2 * 16 * 128 * 2)
+
+
+def test_more_than_attention_is_refused() -> None:
+    require_attention("Attention", False)
+    message = r"^attention layer: got 'StaticSinkAttention', allowed: Attention under kvselect, or"
+    with pytest.raises(ValueError, match=message):
+        require_attention("StaticSinkAttention", False)
+    message = r"^attention: got 'tokens that attend to later ones', allowed: causal attention"
+    with pytest.raises(ValueError, match=message):
+        require_attention("Attention", True)
 
 
 def test_memory_is_asked_for_before_it_is_taken() -> None:
     gib = 2**30
-    require_memory(POLICY, 128, 2, 8 * gib, 10 * gib)
+    share = extra_share(POLICY, 128, 128, 2)
+    assert share == sketch_share("int4", 128, 2)
+    require_memory(8 * gib, round(share * 8 * gib), 10 * gib)
     message = (
         r"^KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '9.00 GiB', allowed: at most 8.83 GiB: "
-        r"10.00 GiB are free, and the sketch takes 13% of the cache on top$"
+        r"10.00 GiB are free, and kvselect takes 13% of the cache on top$"
     )
     with pytest.raises(ValueError, match=message):
-        require_memory(POLICY, 128, 2, 9 * gib, 10 * gib)
-    require_memory(kvselect.Dense(), 128, 2, 10 * gib, 10 * gib)
+        require_memory(9 * gib, round(share * 9 * gib), 10 * gib)
+    require_memory(10 * gib, 0, 10 * gib)
 
 
 def test_every_rank_of_a_machine_takes_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = SimpleNamespace(total=100, available=70)
-    psutil = SimpleNamespace(virtual_memory=lambda: memory)
+    psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=100, available=70))
     monkeypatch.setitem(sys.modules, "psutil", psutil)  # vLLM brings it
-    cache = SimpleNamespace(kv_cache_memory_bytes=8, gpu_memory_utilization=0.5)
+    assert shim.available_bytes() == 70
+    cache = SimpleNamespace(
+        kv_cache_memory_bytes=8, num_gpu_blocks_override=None, num_gpu_blocks=None
+    )
     ranks = SimpleNamespace(local_world_size=2)
     vllm_config = SimpleNamespace(cache_config=cache, parallel_config=ranks)
-    assert shim.cache_memory(vllm_config) == (16, 70)
-    cache.kv_cache_memory_bytes = None
-    assert shim.cache_memory(vllm_config) == (50, 70)  # a share of the machine, whoever takes it
+    assert shim.asked_cache_bytes(vllm_config) == 16
+    cache.kv_cache_memory_bytes = None  # a share of memory: known when weights have theirs
+    assert shim.asked_cache_bytes(vllm_config) is None
+    cache.kv_cache_memory_bytes, cache.num_gpu_blocks_override = 8, 5
+    assert shim.asked_cache_bytes(vllm_config) is None
+    spec = SimpleNamespace(page_size_bytes=10)
+    with pytest.raises(ValueError, match=r"^num_gpu_blocks: got None, allowed: an int, before"):
+        shim.allocated_cache_bytes(vllm_config, spec, 3)
+    cache.num_gpu_blocks = 5
+    assert shim.allocated_cache_bytes(vllm_config, spec, 3) == 5 * 10 * 3 * 2
+
+
+def test_a_step_without_its_layer_is_no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {"metadata": None}
+    context = SimpleNamespace(
+        get_forward_context=lambda: SimpleNamespace(attn_metadata=found["metadata"])
+    )
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(forward_context=context))
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
+    assert shim.step_metadata("layers.0") is None
+    found["metadata"] = {"layers.0": "step"}
+    assert shim.step_metadata("layers.0") == "step"
+    message = r"^attention metadata: got 'dict', allowed: an entry of layers.1 \(kvselect would"
+    with pytest.raises(ValueError, match=message):
+        shim.step_metadata("layers.1")
+    found["metadata"] = [{"layers.0": "step"}]  # a batch in parts
+    with pytest.raises(ValueError, match=r"^attention metadata: got 'list', allowed: an entry of"):
+        shim.step_metadata("layers.0")
+
+
+def test_what_layers_say_of_themselves() -> None:
+    plain = SimpleNamespace()
+    assert not shim.is_local(plain) and not shim.sees_later_tokens(plain)
+    assert shim.is_local(SimpleNamespace(attention_chunk_size=128))
+    assert shim.sees_later_tokens(SimpleNamespace(use_mm_prefix=True))
 
 
 class Platform:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kvselect
 from kvselect.crossovers import Crossover, Workload
+from kvselect.integrations.vllm.config import compares_unrotated
 from kvselect.integrations.vllm.layer import ServedLayer, rotation_from_table
 from kvselect.integrations.vllm.state import Step
 from kvselect.policies import base
@@ -29,8 +30,9 @@ SHORT = Rope.from_frequencies(FREQUENCIES, TRAINED)
 class Request:
     """What one request would get alone, under Hugging Face's rules."""
 
-    def __init__(self, policy: Policy, seed: int) -> None:
+    def __init__(self, policy: Policy, seed: int, steady: bool = False) -> None:
         self.policy = policy
+        self.steady: Tensor | None = None if not steady else torch.empty(0)
         self.cache = policy.new_cache(1, KV_HEADS, DIM)
         self.state = policy.new_state(self.cache, {})
         self.pages: list[int] = []
@@ -40,6 +42,10 @@ class Request:
         """Queries and keys before RoPE, and values, [count, heads, head_dim]."""
         shapes = ((count, HEADS, DIM), (count, KV_HEADS, DIM), (count, KV_HEADS, DIM))
         q, k, v = (torch.randn(shape, generator=self.generator) for shape in shapes)
+        if self.steady is not None:  # queries before RoPE that hardly change
+            if not len(self.steady):
+                self.steady = q[:1]
+            q = self.steady + 0.2 * q
         return q, k, v
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, of_prompt: bool) -> Tensor:
@@ -51,7 +57,8 @@ class Request:
         self.cache.append((k if compact else LONG.rotate(k, place))[None], v[None])
         options: dict[str, Any] = {"rope": SHORT if compact else LONG}
         if filled and q.shape[0] == 1 and not of_prompt:
-            options = options if compact else {}
+            if not compact:
+                options = {"q_unrotated": q[None]} if compares_unrotated(self.policy) else {}
             return kvselect.decode_step(
                 rotated[None], self.cache, self.policy, self.state, **options
             )[0][0]
@@ -116,6 +123,7 @@ POLICIES = {
     "original": kvselect.TokenSelect(**SMALL),
     "exact": kvselect.TokenSelect(**SMALL, sketch=None),
     "layer": kvselect.TokenSelect(**SMALL, scope="layer"),
+    "quest": kvselect.Quest(token_budget=96, page_size=16, dense_layers=()),
     "compact": kvselect.TokenSelect(**SMALL, positions="compact", q_block_size=64, max_age=1),
     "streaming": kvselect.StreamingLLM(num_recent_tokens=64, q_block_size=64),
     "dense": kvselect.Dense(),
@@ -144,6 +152,43 @@ def test_short_pieces_of_prompts(name: str) -> None:
     server.step([(a, 1), (b, 1), (c, 8), (d, 260)], (b, c))
     server.step([(a, 1), (b, 1), (c, 1), (d, 1)], (d,))
     server.step([(d, 16), (a, 1), (b, 1), (c, 5)], (d,))  # five again: generated, then preempted
+
+
+REUSING = {
+    "unrotated": kvselect.TokenSelect(**SMALL, similarity_threshold=0.9, max_age=3),
+    "rotated": kvselect.TokenSelect(
+        **SMALL, similarity_threshold=0.9, similarity_on="rotated", scope="layer", sketch=None
+    ),
+    "compact": kvselect.TokenSelect(
+        **SMALL, similarity_threshold=0.9, positions="compact", q_block_size=64, max_age=2
+    ),
+    "dense below": kvselect.TokenSelect(
+        **SMALL | {"dense_below_tokens": 257}, similarity_threshold=0.9
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REUSING)
+def test_lists_are_reused_as_alone(name: str) -> None:
+    policy = REUSING[name]
+    server = Server(policy)
+    a, b, c = requests = [Request(policy, seed, steady=True) for seed in range(3)]
+    server.step([(a, 300), (b, 380), (c, 250)])
+    server.step([(a, 1), (b, 1)])
+    server.step([(b, 1), (c, 5), (a, 1)], (c,))  # prefill voids nobody's lists
+    for order in ((a, b, c), (c, a, b), (c, a, b), (b, c, a), (b, a, c)):
+        server.step([(request, 1) for request in order])
+    hits = [request.state.decode.num_hits for request in requests]
+    assert all(hits) and server.layer.state.decode.num_hits == sum(hits)
+    server.step([(a, 1), (c, 1)])
+    before = server.layer.state.decode.num_hits
+    server.step([(Request(policy, 7), 270)])
+    for request in requests:  # b was left out of two steps, the others of one
+        request.state.invalidate()
+    server.step([(b, 1), (a, 1), (c, 1)])
+    assert server.layer.state.decode.num_hits == before
+    server.step([(b, 1), (a, 1), (c, 1)])
+    assert server.layer.state.decode.num_hits > before
 
 
 def test_dense_prefill_does_not_depend_on_where_it_is_cut() -> None:

@@ -39,14 +39,15 @@ def counted(state: PolicyState, visible: int, attended: int, mass: float) -> Non
         mass_sum=2 * mass,
         mass_count=2,
         num_nonfinite=0,
+        looked_up=10,
+        reuse_counts=[4, 400],
     )
 
 
 def test_totals_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "somewhere")
-    made: dict[str, Any] = {
-        name: Instrument() for name in ("tokens_visible", "tokens_attended", "kept_mass")
-    }
+    counters = ("tokens_visible", "tokens_attended", "lists_reused", "lists_selected")
+    made: dict[str, Any] = {name: Instrument() for name in (*counters, "kept_mass")}
     monkeypatch.setattr(shim, "prometheus_instruments", lambda: made)
     now = [10.0]
     meter = Meter(lambda: now[0])
@@ -59,6 +60,8 @@ def test_totals_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     meter.publish()
     assert made["tokens_visible"].values == {"prefill": 0, "decode": 200}
     assert made["tokens_attended"].values["decode"] == 80
+    assert made["lists_reused"].values == {"prefill": 0, "decode": 8}
+    assert made["lists_selected"].values == {"prefill": 0, "decode": 12}
     assert made["kept_mass"].values == {"decode": 0.5}
     counted(states[0], 7, 3, 1.0)
     meter.publish()

@@ -12,6 +12,8 @@ from kvselect.block_statistics import BlockStatistics
 from kvselect.cache import KVCache
 from kvselect.checks import require_int
 from kvselect.crossovers import Crossover
+from kvselect.engine_block_statistics import EngineBlockStatistics
+from kvselect.engine_cache import EngineKVCache
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import Policy, PolicyState, require_listed_reads
 from kvselect.policies.budgets import share_out
@@ -73,7 +75,10 @@ class BlockPolicy(Policy):
     ) -> BlockState:
         if cache.keep is not None:
             require_listed_reads(self)
-        return BlockState(self, crossovers=crossovers, blocks=self.new_statistics())
+        blocks = self.new_statistics()
+        if isinstance(cache, EngineKVCache):
+            blocks = EngineBlockStatistics(blocks.block_size, blocks.kinds, cache)
+        return BlockState(self, crossovers=crossovers, blocks=blocks)
 
     def extra_bytes(
         self, num_tokens: int, *, num_q_heads: int, num_kv_heads: int, head_dim: int, itemsize: int

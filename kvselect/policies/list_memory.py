@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvselect.cache import KVCache
 from kvselect.checks import require
+from kvselect.engine_cache import EngineKVCache
+from kvselect.engine_selection_cache import EngineSelectionCache
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.policies.base import PolicyState
 from kvselect.policies.entropy_pool import normalised_entropy, pool_counts
@@ -46,7 +48,11 @@ def remember(settings: TokenSettings, state: PolicyState, cache: KVCache) -> Non
     """Give a new state what the settings ask for."""
     if settings.similarity_threshold is not None:
         similarity = settings.similarity or ("min" if settings.scope == "kv_head" else "q10")
-        kind = CapturedSelectionCache if isinstance(cache, FixedKVCache) else SelectionCache
+        kind: type[SelectionCache] = SelectionCache
+        if isinstance(cache, FixedKVCache):
+            kind = CapturedSelectionCache
+        elif isinstance(cache, EngineKVCache):
+            kind = EngineSelectionCache
         state.selection_cache = kind(settings.similarity_threshold, settings.max_age, similarity)
     if settings.num_segments is not None:
         state.rolling_pools = RollingPools(

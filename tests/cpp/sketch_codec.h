@@ -123,4 +123,40 @@ struct Sketch {
     SketchView view;
 };
 
+// Records that lie with pages, as a serving engine's do: pages in reverse, one that nobody has
+// between any two, and a table with a stride of its own. Memory without a record holds 0xab.
+struct PagedRecords {
+    PagedRecords(SketchFormat format, int64_t head_dim, int64_t batch, int64_t num_kv_heads,
+                 int64_t max_blocks, int64_t page_blocks)
+        : batch(batch),
+          num_kv_heads(num_kv_heads),
+          max_blocks(max_blocks),
+          block_bytes(sketch_block_bytes(format, head_dim)) {
+        const int64_t row_pages = (max_blocks + page_blocks - 1) / page_blocks;
+        const int64_t num_pages = 2 * batch * row_pages;
+        table.assign(static_cast<size_t>(batch * (row_pages + 1)), -1);
+        for (int64_t row = 0; row < batch; ++row)
+            for (int64_t page = 0; page < row_pages; ++page)
+                table[static_cast<size_t>(row * (row_pages + 1) + page)] =
+                    static_cast<int32_t>(num_pages - 1 - 2 * (row * row_pages + page));
+        const int64_t head_bytes = page_blocks * block_bytes;
+        bytes.assign(static_cast<size_t>(num_pages * num_kv_heads * head_bytes), 0xab);
+        view = SketchView{bytes.data(),  format,      num_kv_heads * head_bytes,
+                          head_bytes,    block_bytes, table.data(),
+                          row_pages + 1, page_blocks};
+    }
+    // Of rows that have them to themselves.
+    void fill(const SketchView& rows) {
+        for (int64_t row = 0; row < batch; ++row)
+            for (int64_t h = 0; h < num_kv_heads; ++h)
+                for (int64_t block = 0; block < max_blocks; ++block)
+                    std::memcpy(view.block(row, h, block), rows.block(row, h, block),
+                                static_cast<size_t>(block_bytes));
+    }
+    int64_t batch, num_kv_heads, max_blocks, block_bytes;
+    std::vector<int32_t> table;
+    std::vector<uint8_t> bytes;
+    SketchView view;
+};
+
 }  // namespace kvselect::test

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "cuda_emulated.h"
 #include "inputs.h"
 #include "sketch_codec.h"
 
@@ -69,10 +70,10 @@ struct Append {
 };
 
 // Fills a cache of 300 and 131 tokens in ragged steps and checks every byte of it and of its
-// sketch.
+// sketch. page_blocks: records lie with pages of so many blocks; 0: with their row.
 void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchFormat format,
                         Layout layout, int64_t head_dim, bool with_nonfinite,
-                        const std::vector<int32_t>& starts = {}) {
+                        const std::vector<int32_t>& starts = {}, int64_t page_blocks = 0) {
     Random random(static_cast<uint64_t>(head_dim) + (with_nonfinite ? 1 : 0));
     Cache cache(dtype, layout, {300, 131}, 2, head_dim);
     Cache want(dtype, layout, {300, 131}, 2, head_dim);
@@ -89,6 +90,9 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
     }
     Append append(cache, format);
     if (!starts.empty()) append.p.starts = starts.data();
+    PagedRecords paged(format, head_dim, 2, 2, append.max_blocks,
+                       std::max<int64_t>(page_blocks, 1));
+    if (page_blocks) append.p.sketch = paged.view;
     int64_t step = 1;
     while (append.before[0] < 300 || append.before[1] < 131) {
         NewTokens tokens(cache, step);
@@ -115,7 +119,13 @@ void append_and_compare(const cpu::Implementation& ops, DType dtype, SketchForma
     EXPECT(append.num_nonfinite == want_nonfinite);
     if (format == SketchFormat::kNone) return;
     const Sketch defined(want, format, starts);
-    EXPECT(append.sketch == defined.bytes, "sketch, head_dim ", head_dim);
+    if (page_blocks) {
+        PagedRecords filled(format, head_dim, 2, 2, append.max_blocks, page_blocks);
+        filled.fill(defined.view);
+        EXPECT(paged.bytes == filled.bytes, "sketch in pages, head_dim ", head_dim);
+    } else {
+        EXPECT(append.sketch == defined.bytes, "sketch, head_dim ", head_dim);
+    }
 }
 
 }  // namespace
@@ -128,6 +138,16 @@ TEST(kv_append_stores_every_byte_and_the_defined_sketch) {
     for (int64_t head_dim : kHeadDims)
         for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
             append_and_compare(ops, DType::kBFloat16, format, Layout::kPaged, head_dim, false);
+}
+
+// Not on CUDA, whose kernels find records by row alone.
+TEST(kv_append_writes_records_with_their_page) {
+    if (&ops == &cuda_emulated_implementation()) return;
+    for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
+        for (int64_t page_blocks : {1, 2, 3})
+            for (int64_t head_dim : {32, 128})
+                append_and_compare(ops, DType::kBFloat16, format, Layout::kPaged, head_dim, false,
+                                   {}, page_blocks);
 }
 
 // Left padding shares no block with real tokens; row 1 is all padding in the second case.

@@ -381,6 +381,32 @@ TEST(score_tokens_counts_for_any_number_kept) {
     }
 }
 
+// The same bits wherever the records lie. Not on CUDA, whose kernels find records by row alone.
+TEST(score_tokens_reads_records_with_their_page) {
+    if (&ops == &cuda_emulated_implementation()) return;
+    for (SketchFormat format : {SketchFormat::kInt4, SketchFormat::kInt8})
+        for (int64_t page_blocks : {1, 2, 3}) {
+            Random random(static_cast<uint64_t>(page_blocks));
+            const Case c{.dtype = DType::kBFloat16,
+                         .layout = Layout::kPaged,
+                         .seqlens = {1300, 127, 128, 640},
+                         .sinks = 5,
+                         .recent = 128};
+            Cache cache(c.dtype, c.layout, c.seqlens, c.num_kv_heads, c.head_dim);
+            cache.fill(random);
+            Sketch rows(cache, format, {});
+            PagedRecords paged(format, c.head_dim, 4, c.num_kv_heads, 1300 / kSketchBlockTokens,
+                               page_blocks);
+            paged.fill(rows.view);
+            const Scored by_row(ops, c, cache, &rows.view), by_page(ops, c, cache, &paged.view);
+            EXPECT(same_bits(by_row.scores, by_page.scores) && same_bits(by_row.lse, by_page.lse),
+                   "pages of ", page_blocks, " blocks");
+            std::fill(paged.bytes.begin(), paged.bytes.end(), 0);  // they are read, then
+            const Scored other(ops, c, cache, &paged.view);
+            EXPECT(!same_bits(by_row.scores, other.scores));
+        }
+}
+
 // With one vector and one query head per KV head, log(score) + lse is the logit: it must be that of
 // the decoded sketch, up to the rounding of the query to integers.
 TEST(score_tokens_from_a_sketch_equals_the_decoded_keys) {

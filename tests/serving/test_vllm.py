@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from functools import cache
@@ -14,9 +15,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
+import transformers
 from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts
 
 import kvselect
+from kvselect.eval.checkpoint import embedded_model_path
 from kvselect.integrations.vllm import shim
 from kvselect.policies.base import Policy
 
@@ -26,6 +29,8 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 # Prefill cut elsewhere (chunks, hits, recompute) selects for other blocks of queries; dense prefill
 # does not depend on where it is cut.
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
+REUSING = kvselect.TokenSelect(**SMALL, dense_prefill=True, similarity_threshold=0.6, max_age=6)
+QUEST = kvselect.Quest(token_budget=224, dense_layers=())  # prefill is dense
 DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
@@ -105,8 +110,9 @@ def test_a_budget_that_covers_everything_equals_vllm() -> None:
         COMPACT,
         kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
         kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
+        QUEST,
     ],
-    ids=["original", "compact", "layer-exact", "streaming"],
+    ids=["original", "compact", "layer-exact", "streaming", "quest"],
 )
 def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     with engine(policy) as running:
@@ -120,9 +126,10 @@ def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     assert got == expected(policy)
 
 
-def test_chunked_prefill_among_decoding_requests() -> None:
-    with engine(UNCUT, max_num_batched_tokens=192, max_num_seqs=6) as running:
-        assert running.generate(ASKED) == expected(UNCUT)
+@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["tokens", "quest"])
+def test_chunked_prefill_among_decoding_requests(policy: Policy) -> None:
+    with engine(policy, max_num_batched_tokens=192, max_num_seqs=6) as running:
+        assert running.generate(ASKED) == expected(policy)
 
 
 def test_where_a_prompt_is_cut_changes_nothing() -> None:
@@ -164,10 +171,55 @@ def test_preempted_requests_start_again() -> None:
     assert got == attached(UNCUT, asked, new_tokens=24)
 
 
-def test_prefix_hits_find_their_sketch() -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [
+        REUSING,
+        dataclasses.replace(REUSING, dense_prefill=False, positions="compact"),
+        dataclasses.replace(REUSING, scope="layer", similarity_on="rotated"),
+    ],
+    ids=["original", "compact", "layer-rotated"],
+)
+def test_lists_are_reused_as_under_attach(policy: Policy) -> None:
+    asked, hits = ASKED[6:], list[int]()
+    wanted = attached(policy, asked, new_tokens=24, hits=hits)
+    whole = policy.dense_prefill
+    options = {"max_num_batched_tokens": 512, "max_num_seqs": 6} if whole else {}
+    with engine(policy, **options) as running:  # requests come and go: rows move
+        assert running.generate(asked, new_tokens=24) == wanted
+        counts = [layer._served.state.decode for layer in running.layers]
+        assert sum(count.num_hits for count in counts) == sum(hits)
+        assert all(count.num_hits > 0 for count in counts)
+        assert all(count.num_misses > 0 for count in counts)
+
+
+def test_preempted_requests_select_anew() -> None:
+    """They reuse what was selected since, never what another request left in their blocks."""
+    asked, hits = prompts((250, 380, 254, 383, 300, 511, 253, 640)), list[int]()
+    wanted = attached(REUSING, asked, new_tokens=24, hits=hits)
+    options = {"max_model_len": 1024, "num_gpu_blocks_override": 22}
+    with engine(REUSING, **options) as running:
+        answered: dict[str, int] = {}  # by preempted requests, when they first were
+        preempt = running.scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **more: Any) -> Any:
+            answered.setdefault(request.request_id.split("-")[0], request.num_output_tokens)
+            return preempt(request, *args, **more)
+
+        running.scheduler._preempt_request = count
+        got = running.generate(asked, new_tokens=24)
+        counts = [layer._served.state.decode for layer in running.layers]
+        assert answered and 0 < sum(count.num_hits for count in counts) < sum(hits)
+    for index, (tokens, right) in enumerate(zip(got, wanted)):
+        exact = answered.get(str(index), 24)
+        assert tokens[:exact] == right[:exact], index
+
+
+@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["sketch", "bounds"])
+def test_prefix_hits_find_what_lies_with_their_pages(policy: Policy) -> None:
     long, short = prompts((2047, 700))
     asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
-    with engine(UNCUT, enable_prefix_caching=True) as running:
+    with engine(policy, enable_prefix_caching=True) as running:
         found: list[int] = []
         lookup = running.scheduler.kv_cache_manager.get_computed_blocks
 
@@ -180,7 +232,7 @@ def test_prefix_hits_find_their_sketch() -> None:
         got = [running.generate([tokens])[0] for tokens in asked]  # one after another: hits
         again = running.generate(asked)
         assert sum(found) > 1000
-    wanted = attached(UNCUT, asked)
+    wanted = attached(policy, asked)
     assert got == wanted and again == wanted
 
 
@@ -209,6 +261,87 @@ def test_aborted_requests_leave_nothing_behind() -> None:
                 assert tokens == expected(UNCUT)[int(request)]
 
 
+# ---- other dtypes, other layers
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str) -> None:
+    """A budget that covers everything gives vLLM's answers; lists of a part still find them."""
+    asked = ASKED[8:]
+    with engine(None, dtype=dtype) as running:
+        own = running.generate(asked, new_tokens=3)
+    found = {}
+    for policy in (kvselect.Dense(), ORIGINAL):
+        with engine(policy, dtype=dtype) as running:
+            found[policy] = running.generate(asked, new_tokens=3)
+            layers = [layer._served for layer in running.layers]
+            assert all(layer.cache.dtype == getattr(torch, dtype) for layer in layers)
+    same = [a == b for a, b in zip(found[kvselect.Dense()], own)]
+    assert sum(same) >= len(own) - 1, same  # rounding may decide between two words
+    counts = layers[0].state.decode
+    assert 0 < counts.tokens_attended < counts.tokens_visible
+    exact = expected(ORIGINAL)[8:]
+    assert sum(a == b[:3] for a, b in zip(found[ORIGINAL], exact)) >= len(exact) - 1
+
+
+def stored(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Options of an engine over random weights of this architecture."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,  # logits far apart: what is attended to decides
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}TextConfig", None)
+    made = (made or getattr(transformers, f"{family}Config"))(**sizes | config)
+    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))  # what it did not know too
+    return {"model": str(folder), "hf_overrides": {}, "max_model_len": 1024}
+
+
+WINDOW = {"sliding_window": 96}
+CHUNKS = {
+    "intermediate_size_mlp": 128,
+    "num_local_experts": 1,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 4,
+    "moe_layers": [],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Llama", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("Llama4", CHUNKS | {"layer_types": ["chunked_attention", "full_attention"]}),
+    ],
+    ids=["sliding", "chunked"],
+)
+def test_layers_with_a_window_run_vllms_own(
+    family: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    options = stored(tmp_path, family, config)
+    asked = [tokens[:700] for tokens in ASKED[6:12]]
+    with engine(None, **options) as running:
+        own = running.generate(asked)
+    streaming = kvselect.StreamingLLM(num_recent_tokens=160, positions="original")
+    for policy, streams in ((kvselect.Dense(), False), (streaming, True)):
+        with engine(policy, **options) as running:
+            assert (running.generate(asked) != own) == streams
+            local, whole = (layer._served for layer in running.layers)
+            assert local is None and whole is not None
+
+
 # ---- refusals, before anything is served
 
 
@@ -230,6 +363,14 @@ def test_aborted_requests_leave_nothing_behind() -> None:
             r"max_model_len: got 4096, allowed: at most 512, the trained length of the model, with",
         ),
         (
+            {"hf_overrides": {"max_position_embeddings": 256}, "max_model_len": 256},
+            r"rotary table: got 256, allowed: at least 512 positions",
+        ),
+        (
+            {"num_gpu_blocks_override": 2**26},
+            r"KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '\d+.00 GiB', allowed: at most",
+        ),
+        (
             {"kv_cache_memory_bytes": 2**44},
             r"KV cache \(VLLM_CPU_KVCACHE_SPACE\): got '16384.00 GiB', allowed: at most",
         ),
@@ -241,6 +382,13 @@ def test_the_server_does_not_start(
     if "kv_cache_memory_bytes" in options:  # the variable would win
         monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
+        pass
+
+
+def test_a_model_without_a_layer_that_selects(tmp_path: Path) -> None:
+    options = stored(tmp_path, "Llama", WINDOW | {"layer_types": ["sliding_attention"] * 2})
+    message = r"layers that select: got '0 of 2', allowed: at least 1 \(windows, dense_layers"
+    with pytest.raises(Exception, match=message), engine(kvselect.Dense(), **options):
         pass
 
 
@@ -290,9 +438,13 @@ def test_latent_attention_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_drafts_are_refused() -> None:
+def test_draft_models_are_refused() -> None:
     """Last: what vLLM imports for them keeps later engines of this process from starting."""
-    options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
-    message = r"speculative: got 'ngram', allowed: None under kvselect"
-    with pytest.raises(Exception, match=message), engine(ORIGINAL, **options):
+    options = {
+        "method": "draft_model",
+        "model": str(embedded_model_path()),
+        "num_speculative_tokens": 2,
+    }
+    message = r"speculative: got 'draft_model', allowed: None or 'ngram' under kvselect"
+    with pytest.raises(Exception, match=message), engine(ORIGINAL, speculative_config=options):
         pass

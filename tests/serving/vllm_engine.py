@@ -106,14 +106,19 @@ def attached(
     asked: list[list[int]],
     new_tokens: int = NEW_TOKENS,
     model: Any = None,
+    hits: list[int] | None = None,
 ) -> list[list[int]]:
-    """The same prompts one by one under Hugging Face; ``model``: None is the embedded one."""
+    """The same prompts one by one under Hugging Face; ``model``: None is the embedded one.
+
+    ``hits``: takes the lists that the selection cache reused, of all layers, prompt by prompt.
+    """
     if model is None:
         model = load_checkpoint("embedded").model
     model.generation_config.eos_token_id = None
     found = []
-    with kvselect.attach(model, policy):
+    with kvselect.attach(model, policy) as handle:
         for tokens in asked:
+            before = _hits(handle)
             ids = torch.tensor([tokens])
             out = model.generate(
                 input_ids=ids,
@@ -123,4 +128,10 @@ def attached(
                 pad_token_id=0,
             )
             found.append(out[0, len(tokens) :].tolist())
+            if hits is not None:
+                hits.append(_hits(handle) - before)
     return found
+
+
+def _hits(handle: Any) -> int:
+    return sum(layer.decode["num_hits"] for layer in handle.report().layers if layer.decode)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from kvselect.checks import require
@@ -16,9 +18,12 @@ from kvselect.integrations.vllm.config import (
     LayerFacts,
     configured_policy,
     describe,
+    extra_share,
     needs_rotation,
+    require_attention,
     require_layer,
     require_memory,
+    require_pages,
     require_server,
 )
 from kvselect.integrations.vllm.layer import Rotation, ServedLayer, rotation_from_table
@@ -28,11 +33,17 @@ from kvselect.integrations.vllm.shim import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
-    cache_memory,
+    allocated_cache_bytes,
+    asked_cache_bytes,
+    attention_layers,
+    available_bytes,
     get_current_vllm_config,
     init_logger,
+    is_local,
     layer_index,
+    rotary_module,
     rotary_table,
+    sees_later_tokens,
     server_facts,
     step_metadata,
     tensor_parallel_group,
@@ -66,17 +77,42 @@ class SelectingMetadata(CPUAttentionMetadata):
 
 
 class SelectingBuilder(CPUAttentionMetadataBuilder):
-    """Adds the `Step`; one for all layers of a group."""
+    """Adds the `Step`; one for all layers of a group.
 
-    def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._selects = configured_policy(additional_config=vllm_config.additional_config)
+    Made when weights are loaded and blocks are counted, but not taken: the last checks are here.
+    """
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any, **options: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **options)
+        self._selects = False
+        policy = configured_policy(additional_config=vllm_config.additional_config)
+        if policy is None:
+            return
+        layers = attention_layers(vllm_config)
+        selecting = [layer for layer in layers.values() if _selects(layer)]
+        if vllm_config.parallel_config.pipeline_parallel_size == 1:  # else others may have some
+            got, allowed = f"0 of {len(layers)}", "at least 1 (windows, dense_layers leave none)"
+            require(bool(selecting), "layers that select", got, allowed)
+        here = [layers[name] for name in layer_names if _selects(layers[name])]
+        if not here:
+            return
+        self._selects = True
+        for layer in here:
+            require_attention(type(layer).__name__, sees_later_tokens(layer))
+        spec = kv_cache_spec
+        require_pages(policy, spec.block_size)
+        cache_bytes = allocated_cache_bytes(vllm_config, spec, len(layer_names))
+        share = extra_share(policy, spec.block_size, spec.head_size, spec.dtype.itemsize)
+        share *= len(selecting) / len(layer_names)
+        require_memory(cache_bytes, round(share * cache_bytes), available_bytes())
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self._selects is None:
+        if not self._selects:
             return metadata
         METER.publish()
         count = common_attn_metadata.num_reqs
@@ -121,11 +157,15 @@ class SelectingImpl(CPUAttentionBackendImpl):
             kv_sharing_target_layer_name,
             sinks,
         )
-        vllm_config = get_current_vllm_config()
+        self._vllm_config = vllm_config = get_current_vllm_config()
         self._policy = configured_policy(additional_config=vllm_config.additional_config)
         self._served: ServedLayer | None = None
         self._trained_length = 0
         if self._policy is None:
+            return
+        require_server(self._policy, server_facts(vllm_config))
+        if sliding_window is not None:
+            self._policy = None
             return
         facts = LayerFacts(
             attn_type=attn_type,
@@ -137,16 +177,15 @@ class SelectingImpl(CPUAttentionBackendImpl):
             page_block_size=vllm_config.cache_config.block_size,
         )
         self._check(self._policy, facts, vllm_config)
-        if sliding_window is not None:
-            self._policy = None
 
     def _check(self, policy: Policy, facts: LayerFacts, vllm_config: Any) -> None:
         """Everything that can be known before weights are loaded and memory is taken."""
-        require_server(policy, server_facts(vllm_config))
         require_layer(policy, facts)
-        cache_bytes, available_bytes = cache_memory(vllm_config)
-        itemsize = facts.dtype.itemsize
-        require_memory(policy, facts.head_dim, itemsize, cache_bytes, available_bytes)
+        asked = asked_cache_bytes(vllm_config)
+        if asked is not None:
+            sizes = facts.page_block_size, facts.head_dim, facts.dtype.itemsize
+            share = extra_share(policy, *sizes)
+            require_memory(asked, round(share * asked), available_bytes())
         if needs_rotation(policy):
             self._trained_length = trained_length(vllm_config)
         if policy.caches_unrotated:
@@ -159,15 +198,24 @@ class SelectingImpl(CPUAttentionBackendImpl):
                 require(longest <= self._trained_length, "max_model_len", longest, allowed)
         logger.info_once("kvselect: full-attention layers run %s", describe(policy))
 
-    def _selects(self, layer: Any) -> bool:
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """The model is made: what it rotates by can be read."""
+        super().process_weights_after_loading(act_dtype)
+        if self._policy is not None and needs_rotation(self._policy):
+            self._rotation()
+
+    def selects(self, layer: Any) -> bool:
+        """Whether ``layer``, whose implementation this is, selects."""
         policy = self._policy
-        return policy is not None and layer_index(layer.layer_name) not in policy.dense_layers
+        if policy is None or is_local(layer):
+            return False
+        return layer_index(layer.layer_name) not in policy.dense_layers
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Store the step's keys and values: row by row where the layer selects."""
-        if not self._selects(layer):
+        if not self.selects(layer):
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
         metadata = step_metadata(layer.layer_name)
@@ -187,7 +235,7 @@ class SelectingImpl(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of the step; ``output`` is written to and returned."""
-        if attn_metadata is None or not self._selects(layer):
+        if attn_metadata is None or not self.selects(layer):
             scales = (output_scale, output_block_scale)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, *scales
@@ -222,5 +270,20 @@ class SelectingImpl(CPUAttentionBackendImpl):
         return self._served
 
     def _rotation(self) -> Rotation:
-        table, is_neox_style = rotary_table()
-        return rotation_from_table(table, is_neox_style, self._trained_length, self.head_size)
+        """The model's, made once for all its layers: it is as long as its contexts."""
+        module = rotary_module(self._vllm_config, self.head_size)
+        sizes = (self._trained_length, self.head_size)
+        made = _ROTATIONS.get(module)
+        if made is None or made[0] != sizes:
+            made = (sizes, rotation_from_table(*rotary_table(module), *sizes))
+            _ROTATIONS[module] = made
+        return made[1]
+
+
+_ROTATIONS: WeakKeyDictionary[Any, tuple[tuple[int, int], Rotation]] = WeakKeyDictionary()
+
+
+def _selects(layer: Any) -> bool:
+    """Of anything that vLLM knows by name."""
+    implementation = getattr(layer, "impl", None)
+    return isinstance(implementation, SelectingImpl) and implementation.selects(layer)

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
+from kvselect.engine_block_statistics import require_whole_blocks
 from kvselect.engine_cache import require_page_block_size, sketch_share
-from kvselect.policies import Dense, StreamingLLM, TokenSelect
+from kvselect.policies import Dense, Quest, StreamingLLM, TokenSelect
 from kvselect.policies.base import Policy, policy_from_dict
+from kvselect.policies.block_policy import BlockPolicy
 
 __all__ = [
     "ADDITIONAL_CONFIG_KEY",
@@ -21,8 +23,11 @@ __all__ = [
     "LayerFacts",
     "ServerFacts",
     "configured_policy",
+    "extra_share",
+    "require_attention",
     "require_layer",
     "require_memory",
+    "require_pages",
     "require_servable",
     "require_server",
 ]
@@ -30,7 +35,7 @@ __all__ = [
 POLICY_VARIABLE = "KVSELECT_VLLM_POLICY"
 ADDITIONAL_CONFIG_KEY = "kvselect"
 
-SERVED = (TokenSelect, StreamingLLM, Dense)
+SERVED = (TokenSelect, StreamingLLM, Quest, Dense)
 
 # Their attention rotates queries and keys by the model's one table, in every layer, as the last
 # thing before attention: what is rotated back here is what they had before.
@@ -81,7 +86,7 @@ def configured_policy(
 
 
 def require_servable(policy: Policy) -> None:
-    """Refuse what remembers something of a row: rows come and go at every step of a server.
+    """Refuse what remembers something of a row that a server's next step cannot find again.
 
     Raises
     ------
@@ -89,7 +94,7 @@ def require_servable(policy: Policy) -> None:
     """
     names = " or ".join(served.__name__ for served in SERVED)
     require(type(policy) in SERVED, "policy", type(policy).__name__, f"{names} under vLLM")
-    remembered = {"similarity_threshold": None, "num_segments": None, "layer_budget": "fixed"}
+    remembered = {"num_segments": None, "layer_budget": "fixed"}
     for name, off in remembered.items():
         value = getattr(policy, name, off)
         allowed = f"{off!r} under vLLM (what is remembered between steps is not kept by its blocks)"
@@ -103,8 +108,10 @@ class ServerFacts:
     architecture: str
     rope_type: str
     speculative_method: str | None
+    num_speculative_tokens: int
     kv_connector: str | None
     context_parallel_size: int
+    pipeline_parallel_size: int
     tensor_parallel_size: int
     num_kv_heads: int
     num_layers: int
@@ -120,13 +127,20 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
     if needs_rotation(policy):
         allowed = (
             f"{' or '.join(ROTATING)} with {type(policy).__name__} in these settings, which needs "
-            "queries before RoPE (or positions='original' with average_queries='after_rope')"
+            "queries before RoPE (or positions='original' with average_queries='after_rope' and "
+            "similarity_on='rotated')"
         )
         require(facts.architecture in ROTATING, "model", facts.architecture, allowed)
         allowed = " or ".join(map(repr, ROPE_TYPES))
         require(facts.rope_type in ROPE_TYPES, "rope_type", facts.rope_type, allowed)
-    allowed = "None under kvselect (rejected drafts would count as tokens)"
-    require(facts.speculative_method is None, "speculative", facts.speculative_method, allowed)
+    allowed = "None or 'ngram' under kvselect (a draft model's layers would select as well)"
+    method = facts.speculative_method
+    require(method in (None, "ngram"), "speculative", method, allowed)
+    # More queries than that are blocks of prefill, which choose together.
+    most = policy.tail_q_block_size - 1
+    num_drafts = facts.num_speculative_tokens
+    allowed = f"at most {most}, tail_q_block_size - 1 (each draft selects as a decode step does)"
+    require(num_drafts <= most, "num_speculative_tokens", num_drafts, allowed)
     allowed = "None under kvselect (blocks from elsewhere have no sketch)"
     require(facts.kv_connector is None, "kv_connector", facts.kv_connector, allowed)
     size = facts.context_parallel_size
@@ -135,6 +149,13 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
         size, heads = facts.tensor_parallel_size, facts.num_kv_heads
         allowed = f"at most {heads}, the model's KV heads (each selects by all of its queries)"
         require(size <= heads, "tensor_parallel_size", size, allowed)
+    threshold = getattr(policy, "similarity_threshold", None)
+    if policy.joins_heads and facts.tensor_parallel_size > 1:
+        allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
+        require(threshold is None, "similarity_threshold", threshold, f"{allowed}='kv_head'")
+    if facts.pipeline_parallel_size > 1:
+        allowed = "None in pipeline parallel (other requests run between two steps of one)"
+        require(threshold is None, "similarity_threshold", threshold, allowed)
     bad = [index for index in policy.dense_layers if index >= facts.num_layers]
     allowed = f"indices of this model's layers, 0..{facts.num_layers - 1}"
     require(not bad, "dense_layers", bad, allowed)
@@ -154,7 +175,7 @@ class LayerFacts:
 
 
 def require_layer(policy: Policy, facts: LayerFacts) -> None:
-    """Refuse layers. A layer with a sliding window is not asked: it runs vLLM's own attention.
+    """Refuse layers. One with a sliding window is not to be asked: it runs vLLM's own attention.
 
     Raises
     ------
@@ -172,39 +193,72 @@ def require_layer(policy: Policy, facts: LayerFacts) -> None:
     require(not facts.has_alibi, "alibi_slopes", "slopes", "None")
     allowed = "None under kvselect (each layer selects from its own keys)"
     require(not facts.shares_kv, "kv_sharing_target_layer_name", "a layer", allowed)
-    require_page_block_size(facts.page_block_size, policy.required_sketch)
+    require_pages(policy, facts.page_block_size)
 
 
-def require_memory(
-    policy: Policy, head_dim: int, itemsize: int, cache_bytes: int, available_bytes: int
-) -> None:
-    """Refuse to start where keys, values and their sketch do not fit.
+def require_pages(policy: Policy, page_block_size: int) -> None:
+    """ValueError unless pages of so many tokens can keep what the policy has beside their keys."""
+    require_page_block_size(page_block_size, policy.required_sketch)
+    if isinstance(policy, BlockPolicy):
+        require_whole_blocks(page_block_size, policy.new_statistics().block_size)
+
+
+def extra_share(policy: Policy, page_block_size: int, head_dim: int, itemsize: int) -> float:
+    """Bytes that a policy keeps beside keys and values, over theirs."""
+    heads = {"num_q_heads": 1, "num_kv_heads": 1}
+    kept, _ = policy.extra_bytes(page_block_size, head_dim=head_dim, itemsize=itemsize, **heads)
+    pages = 2 * page_block_size * head_dim * itemsize
+    return kept / pages + sketch_share(policy.required_sketch, head_dim, itemsize)
+
+
+def require_attention(kind: str, sees_later_tokens: bool) -> None:
+    """Refuse layers that are more than attention over all earlier tokens of the request.
 
     Parameters
     ----------
-    cache_bytes : int
-        What vLLM will take for keys and values.
-    available_bytes : int
-        Before it took them.
+    kind : str
+        Class of vLLM's layer.
+    sees_later_tokens : bool
+        Whether some tokens attend to later ones, as those of an image may.
 
     Raises
     ------
     ValueError
     """
-    share = sketch_share(policy.required_sketch, head_dim, itemsize)
-    needed = cache_bytes + round(share * cache_bytes)
+    allowed = "Attention under kvselect, or one with a window, which runs vLLM's own"
+    require(kind == "Attention", "attention layer", kind, allowed)
+    allowed = "causal attention under kvselect"
+    require(not sees_later_tokens, "attention", "tokens that attend to later ones", allowed)
+
+
+def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> None:
+    """Refuse to start where keys, values and what is kept beside them do not fit.
+
+    Parameters
+    ----------
+    cache_bytes, extra_bytes : int
+        What vLLM will take for keys and values, and we beside them.
+    available_bytes : int
+        Before either is taken.
+
+    Raises
+    ------
+    ValueError
+    """
+    share = extra_bytes / max(cache_bytes, 1)
     gib = 2.0**30
     allowed = (
         f"at most {available_bytes / (1 + share) / gib:.2f} GiB: {available_bytes / gib:.2f} GiB "
-        f"are free, and the sketch takes {share:.0%} of the cache on top"
+        f"are free, and kvselect takes {share:.0%} of the cache on top"
     )
     got = f"{cache_bytes / gib:.2f} GiB"
-    require(needed <= available_bytes, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
+    fits = cache_bytes + extra_bytes <= available_bytes
+    require(fits, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
 
 
 def needs_rotation(policy: Policy) -> bool:
     """Whether steps ask for queries, or keys, before RoPE."""
-    return policy.caches_unrotated or averages_unrotated(policy)
+    return policy.caches_unrotated or averages_unrotated(policy) or compares_unrotated(policy)
 
 
 def averages_unrotated(policy: Policy) -> bool:
@@ -212,6 +266,13 @@ def averages_unrotated(policy: Policy) -> bool:
     if policy.caches_unrotated or getattr(policy, "dense_prefill", False):
         return False
     return getattr(policy, "average_queries", None) == "before_rope"
+
+
+def compares_unrotated(policy: Policy) -> bool:
+    """Whether decode steps ask for queries before RoPE although keys are cached rotated."""
+    if policy.caches_unrotated or getattr(policy, "similarity_threshold", None) is None:
+        return False
+    return getattr(policy, "similarity_on", None) == "unrotated"
 
 
 def describe(policy: Policy | None) -> str:

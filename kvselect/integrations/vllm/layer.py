@@ -11,7 +11,8 @@ from torch import Tensor
 from kvselect.checks import require
 from kvselect.decode import decode_step
 from kvselect.engine_cache import EngineKVCache
-from kvselect.integrations.vllm.config import averages_unrotated
+from kvselect.engine_selection_cache import EngineSelectionCache
+from kvselect.integrations.vllm.config import averages_unrotated, compares_unrotated
 from kvselect.integrations.vllm.state import Rows, Step
 from kvselect.policies.base import Policy
 from kvselect.prefill import prefill, selects_stepwise
@@ -116,6 +117,10 @@ class ServedLayer:
         self.cache = EngineKVCache(k_pages, v_pages, sketch=policy.required_sketch)
         # Ranks that vote together must select at the same steps, whatever each machine measured.
         self.state = policy.new_state(self.cache, None if process_group is None else {})
+        # Prefill calls void what a state remembers: of their rows, which are others' than a step's.
+        self._selections, self.state.selection_cache = self.state.selection_cache, None
+        self._num_steps = 0
+        self._num_nonfinite: Tensor | None = None  # by flat token that is decoded
         self._num_q_heads = num_q_heads
         self._options: dict[str, Any] = {
             "softmax_scale": softmax_scale,
@@ -143,9 +148,16 @@ class ServedLayer:
         if self.policy.caches_unrotated:
             assert self.rotation is not None
             k = self.rotation.undo(k, step.positions)
+        self._num_steps += 1
         for rows in step.rows:
             self.cache.serve(rows.block_table, rows.lengths(after=False), rows.before)
             self.cache.append(rows.take(k), rows.take(v))
+            # Of all rows before any attends: pages that are filled in this step may be shared.
+            self.policy.update(self.state, self.cache)
+            if rows.decodes and self._selections is not None:
+                counts = self.cache.num_nonfinite
+                self._num_nonfinite = counts.new_zeros(step.num_tokens, counts.shape[1])
+                rows.put(self._num_nonfinite, counts[:, None])
 
     def attend(self, step: Step, q: Tensor, out: Tensor) -> None:
         """Attention of the step's queries.
@@ -160,8 +172,8 @@ class ServedLayer:
             assert self.rotation is not None
             q = self.rotation.undo(q, step.positions)
         for rows in step.calls(self._is_dense):
-            self.cache.serve(rows.block_table, rows.lengths(after=True), rows.after)
-            rows.put(out, self._attend_rows(step, rows, rows.take(q)))
+            attend = self._decode_rows if rows.decodes else self._prefill_rows
+            rows.put(out, attend(step, rows, rows.take(q)))
 
     def _is_dense(self, length: int) -> bool:
         """Whether decode steps of a row of so many tokens are dense."""
@@ -174,15 +186,37 @@ class ServedLayer:
         assert self.rotation is not None
         return self.rotation.trained
 
-    def _attend_rows(self, step: Step, rows: Rows, q: Tensor) -> Tensor:
-        """The same calls as under Hugging Face, where nobody cuts prompts: pieces are prefill,
+    def _decode_rows(self, step: Step, rows: Rows, q: Tensor) -> Tensor:
+        num_nonfinite, q_unrotated = None, None
+        if self._selections is not None:
+            assert isinstance(self._selections, EngineSelectionCache)
+            assert self._num_nonfinite is not None  # these rows were stored
+            num_nonfinite = rows.take(self._num_nonfinite)[:, 0]
+            self._selections.serve(self._num_steps, *step.pages(rows, self.cache.k_pages.shape[1]))
+            if compares_unrotated(self.policy):
+                assert self.rotation is not None
+                q_unrotated = self.rotation.undo(q[:, 0], step.positions[rows.tokens])[:, None]
+        self.cache.serve(rows.block_table, rows.lengths(after=True), rows.after, num_nonfinite)
+        self.state.selection_cache = self._selections
+        try:
+            return decode_step(
+                q,
+                self.cache,
+                self.policy,
+                self.state,
+                q_unrotated=q_unrotated,
+                rope=self._compact_rope(),
+                **self._options,
+            )[0]
+        finally:
+            self.state.selection_cache = None
+
+    def _prefill_rows(self, step: Step, rows: Rows, q: Tensor) -> Tensor:
+        """The same call as under Hugging Face, where nobody cuts prompts: pieces are prefill,
         however short.
         """
+        self.cache.serve(rows.block_table, rows.lengths(after=True), rows.after)
         rope, q_unrotated = self._compact_rope(), None
-        if rows.decodes:
-            return decode_step(q, self.cache, self.policy, self.state, rope=rope, **self._options)[
-                0
-            ]
         (longest,) = rows.after
         stepwise = not rows.of_prompt and selects_stepwise(self.policy, rows.num_new, longest)
         dense = self.policy.is_dense("prefill", longest - 1, longest, None)

@@ -19,6 +19,12 @@ __all__ = ["METER", "Meter"]
 
 _SECONDS = 1.0  # between two looks at the counts, which add up what layers recorded
 _PHASES = ("prefill", "decode")
+_COUNTERS = {  # by instrument: the count of `PhaseStatistics`
+    "tokens_visible": "tokens_visible",
+    "tokens_attended": "tokens_attended",
+    "lists_reused": "num_hits",
+    "lists_selected": "num_misses",
+}
 
 
 class Meter:
@@ -52,8 +58,8 @@ class Meter:
             self._instruments = shim.prometheus_instruments()
         for phase in _PHASES:
             counts = [getattr(state, phase) for state in self._states]
-            for name in ("tokens_visible", "tokens_attended"):
-                total = sum(getattr(count, name) for count in counts)
+            for name, count_name in _COUNTERS.items():
+                total = sum(getattr(count, count_name) for count in counts)
                 told = self._told.get((phase, name), 0)
                 self._instruments[name].labels(phase=phase).inc(total - told)
                 self._told[phase, name] = total

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvselect.checks import require
 from kvselect.integrations.vllm.config import ServerFacts
 
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.32.0", "0.28.0")
 
 PLACES = {
     "AMXMLABackend": "vllm.v1.attention.backends.mla.amx_mla",
@@ -82,28 +82,58 @@ def server_facts(vllm_config: Any) -> ServerFacts:
         architecture=str(vllm_config.model_config.architecture),
         rope_type=str(rope.get("rope_type", "default" if not rope else "one per layer type")),
         speculative_method=None if speculative is None else str(speculative.method),
+        num_speculative_tokens=0 if speculative is None else speculative.num_speculative_tokens,
         kv_connector=None if connector is None else str(connector.kv_connector),
         context_parallel_size=parallel.decode_context_parallel_size
         * parallel.prefill_context_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
         num_kv_heads=vllm_config.model_config.get_total_num_kv_heads(),
         num_layers=vllm_config.model_config.get_total_num_hidden_layers(),
     )
 
 
-def cache_memory(vllm_config: Any) -> tuple[int, int]:
-    """What vLLM will take for keys and values, at most, and what is free [bytes].
+def asked_cache_bytes(vllm_config: Any) -> int | None:
+    """What the user says that keys and values take on this machine, all ranks; None: he does not.
 
-    Of the whole machine: each of its ranks takes as many bytes as are asked for, and none has taken
-    them when the first looks.
+    A share of memory is known when the weights have theirs: `allocated_cache_bytes`.
     """
-    memory = import_module("psutil").virtual_memory()  # vLLM brings it
     cache_config = vllm_config.cache_config
-    if cache_config.kv_cache_memory_bytes is None:
-        wanted = int(cache_config.gpu_memory_utilization * memory.total)
-    else:
-        wanted = cache_config.kv_cache_memory_bytes * vllm_config.parallel_config.local_world_size
-    return wanted, int(memory.available)
+    asked = cache_config.kv_cache_memory_bytes
+    if asked is None or cache_config.num_gpu_blocks_override is not None:
+        return None
+    return int(asked * vllm_config.parallel_config.local_world_size)
+
+
+def allocated_cache_bytes(vllm_config: Any, kv_cache_spec: Any, num_layers: int) -> int:
+    """What vLLM is about to take on this machine for layers of this kind: all blocks, all ranks.
+
+    Layers of other kinds share their blocks.
+    """
+    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    allowed = "an int, before blocks are made"
+    require(isinstance(num_blocks, int), "num_gpu_blocks", num_blocks, allowed)
+    ranks = vllm_config.parallel_config.local_world_size
+    return int(num_blocks * kv_cache_spec.page_size_bytes * num_layers * ranks)
+
+
+def available_bytes() -> int:
+    """Memory that is free on this machine."""
+    return int(import_module("psutil").virtual_memory().available)  # vLLM brings it
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """The layers of this process that vLLM knows by name; not all of them attend."""
+    return dict(vllm_config.compilation_config.static_forward_context)
+
+
+def is_local(layer: Any) -> bool:
+    """Whether the layer attends within chunks of the row (Llama 4), as vLLM splits it up."""
+    return getattr(layer, "attention_chunk_size", None) is not None
+
+
+def sees_later_tokens(layer: Any) -> bool:
+    return bool(getattr(layer, "use_mm_prefix", False))
 
 
 def trained_length(vllm_config: Any) -> int:
@@ -123,17 +153,33 @@ def trained_length(vllm_config: Any) -> int:
     return int(length)
 
 
-def rotary_table() -> tuple[Tensor, bool]:
-    """cos and sin of every position, and whether pairs are half a head apart: the model's only one.
+def rotary_module(vllm_config: Any, head_size: int) -> Any:
+    """What rotates queries and keys in every layer of the model: `rotary_table` reads it.
 
     Raises
     ------
     ValueError
         If layers rotate by several tables: nobody says which is whose.
     """
-    tables = list(import_module(PLACES["_ROPE_DICT"])._ROPE_DICT.values())
-    require(len(tables) == 1, "rotary tables of the model", len(tables), "1")
-    return tables[0].cos_sin_cache.detach(), bool(tables[0].is_neox_style)
+    config = vllm_config.model_config.hf_text_config
+    asked = getattr(config, "rope_parameters", None)
+    if asked is not None:
+        pairs = asked.items()
+        asked = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)
+    # vLLM keeps tables by what they were asked for with, those of a process's other engines too.
+    found = [
+        module
+        for key, module in import_module(PLACES["_ROPE_DICT"])._ROPE_DICT.items()
+        if (key[0], key[2], key[4]) == (head_size, config.max_position_embeddings, asked)
+        and vllm_config.model_config.dtype in key
+    ]
+    require(len(found) == 1, "rotary tables of the model", len(found), "1")
+    return found[0]
+
+
+def rotary_table(module: Any) -> tuple[Tensor, bool]:
+    """cos and sin of every position, and whether pairs are half a head apart."""
+    return module.cos_sin_cache.detach(), bool(module.is_neox_style)
 
 
 def prometheus_instruments() -> dict[str, Any]:
@@ -142,10 +188,14 @@ def prometheus_instruments() -> dict[str, Any]:
     visible = "Tokens that dense attention would have read, over layers and KV heads."
     attended = "Tokens that attention read, over layers and KV heads."
     mass = "Mean attention mass inside the selections since the start, by their own scores."
+    reused = "Lists of tokens that the selection cache reused."
+    selected = "Lists of tokens that it was asked for and that were selected anew."
     labels = ["phase"]
     return {
         "tokens_visible": client.Counter("kvselect:tokens_visible", visible, labels),
         "tokens_attended": client.Counter("kvselect:tokens_attended", attended, labels),
+        "lists_reused": client.Counter("kvselect:lists_reused", reused, labels),
+        "lists_selected": client.Counter("kvselect:lists_selected", selected, labels),
         "kept_mass": client.Gauge(
             "kvselect:kept_mass", mass, labels, multiprocess_mode="mostrecent"
         ),
@@ -153,9 +203,20 @@ def prometheus_instruments() -> dict[str, Any]:
 
 
 def step_metadata(layer_name: str) -> Any:
-    """The attention metadata of the forward pass that runs; None: a warm-up."""
+    """The attention metadata of the forward pass that runs; None: a warm-up.
+
+    Raises
+    ------
+    ValueError
+        If there is metadata, but none of this layer.
+    """
     metadata = import_module("vllm.forward_context").get_forward_context().attn_metadata
-    return metadata.get(layer_name) if isinstance(metadata, dict) else metadata
+    if metadata is None:
+        return None
+    found = metadata.get(layer_name) if isinstance(metadata, dict) else None
+    allowed = f"an entry of {layer_name} (kvselect would leave its tokens out)"
+    require(found is not None, "attention metadata", type(metadata).__name__, allowed)
+    return found
 
 
 def tensor_parallel_group() -> torch.distributed.ProcessGroup | None:

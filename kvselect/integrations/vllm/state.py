@@ -1,6 +1,6 @@
 """What one engine step brings: which rows decode, which prefill, where their tokens and pages are.
 
-Made once a step and shared by its layers. Nothing is kept from step to step: keys, values and
+Made once a step and shared by its layers. Nothing of it is kept for the next: keys, values and
 sketch lie with the engine's blocks (`EngineKVCache`), so shared prefixes, preemption, recompute and
 reused blocks need no bookkeeping of ours.
 """
@@ -89,6 +89,7 @@ class Step:
     num_tokens: int = field(init=False)
     _positions: Tensor | None = None
     _split: tuple[int, list[Rows]] | None = None
+    _pages: dict[int, tuple[Rows, list[int], list[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         starts = self.query_start_loc
@@ -131,6 +132,15 @@ class Step:
             ]
             self._positions = torch.cat(parts).to(self.block_table.device)
         return self._positions
+
+    def pages(self, rows: Rows, page_block_size: int) -> tuple[list[int], list[int]]:
+        """Pages of the last token but one of decoding ``rows``, and of their last."""
+        if id(rows) not in self._pages:
+            ends = torch.tensor([rows.before, rows.after], device=rows.block_table.device)
+            places = (ends - 1).div(page_block_size, rounding_mode="floor")
+            before, after = rows.block_table.gather(1, places.T).T.tolist()
+            self._pages[id(rows)] = (rows, before, after)  # with the rows, that no other has its id
+        return self._pages[id(rows)][1:]
 
     def calls(self, is_dense: Callable[[int], bool]) -> list[Rows]:
         """Rows for `decode_step` and `prefill`: decoding rows that are dense apart from the others.
