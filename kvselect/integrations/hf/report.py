@@ -58,6 +58,8 @@ class LayerReport:
         Tokens per row and KV head on the device, of the cache layer that it reads; None: all.
     residency : dict or None
         With ``keep="cpu"``: what moved, by `Residency`.
+    replacement : "lru", "lru_s" or None
+        With ``keep="cpu"``: which listed token makes room.
     """
 
     index: int
@@ -80,6 +82,7 @@ class LayerReport:
     decode: dict[str, Any]
     resident_tokens: int | None = None
     residency: dict[str, Any] | None = None
+    replacement: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         decode=phases[1].to_dict(),
         resident_tokens=None if tier is None else tier.resident_tokens,
         residency=None if tier is None else tier.residency.to_dict(),
+        replacement=None if tier is None else tier.replacement,
     )
 
 
@@ -271,7 +275,8 @@ def _tier_lines(layers: tuple[LayerReport, ...]) -> list[str]:
     found, fetched = (sum(c[name] for c in moved) for name in ("num_found", "num_fetched"))
     line = (
         f"keep='cpu' in {len(tiered)} of {len(layers)} layers: "
-        f"{tiered[0].resident_tokens} tokens per row and KV head on the device"
+        f"{tiered[0].resident_tokens} tokens per row and KV head on the device "
+        f"({tiered[0].replacement})"
     )
     if steps:
         per_step = sum(counts["fetched_bytes"] for counts in moved) / steps
