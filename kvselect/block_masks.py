@@ -96,10 +96,10 @@ def needed_shares(mass: Tensor, num_visible: Tensor, mandatory: Tensor, recall: 
     place = torch.arange(mass.shape[3], device=mass.device)
     # round(share * num_visible) blocks hold the one of this place from this share on.
     share = (place + 0.5) / num_visible.clamp(min=1)[:, None, :, None]
-    share = share.expand_as(mass).flatten(2).sort(dim=2)
-    added = found.flatten(2).gather(2, share.indices).double().cumsum(2)
+    shares, order = share.expand_as(mass).flatten(2).sort(dim=2)
+    added = found.flatten(2).gather(2, order).double().cumsum(2)
     first = (added < recall * added[..., -1:]).sum(2, keepdim=True)
-    return share.values.gather(2, first.clamp(max=added.shape[2] - 1))[..., 0].clamp(max=1.0)
+    return shares.gather(2, first.clamp(max=added.shape[2] - 1))[..., 0].clamp(max=1.0)
 
 
 def apportioned_blocks(
