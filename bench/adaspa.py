@@ -3,7 +3,8 @@
 Two attention layers in the shape of a video diffusion transformer (frames of a grid, no causal
 mask, weights drawn with heads of different reach), fifty denoising steps whose input drifts. The
 blocks are those of most exact mass (`RepeatedAttention`, searched at steps 10 and 30), at sparsity
-0.8 and 0.9, with and without budgets moved between heads, with and without kept normalisers.
+0.8 and 0.9, with and without budgets moved between heads (in two levels, or in proportion to need),
+with and without kept normalisers.
 Simulated: no trained model. Expected: sparse calls under 0.4 and 0.3 of dense time, the least
 recall of any head higher with the split, at equal blocks.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class Row:
     step's inputs, least over layers and heads."""
 
     sparsity: float
-    head_split: bool
+    head_split: str | None
     kept_lse: bool
     tokens: int
     steps: int
@@ -156,7 +158,7 @@ def run_one(loop: Loop, policy: AdaSpa, kept_lse: bool, rounds: int) -> Row:
     recall = torch.cat(recalls)
     return Row(
         sparsity=policy.sparsity,
-        head_split=policy.recall_threshold is not None,
+        head_split=None if policy.recall_threshold is None else policy.head_split,
         kept_lse=kept_lse,
         tokens=q.shape[1],
         steps=loop.steps,
@@ -208,7 +210,7 @@ def show(rows: Sequence[Row]) -> None:
         [
             (
                 f"{row.sparsity}",
-                "yes" if row.head_split else "no",
+                row.head_split or "no",
                 "yes" if row.kept_lse else "no",
                 f"{row.kept_share:.1%}",
                 f"{row.attention_ms:.1f}",
@@ -242,10 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loop = Loop(options.frames, options.side, options.heads, options.head_dim, options.steps)
     rows = []
     for sparsity in (0.8, 0.9):
-        for threshold, kept_lse in ((None, False), (0.8, False), (0.8, True)):
-            policy = AdaSpa(
-                sparsity=sparsity, block_size=options.block_size, recall_threshold=threshold
-            )
+        sizes: dict[str, Any] = {"sparsity": sparsity, "block_size": options.block_size}
+        even, split = AdaSpa(**sizes, recall_threshold=None), AdaSpa(**sizes)
+        needed = AdaSpa(**sizes, head_split="proportional")
+        for policy, kept_lse in ((even, False), (split, False), (split, True), (needed, False)):
             rows.append(run_one(loop, policy, kept_lse, options.rounds))
     show(rows)
     print("written:", results.save(options.out, parser.description or "", vars(options), rows))

@@ -21,7 +21,7 @@ from kvselect.evictable_cache import EvictableKVCache
 from kvselect.queries import Queries
 from kvselect.rope import Rope
 from kvselect.selection import Selection
-from kvselect.tiered_cache import TieredKVCache
+from kvselect.tiered_cache import Fetched, TieredKVCache
 
 __all__ = ["merge_splits", "recovered_mass", "sparse_attention"]
 
@@ -285,8 +285,34 @@ def _attend_fetched(
             softcap,
             None if sink_logits is None else sink_logits[head * group : (head + 1) * group],
         )
+    if cache.replacement == "lru_s":
+        cache.note_received(_received(per_list, fetched, lse, softmax_scale, rope, softcap))
     shape = q.shape
     return out.view(shape), lse.view(shape[:-1])
+
+
+def _received(
+    q: Tensor,
+    fetched: Fetched,
+    lse: Tensor,
+    softmax_scale: float,
+    rope: Rope | None,
+    softcap: float,
+) -> Tensor:
+    """Attention that every token of a list gets, summed over its queries [num_lists, 1, group,
+    head_dim], of which ``lse`` is known; [num_lists, width] float32, 0 where there is no token."""
+    width = fetched.block_table.shape[1]
+    place = torch.arange(width, device=q.device)
+    k = fetched.k_pages[:, 0, 0][fetched.block_table].float()
+    queries, count = q[:, 0].float(), fetched.cache_seqlens[:, None]
+    if rope is not None:
+        k = rope.rotate(k[:, :, None], place)[:, :, 0]
+        queries = rope.rotate(queries, (count[:, 0] - 1).clamp(min=0))
+    logits = softmax_scale * queries @ k.transpose(1, 2)
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    weights = (logits - lse[:, 0, :, None]).exp().sum(1)
+    return weights.masked_fill(place >= count, 0.0)
 
 
 def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from kvselect.checks import require, require_float, require_tensor
 
-__all__ = ["BlockMask", "head_recall", "head_recall_split", "largest_blocks"]
+__all__ = [
+    "BlockMask",
+    "apportioned_blocks",
+    "head_recall",
+    "head_recall_split",
+    "largest_blocks",
+    "needed_shares",
+]
 
 
 @dataclass(slots=True, eq=False)
@@ -71,15 +78,74 @@ def largest_blocks(
     require_tensor(mass, "mass", (None, None, None, None), (torch.float32,))
     share = (1.0 - sparsity)[:, :, None] * num_visible[:, None]
     count = share.round().clamp(min=1).minimum(num_visible[:, None])
-    required = mandatory[:, None].expand_as(mass)
-    order = (
-        mass.nan_to_num(0.0)
-        .masked_fill(required, torch.inf)
-        .sort(dim=-1, descending=True, stable=True)
-    )
+    return _first_blocks(mass, count, mandatory)
+
+
+def needed_shares(mass: Tensor, num_visible: Tensor, mandatory: Tensor, recall: float) -> Tensor:
+    """The least share of the visible blocks by which a head recalls so much of its mass.
+
+    The same share of every q block, mandatory blocks first, then those of largest mass; arguments
+    as in `largest_blocks`, ``recall`` in (0, 1).
+
+    Returns
+    -------
+    Tensor, [batch, num_q_heads], float32, in [0, 1]; as if one block did where there is no mass
+    """
+    ordered = _in_order(mass, mandatory)
+    found = mass.nan_to_num(0.0).gather(3, ordered)
     place = torch.arange(mass.shape[3], device=mass.device)
-    kept = torch.zeros_like(required).scatter(3, order.indices, place < count[..., None])
-    return kept | required
+    # round(share * num_visible) blocks hold the one of this place from this share on.
+    share = (place + 0.5) / num_visible.clamp(min=1)[:, None, :, None]
+    shares, order = share.expand_as(mass).flatten(2).sort(dim=2)
+    added = found.flatten(2).gather(2, order).double().cumsum(2)
+    first = (added < recall * added[..., -1:]).sum(2, keepdim=True)
+    return shares.gather(2, first.clamp(max=added.shape[2] - 1))[..., 0].clamp(max=1.0)
+
+
+def apportioned_blocks(
+    mass: Tensor, need: Tensor, sparsity: float, num_visible: Tensor, mandatory: Tensor
+) -> Tensor:
+    """As `largest_blocks`, heads having blocks in proportion to ``need``.
+
+    Every q block keeps as many blocks of all heads together as with ``sparsity`` for each of them:
+    a head one at least and ``num_visible`` at most, the others go one by one to the head with the
+    largest ``need / (blocks it has + 1/2)`` (Sainte-Laguë), the first of equal ones.
+
+    Parameters
+    ----------
+    need : Tensor, [batch, num_q_heads], float32, >= 0
+
+    Returns
+    -------
+    Tensor, bool, shape of ``mass``
+    """
+    _, num_heads, num_q_blocks, num_blocks = mass.shape
+    each = ((1.0 - sparsity) * num_visible).round().clamp(min=1).minimum(num_visible)
+    place = torch.arange(num_blocks, device=mass.device)
+    claim = need.double()[:, None, :, None] / (place + 0.5)
+    claim = claim.masked_fill(place == 0, torch.inf).expand(-1, num_q_blocks, -1, -1)
+    claim = claim.masked_fill(place >= num_visible[:, :, None, None], -1.0).flatten(2)
+    order = claim.sort(dim=2, descending=True, stable=True).indices
+    turn = torch.arange(order.shape[2], device=mass.device)
+    given = torch.zeros_like(claim, dtype=torch.bool)
+    given.scatter_(2, order, turn < (num_heads * each)[..., None])
+    count = torch.unflatten(given, 2, (num_heads, num_blocks)).sum(3).transpose(1, 2)
+    return _first_blocks(mass, count, mandatory)
+
+
+def _in_order(mass: Tensor, mandatory: Tensor) -> Tensor:
+    """Blocks of every q block, mandatory ones first, then by mass; int64, shape of ``mass``."""
+    required = mandatory[:, None].expand_as(mass)
+    ranked = mass.nan_to_num(0.0).masked_fill(required, torch.inf)
+    return ranked.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _first_blocks(mass: Tensor, count: Tensor, mandatory: Tensor) -> Tensor:
+    """The first ``count`` [batch, num_q_heads, num_q_blocks] blocks, and all mandatory ones."""
+    place = torch.arange(mass.shape[3], device=mass.device)
+    kept = torch.zeros_like(mass, dtype=torch.bool)
+    kept.scatter_(3, _in_order(mass, mandatory), place < count[..., None])
+    return kept | mandatory[:, None]
 
 
 def head_recall(mass: Tensor, kept: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from kvselect.tiered_cache import TieredKVCache
 
 __all__ = ["KINDS", "BlockStatistics"]
 
-KINDS = ("min_max", "moments", "mean_value")
+KINDS = ("min_max", "moments", "mean_value", "unit_mean")
 _TOKENS_AT_ONCE = 8192  # of a row whose keys are gathered: bounds what a long prompt takes
 
 
@@ -37,6 +37,7 @@ class BlockStatistics:
     kinds : tuple of str, of `KINDS`
         "min_max": the largest and the smallest key, channel by channel, in the cache's dtype.
         "moments": mean and variance of the keys, float32. "mean_value": mean value, float32.
+        "unit_mean": mean key over its norm, float32.
     representatives : int
         Keys of a block that stand for it when `represent` is told to: those that received most, of
         a number per token which the owner adds to. 0: none.
@@ -98,6 +99,11 @@ class BlockStatistics:
     def mean_value(self) -> Tensor:
         """Of the tokens with finite keys, [..., num_blocks, head_dim] float32."""
         return self._tables["mean_value"]
+
+    @property
+    def unit_mean(self) -> Tensor:
+        """Means of the keys, of length 1 (or 0), [..., num_blocks, head_dim] float32."""
+        return self._tables["unit_mean"]
 
     @property
     def finite(self) -> Tensor:
@@ -296,6 +302,7 @@ class BlockStatistics:
             "min_max": (2 * head_dim, None),
             "moments": (2 * head_dim, torch.float32),
             "mean_value": (head_dim, torch.float32),
+            "unit_mean": (head_dim, torch.float32),
             "finite": (self._block_size, torch.bool),
             "num_finite": (1, torch.float32),
             "received": (self._block_size, torch.float32),
@@ -354,6 +361,9 @@ class BlockStatistics:
             mean = keys.sum(3) / count
             spread = (keys - mean[..., None, :]).masked_fill(gone, 0.0)
             write("moments", values=torch.cat([mean, spread.square().sum(3) / count], -1))
+        if "unit_mean" in self._kinds:
+            mean = k.float().masked_fill(gone, 0.0).sum(3) / count
+            write("unit_mean", values=torch.nn.functional.normalize(mean, dim=-1))
         if "mean_value" in self._kinds:
             v = stored(cache.v_pages, cache.block_table, position, there).float()
             write("mean_value", values=v.masked_fill(gone, 0.0).sum(3) / count)

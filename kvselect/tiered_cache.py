@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_int
+from kvselect.checks import require, require_choice, require_int
+from kvselect.lru_slots import Replacement
 from kvselect.sketch import BLOCK_TOKENS
 from kvselect.storage import Storage
 from kvselect.tiered_rows import Residency, TieredRows
@@ -32,8 +33,8 @@ class TieredKVCache(KVCache):
 
     The device holds the sketch of every token, and per row and KV head the keys and values of
     ``resident_tokens`` tokens: the window (sinks and recent tokens), and tokens that lists named,
-    of which the least recently listed one makes room. `fetch` brings in what a list names. Results
-    are those of a KVCache, bit for bit.
+    of which the least recently listed one makes room (``replacement``). `fetch` brings in what a
+    list names. Results are those of a KVCache, bit for bit.
 
     Whoever needs every token (prefill, calls of several queries, exact scores) takes `whole_rows`:
     one layer's keys and values, on the device for as long as the call lasts. An append of more than
@@ -51,6 +52,12 @@ class TieredKVCache(KVCache):
         Room for the longest list, at least; the more, the fewer rows move (docs/tier.md).
     residency : Residency or None
         Where to count what moves; None: a count of its own.
+    replacement : "lru" or "lru_s"
+        Which listed token makes room. "lru": the least recently listed one. "lru_s" (InfLLM): the
+        one with the lowest ``score <- 0.1 * score + attention received``, never one that the step
+        lists. Attention to listed tokens is then computed once more, without values.
+    block_tokens : int
+        With "lru_s": so many neighbours share a score, the sum over them; the blocks of the policy.
 
     Raises
     ------
@@ -82,7 +89,11 @@ class TieredKVCache(KVCache):
         capacity: int = 0,
         sketch: str | None = "int4",
         residency: Residency | None = None,
+        replacement: Replacement = "lru",
+        block_tokens: int = 1,
     ) -> None:
+        require_choice(replacement, "replacement", ("lru", "lru_s"))
+        require_int(block_tokens, "block_tokens", 1)
         require_int(num_sink_tokens, "num_sink_tokens", 0)
         require_int(num_recent_tokens, "num_recent_tokens", 1)
         window = num_sink_tokens + num_recent_tokens
@@ -94,6 +105,7 @@ class TieredKVCache(KVCache):
         self._window = num_sink_tokens, num_recent_tokens
         self._resident_tokens = resident_tokens
         self._residency = Residency() if residency is None else residency
+        self._replacement, self._block_tokens = replacement, block_tokens
         self._num_readers = 0  # of whole rows
         self._lacks_codes = False  # a whole sketch block, somewhere
         super().__init__(
@@ -125,6 +137,8 @@ class TieredKVCache(KVCache):
             num_recent_tokens=self._window[1],
             num_listed_tokens=self._resident_tokens - sum(self._window),
             residency=self._residency,
+            replacement=self._replacement,
+            block_tokens=self._block_tokens,
         )
         return self._tiers
 
@@ -132,6 +146,11 @@ class TieredKVCache(KVCache):
     def resident_tokens(self) -> int:
         """Tokens per row and KV head that the device has room for."""
         return self._resident_tokens
+
+    @property
+    def replacement(self) -> Replacement:
+        """Which listed token makes room."""
+        return self._replacement
 
     @property
     def residency(self) -> Residency:
@@ -234,6 +253,16 @@ class TieredKVCache(KVCache):
         block_table = self._tiers.fetch(positions)
         counts = (positions >= 0).sum(2, dtype=torch.int32)
         return Fetched(*self._tiers.slots, block_table, counts.flatten().to(self._device))
+
+    def note_received(self, received: Tensor) -> None:
+        """With "lru_s": the attention probability that each token of the last `fetch` received.
+
+        ``received``: float32 [batch * num_kv_heads, width], on the device, summed over the query
+        heads of the KV head; the host reads it at the next fetch, when it waits anyway.
+        """
+        allowed = "a cache with replacement='lru_s'"
+        require(self._replacement == "lru_s", "cache", f"{self._replacement!r}", allowed)
+        self._tiers.note(received)
 
     def _everything(self) -> Tensor:
         """Lists of every token, one per row, seen by all heads."""

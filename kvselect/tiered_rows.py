@@ -2,7 +2,8 @@
 
 The device keeps one pool of slots per row, ``[batch, num_slots, num_kv_heads, head_dim]``:
 
-    [ pages of the window | slots of listed tokens, the least recently listed out first ]
+    [ pages of the window | slots of listed tokens, the least recently listed or the least attended
+      out first ]
 
 The window (sinks and recent tokens) is addressed by position, in pages: appends write there, scores
 read their exact keys there. Page entries of tokens that lie elsewhere point to page 0; nothing
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvselect.lru_slots import LruSlots
+from kvselect.lru_slots import LruSlots, Replacement
 from kvselect.storage import HeadMajorRows, zeros_in_huge_pages
 
 __all__ = ["Residency", "TieredRows"]
@@ -105,6 +106,10 @@ class TieredRows:
         Slots per row and KV head for tokens outside of it; pages round up.
     residency : Residency
         Counts what moves.
+    replacement : "lru" or "lru_s"
+        Which listed token makes room; see `LruSlots`.
+    block_tokens : int
+        With "lru_s": tokens that share a score, counted from a row's first, padding excluded.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class TieredRows:
         num_recent_tokens: int,
         num_listed_tokens: int,
         residency: Residency,
+        replacement: Replacement = "lru",
+        block_tokens: int = 1,
     ) -> None:
         self._num_sink_tokens, self._num_recent_tokens = num_sink_tokens, num_recent_tokens
         num_pages = window_pages(num_sink_tokens) + window_pages(num_recent_tokens)
@@ -138,7 +145,13 @@ class TieredRows:
             self._k, self._v = (zeros_in_huge_pages(like, shape) for _ in range(2))
             self._table = torch.zeros((batch, 0), dtype=torch.int32, device=device)
             self._window_slot = torch.full((batch, 0), -1, dtype=torch.int64)
-        self._listed = LruSlots(batch * num_kv_heads, num_slots - self._first_listed)
+        num_lists = batch * num_kv_heads
+        self._listed = LruSlots(num_lists, num_slots - self._first_listed, replacement)
+        self._block_tokens = block_tokens
+        self._starts = [0] * batch
+        # Of the last fetch: slots of its tokens, their positions, and what they received since.
+        self._taken: tuple[Tensor, Tensor] | None = None
+        self._received: Tensor | None = None
         self._pages: list[dict[int, int]] = [{} for _ in range(batch)]  # logical: of the window
         self._whole: HeadMajorRows | None = None
 
@@ -209,11 +222,13 @@ class TieredRows:
     def release(self, lengths: list[int]) -> None:
         """Rows keep their room on the host; what lies behind ``lengths`` leaves the device."""
         ends = torch.tensor(lengths, dtype=torch.int64)
+        self._settle_scores()
         self._listed.forget(ends.repeat_interleave(self._sizes[0]))
 
     def take_rows(self, rows: list[int], lengths: list[int]) -> None:
         """Rows take along what is on the device of them."""
         self._settle()
+        self._settle_scores()
         picked = torch.tensor(rows, dtype=torch.int64)
         heads = torch.arange(self._sizes[0])
         with torch.inference_mode(False):
@@ -275,7 +290,7 @@ class TieredRows:
     def hold(self, lengths: list[int], stored: list[int], starts: list[int]) -> None:
         """The window of rows of ``lengths`` tokens, of which the host has ``stored``; no more whole
         rows."""
-        self._whole = None
+        self._whole, self._starts = None, list(starts)
         for row, (length, have, start) in enumerate(zip(lengths, stored, starts)):
             pages, wanted = self._pages[row], self._window(length, start)
             if pages.keys() == wanted:
@@ -328,8 +343,10 @@ class TieredRows:
         window = self._window_slot[:, None].expand(-1, num_kv_heads, -1).gather(2, token)
         wanted = listed & (window < 0)
         flat = (batch * num_kv_heads, width)
+        self._settle_scores()
         taken = self._listed.take(token.reshape(flat), wanted.reshape(flat))
         self._move(taken.place, token.reshape(-1), taken.slots.reshape(-1), width)
+        self._taken = taken.slots, token.reshape(flat)
 
         slots = torch.where(wanted, taken.slots.view(token.shape) + self._first_listed, window)
         slots += torch.arange(batch)[:, None, None] * self.num_slots
@@ -341,6 +358,25 @@ class TieredRows:
         count.num_fetched += taken.place.numel()
         count.fetched_bytes += taken.place.numel() * self._row_bytes() // num_kv_heads
         return slots.view(flat).int().to(self._device)
+
+    def note(self, received: Tensor) -> None:
+        """What the tokens of the last fetch received, float32 [batch * num_kv_heads, width], on the
+        device; the host reads it when it next works out who makes room."""
+        self._received = received
+
+    def _settle_scores(self) -> None:
+        taken, received = self._taken, self._received
+        self._taken = self._received = None
+        if taken is None or received is None:
+            return
+        slots, token = taken
+        received = received.to("cpu").nan_to_num(0.0, 0.0, 0.0).masked_fill(slots < 0, 0.0)
+        if self._block_tokens > 1:
+            start = torch.tensor(self._starts).repeat_interleave(self._sizes[0])
+            block = (token - start[:, None]).clamp(min=0) // self._block_tokens
+            total = received.new_zeros(received.shape[0], self.capacity // self._block_tokens + 1)
+            received = total.scatter_add(1, block, received).gather(1, block)
+        self._listed.note(slots, received)
 
     def _move(self, place: Tensor, token: Tensor, slot: Tensor, width: int) -> None:
         """Copy rows from the host to the slots that they were given: one copy for all lists."""

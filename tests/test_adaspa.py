@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvselect import AdaSpa, Dense, KVCache, block_mass, decode_step, prefill, reference
-from kvselect.block_masks import BlockMask, head_recall, head_recall_split, largest_blocks
+from kvselect.block_masks import (
+    BlockMask,
+    apportioned_blocks,
+    head_recall,
+    head_recall_split,
+    largest_blocks,
+    needed_shares,
+)
+from kvselect.reference.block_masks import apportioned, needed_share
 from kvselect.reference.block_masks import head_recall_split as plain_split
 from kvselect.reference.block_masks import largest_blocks as plain_blocks
 from kvselect.repeated_attention import RepeatedAttention
@@ -94,6 +102,93 @@ def test_split_raises_the_least_recall_at_equal_total() -> None:
     split = small(recall_threshold=0.8).search(mass, visible, must)
     assert equal.unpack().sum() == split.unpack().sum()
     assert split.recall.min() > equal.recall.min() + 0.05
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31),
+    width=st.integers(1, 12),
+    sparsity=st.floats(0.34, 0.97),
+    recall=st.sampled_from([0.3, 0.8, 0.99]),
+)
+def test_shares_in_proportion_are_the_references(
+    seed: int, width: int, sparsity: float, recall: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.randint(0, 4, (2, 3, 4, width), generator=generator).float()
+    mass[0, 0] = 0.0  # a head of which nothing was searched
+    visible = torch.randint(0, width + 1, (2, 4), generator=generator)
+    seen = torch.arange(width) < visible[..., None]
+    must = (torch.rand(2, 4, width, generator=generator) < 0.1) & seen
+    mass = mass.masked_fill(~seen[:, None], 0.0)
+    need = needed_shares(mass, visible, must, recall)
+    for row in range(2):
+        for head in range(3):
+            lines, own = mass[row, head].tolist(), (visible[row].tolist(), must[row].tolist())
+            assert float(need[row, head]) == pytest.approx(needed_share(lines, *own, recall))
+    none = torch.zeros_like(must)
+    kept = apportioned_blocks(mass, need, sparsity, visible, none)
+    uniform = largest_blocks(mass, torch.full((2, 3), sparsity), visible, none)
+    assert torch.equal(kept.sum((1, 3)), uniform.sum((1, 3)))  # of all heads, in every q block
+    for row in range(2):
+        for block in range(4):
+            total = int(uniform[row, :, block].sum())
+            wanted = apportioned(need[row].tolist(), total, int(visible[row, block]))
+            assert kept[row, :, block].sum(1).tolist() == wanted
+    with_must = apportioned_blocks(mass, need, sparsity, visible, must)
+    assert with_must[must[:, None].expand_as(mass)].all()
+
+
+def heads_that(differ: str, seed: int) -> Tensor:
+    """Masses [1, 8, 8, 40] of blocks; a head's sharpness is the scale of its logits."""
+    generator = torch.Generator().manual_seed(seed)
+    if differ == "are of drawn keys":
+        q = torch.randn(1, 128, 8, DIM, generator=generator) * torch.linspace(0.5, 4, 8)[:, None]
+        k = torch.randn(1, 640, HEADS, DIM, generator=generator)
+        k += 2 * torch.randn(1, 40, HEADS, DIM, generator=generator).repeat_interleave(16, 1)
+        return block_mass(q, k, q_block_size=16, kv_block_size=16, causal=False)
+    sharpness = {
+        "differ by degrees": torch.linspace(0.3, 4, 8),
+        "differ in one broad head": torch.tensor([4.0, 4, 4, 0.3, 4, 4, 4, 4]),
+        "differ in one sharp head": torch.tensor([0.5, 0.5, 0.5, 6, 0.5, 0.5, 0.5, 0.5]),
+        "are alike": torch.full((8,), 2.0),
+    }[differ]
+    drawn = torch.randn(1, 8, 8, 40, generator=generator)
+    return (drawn * sharpness[:, None, None]).softmax(-1)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize(
+    "differ",
+    [
+        "differ by degrees",
+        "differ in one broad head",
+        "differ in one sharp head",
+        "are alike",
+        "are of drawn keys",
+    ],
+)
+def test_proportional_split_leaves_no_head_worse_off(differ: str, sparsity: float) -> None:
+    """The least recall of a head at equal total, against two levels and against equal heads."""
+    visible, must = torch.full((1, 8), 40), torch.zeros(1, 8, 40, dtype=torch.bool)
+    ways: dict[str, dict[str, Any]] = {
+        "equal": {"recall_threshold": None},
+        "two levels": {},
+        "proportional": {"head_split": "proportional"},
+    }
+    least, mean = {}, {}
+    for name, changes in ways.items():
+        masks = [
+            small(sparsity=sparsity, **changes).search(heads_that(differ, seed), visible, must)
+            for seed in range(3)
+        ]
+        assert all(int(mask.unpack().sum()) == round(2560 * (1 - sparsity)) for mask in masks)
+        least[name] = sum(float(mask.recall.min()) for mask in masks) / 3
+        mean[name] = sum(float(mask.recall.mean()) for mask in masks) / 3
+    print(f"heads that {differ}, sparsity {sparsity}: least recall {least}, mean {mean}")
+    assert least["proportional"] >= least["two levels"] - 1e-3
+    if differ != "differ in one sharp head" and differ != "are alike":
+        assert least["proportional"] > least["two levels"] + 0.05
 
 
 def test_no_estimator_recalls_more_than_exact_mass() -> None:
@@ -260,6 +355,17 @@ def test_a_mask_that_fell_behind_is_searched_anew() -> None:
         ({"block_size": 48}, ValueError, "block_size: got 48, allowed: 16, 32, 64, 128"),
         ({"block_size": 64.0}, TypeError, "block_size: got float"),
         ({"recall_threshold": 1.5}, ValueError, "recall_threshold: got"),
+        ({"head_split": "even"}, ValueError, "head_split: got 'even', allowed: 'two_level' or"),
+        (
+            {"head_split": "proportional", "recall_threshold": None},
+            ValueError,
+            r"recall_threshold: got None, allowed: a float in \(0, 1\) with head_split='propor",
+        ),
+        (
+            {"head_split": "proportional", "recall_threshold": 1.0},
+            ValueError,
+            "recall_threshold: got 1.0, allowed: a float in",
+        ),
         ({"row_stride": 0}, ValueError, "row_stride: got 0"),
         ({"num_sink_tokens": -1}, ValueError, "num_sink_tokens: got -1"),
         ({"num_recent_tokens": -1}, ValueError, "num_recent_tokens: got -1"),

@@ -108,7 +108,8 @@ def test_shared_prefix(tmp_path: Path) -> None:
 
 def test_adaspa(tmp_path: Path) -> None:
     rows = quick("adaspa", tmp_path)
-    assert len(rows) == 6 and {row["sparsity"] for row in rows} == {0.8, 0.9}
+    assert len(rows) == 8 and {row["sparsity"] for row in rows} == {0.8, 0.9}
+    assert {row["head_split"] for row in rows} == {None, "two_level", "proportional"}
     for row in rows:
         assert row["num_searches"] == 2 and 0.1 < row["kept_share"] < 0.3
         assert 0.0 < row["least_recall"] <= row["mean_recall"] <= 1.0
@@ -863,8 +864,13 @@ def test_quick_budgets_are_some_of_all() -> None:
 
 def test_block_memory_stays_flat_on_the_device(tmp_path: Path) -> None:
     rows = quick("block_memory", tmp_path)
-    assert [row["tokens"] for row in rows] == [2048, 4096]
-    assert rows[0]["device_bytes"] == rows[1]["device_bytes"]
-    assert rows[1]["host_bytes"] > 1.8 * rows[0]["host_bytes"]
-    assert all(0.5 < row["hit_rate"] <= 1 for row in rows)
+    assert [row["tokens"] for row in rows] == [2048] * 4 + [4096] * 4
+    assert rows[0]["device_bytes"] == rows[4]["device_bytes"]
+    assert rows[4]["host_bytes"] > 1.8 * rows[0]["host_bytes"]
+    assert {(row["queries"], row["replacement"]) for row in rows[:4]} == {
+        (queries, replacement)
+        for queries in ("drift", "periodic")
+        for replacement in ("lru", "lru_s")
+    }
+    assert all(0.5 < row["hit_rate"] <= 1 for row in rows if row["queries"] == "drift")
     assert all(row["fetched_bytes_per_step"] < row["listed_bytes_per_step"] for row in rows)

@@ -37,7 +37,8 @@ def check(statistics: BlockStatistics, cache: KVCache) -> None:
                 assert statistics.num_finite[row, head, number, 0] == finite.sum()
                 values = cache.v[row, list(block), head].double()[finite]
                 keys = keys[finite]
-                found = [x[row, head, number] for x in (statistics.min_max, statistics.moments)]
+                tables = statistics.min_max, statistics.moments, statistics.unit_mean
+                found = [x[row, head, number] for x in tables]
                 if not len(keys):
                     assert all(x.isnan().all() for x in found)
                     continue
@@ -45,6 +46,8 @@ def check(statistics: BlockStatistics, cache: KVCache) -> None:
                 assert torch.equal(found[0].double(), bounds)
                 moments = torch.cat([keys.mean(0), keys.var(0, correction=0)])
                 assert torch.allclose(found[1].double(), moments, atol=2e-6)
+                direction = torch.nn.functional.normalize(keys.mean(0), dim=0)
+                assert torch.allclose(found[2].double(), direction, atol=2e-6)
                 mean = statistics.mean_value[row, head, number].double()
                 assert torch.allclose(mean, values.mean(0), atol=2e-6)
 

@@ -84,7 +84,7 @@ def test_it_keeps_what_the_walk_visits(span: tuple[int, int] | None, softcap: fl
     for row, (start, length) in enumerate(zip((0, 4), run.seqlens)):
         begin, end = (3, length - start - 9) if span is None else span
         places = [*range(3), *range(begin, end)]
-        q = run.q[row, run.q.shape[1] - length + start :].unflatten(1, (HEADS, -1))
+        q = torch.unflatten(run.q[row, run.q.shape[1] - length + start :], 1, (HEADS, -1))
         for head in range(HEADS):
             keys = run.whole.k[row, start:length, head]
             found = visits(

@@ -132,6 +132,33 @@ def test_history_follows_rows_and_forgets_nothing_of_the_others() -> None:
     assert stack.nbytes == fresh.nbytes // 2
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_blocks_one_by_one_add_what_they_add_together(inference: bool) -> None:
+    """More than a layer remembers, some of no sample; in place, also of another grad mode's."""
+    generator = torch.Generator().manual_seed(3)
+    entropy = torch.rand(3, 260, generator=generator)
+    valid = torch.rand(3, 260, generator=generator) < torch.tensor([[1.0], [0.7], [0.1]])
+    single, several = (EntropyHistory(3, 2, torch.device("cpu")) for _ in range(2))
+    for begin in range(0, 260, 13):
+        part = slice(begin, begin + 13)
+        mean, count = several.add(1, entropy[:, part], valid[:, part])
+        for i in range(13):
+            at = slice(begin + i, begin + i + 1)
+            with torch.inference_mode(inference and i % 2 == 0):
+                one, seen = single.add(1, entropy[:, at], valid[:, at])
+            there = valid[:, begin + i]  # of others nobody asks
+            assert torch.allclose(one[there, 0], mean[there, i], atol=1e-6)
+            assert torch.equal(seen[there, 0], count[there, i])
+        with torch.inference_mode(inference):
+            rows = torch.tensor([2, 0, 1])
+            single.take_rows(rows)
+            several.take_rows(rows)
+        entropy, valid = entropy[rows], valid[rows]
+    assert torch.equal(single.samples, several.samples) and torch.equal(single.count, several.count)
+    assert torch.allclose(single.means(), several.means(), atol=1e-6)
+    assert single.count.max() == NUM_SAMPLES and not single.means()[:, 0].any()
+
+
 def test_what_is_carried_belongs_to_one_pass() -> None:
     stack, cache = StackState(3), KVCache(1, 1, 32, sketch=None)
     cache.append(*torch.zeros(2, 1, 5, 1, 32))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from kvselect import Dense, StreamingLLM, TieredKVCache, TokenSelect
+from kvselect import Dense, InfLLM, StreamingLLM, TieredKVCache, TokenSelect
 from kvselect.integrations.hf import attach
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
+from kvselect.lru_slots import LruSlots
 
 GREEDY: dict[str, Any] = {
     "max_new_tokens": 12,
@@ -250,7 +251,7 @@ def test_the_report_says_what_moved() -> None:
         assert "keep=" not in str(report)
         assert report.layers[0].residency is None and report.layers[0].resident_tokens is None
     with attach(model, policy, keep="cpu") as handle:
-        assert "tokens per row and KV head on the device\n" in str(handle.report())
+        assert "tokens per row and KV head on the device (lru)\n" in str(handle.report())
         for _ in range(2):  # counts span caches
             greedy(model)
         report = handle.report()
@@ -264,11 +265,43 @@ def test_the_report_says_what_moved() -> None:
     moved = sum(counts["fetched_bytes"] for counts in residency) / 22 / 1e6
     resident = 2 * policy.capacity
     assert (
-        f"keep='cpu' in 3 of 3 layers: {resident} tokens per row and KV head on the device; "
+        f"keep='cpu' in 3 of 3 layers: {resident} tokens per row and KV head on the device (lru); "
         f"{found / (found + fetched):.1%} of the listed rows were there, {moved:.2f} MB moved per "
         "step"
     ) in str(report)
     assert report.to_dict()["layers"][0]["residency"] == residency[0]
+
+
+@pytest.mark.parametrize("kind", ["TokenSelect", "InfLLM"])
+def test_who_makes_room_changes_no_token(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of "lru_s" come in after every step but the first; the report names the order."""
+    noted: list[int] = []
+    note = LruSlots.note
+
+    def watched(self: LruSlots, slots: Tensor, received: Tensor) -> None:
+        noted.append(int((received > 0).sum()))
+        note(self, slots, received)
+
+    monkeypatch.setattr(LruSlots, "note", watched)
+    model, policy = hf_models.model("llama"), narrow()
+    if kind == "InfLLM":
+        policy = InfLLM(  # type: ignore[assignment]
+            topk_blocks=3, block_size=16, num_sink_tokens=4, num_recent_tokens=64, q_block_size=32
+        )
+    answers = []
+    for replacement in ("lru", "lru_s"):
+        with attach(
+            model, policy, keep="cpu", resident_tokens=240, replacement=replacement
+        ) as handle:
+            answers.append(greedy(model))
+            layers = handle.report().layers
+            assert [layer.replacement for layer in layers] == [replacement] * 3
+            assert f"on the device ({replacement})" in str(handle.report())
+            tier = handle._plan.tiers[0]
+            assert tier.block_tokens == (16 if kind == "InfLLM" else 1)
+        assert all(layer.residency and layer.residency["num_found"] for layer in layers)
+        assert any(noted) == (replacement == "lru_s")
+    assert torch.equal(*answers)
 
 
 def test_no_crossover_is_measured_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +314,12 @@ def test_no_crossover_is_measured_for_it(monkeypatch: pytest.MonkeyPatch) -> Non
 REFUSED = [
     ({"keep": "disk"}, narrow(), "keep: got 'disk', allowed: None or 'cpu'"),
     ({"resident_tokens": 400}, narrow(), "resident_tokens: got 400, allowed: None without keep="),
+    ({"replacement": "lru_s"}, narrow(), "replacement: got 'lru_s', allowed: None without keep="),
+    (
+        {"keep": "cpu", "replacement": "fifo"},
+        narrow(),
+        "replacement: got 'fifo', allowed: None or 'lru' or 'lru_s'",
+    ),
     (
         {"keep": "cpu", "resident_tokens": 187},
         narrow(),

@@ -50,7 +50,7 @@ class Stack:
             q[..., 0] = torch.where(torch.tensor(rows), 60.0, -60.0)[:, None, None]
             self.layers.append((q, k, v))
 
-    def run(self, policies: list[Any], states: list[PolicyState] | None = None) -> list[int]:
+    def run(self, policies: list[Any], states: list[PolicyState] | None = None) -> list[list[int]]:
         """A prompt and a step through all layers, in turn; tokens of the span that each row keeps,
         layer by layer."""
         batch = self.layers[0][0].shape[0]

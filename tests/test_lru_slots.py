@@ -91,6 +91,88 @@ def test_who_was_listed_longest_ago_makes_room_and_then_the_lowest_position() ->
     assert slots.take(*padded([[3, 9, 12, 20]])).num_found == 4
 
 
+class Scored:
+    """One list of LRU-S: scores, and when each token was wanted last."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots, self.step = num_slots, 0
+        self.kept: dict[int, tuple[float, int]] = {}  # token: score, wanted at
+
+    def take(self, tokens: list[int]) -> None:
+        self.step += 1
+        absent = [token for token in tokens if token not in self.kept]
+        for token in tokens:
+            if token in self.kept:
+                self.kept[token] = self.kept[token][0], self.step
+        while len(self.kept) + len(absent) > self.num_slots:
+            free = {t: known for t, known in self.kept.items() if t not in tokens}
+            del self.kept[min(free, key=lambda t: (*free[t], t))]
+        self.kept.update(dict.fromkeys(absent, (0.0, self.step)))
+
+    def note(self, tokens: list[int], received: list[float]) -> None:
+        if tokens:
+            self.kept = {t: (0.1 * score, at) for t, (score, at) in self.kept.items()}
+        for token, mass in zip(tokens, received):
+            score, at = self.kept[token]
+            self.kept[token] = score + mass, at
+
+
+@settings(deadline=None, max_examples=200)
+@given(num_slots=st.integers(1, 10), data=st.data())
+def test_scored_slots_hold_what_attention_went_to(num_slots: int, data: Any) -> None:
+    slots, textbooks = LruSlots(2, num_slots, "lru_s"), [Scored(num_slots) for _ in range(2)]
+    slots.make_room(NUM_TOKENS)
+    for _ in range(data.draw(st.integers(1, 12))):
+        lists = data.draw(lists_of(num_slots))
+        tokens, wanted = padded(lists)
+        taken = slots.take(tokens, wanted)
+        for row, (textbook, listed) in enumerate(zip(textbooks, lists)):
+            textbook.take(listed)
+            assert residents(slots, row) == set(textbook.kept)
+            assert slots.token_in[row, taken.slots[row, : len(listed)]].tolist() == listed
+        if data.draw(st.booleans()):  # a step may say nothing; halves: ties are exact
+            mass = data.draw(st.lists(st.integers(0, 3), min_size=24, max_size=24))
+            received = torch.tensor(mass[: tokens.shape[1]]).expand(2, -1) / 4.0
+            received = received.masked_fill(~wanted, torch.nan)  # nobody asks there
+            slots.note(taken.slots, received)
+            for textbook, listed in zip(textbooks, lists):
+                textbook.note(listed, [x / 4.0 for x in mass])
+
+
+def test_what_was_attended_to_outlives_what_was_only_listed() -> None:
+    for replacement, left in (("lru", {9, 12, 20}), ("lru_s", {3, 12, 20})):
+        slots = LruSlots(1, 3, replacement)  # type: ignore[arg-type]
+        slots.make_room(NUM_TOKENS)
+        for token, mass in ((3, 0.9), (9, 0.02), (12, 0.3)):
+            taken = slots.take(*padded([[token]]))
+            if replacement == "lru_s":
+                slots.note(taken.slots, torch.tensor([[mass]]))
+        slots.take(*padded([[20]]))  # the scores: 3 has .009, 9 has .002, 12 has .3
+        assert residents(slots, 0) == left
+
+
+def test_tokens_in_use_never_make_room() -> None:
+    slots = LruSlots(1, 3, "lru_s")
+    slots.make_room(NUM_TOKENS)
+    taken = slots.take(*padded([[3, 9, 12]]))
+    slots.note(taken.slots, torch.tensor([[0.0, 0.5, 0.7]]))
+    slots.take(*padded([[3, 20]]))  # 3 has the lowest score of all
+    assert residents(slots, 0) == {3, 12, 20}
+
+
+def test_scores_go_along_and_end_with_the_token() -> None:
+    slots = LruSlots(2, 2, "lru_s")
+    slots.make_room(NUM_TOKENS)
+    taken = slots.take(*padded([[1, 2], [3, 4]]))
+    slots.note(taken.slots, torch.tensor([[0.5, 0.1], [0.1, 0.5]]))
+    slots.take_lists(torch.tensor([1, 0]))
+    slots.forget(torch.tensor([4, 24]))  # list 0, once 1, loses 4
+    slots.take(*padded([[5], [6]]))
+    assert [residents(slots, row) for row in range(2)] == [{3, 5}, {1, 6}]
+    slots.take(*padded([[7], [6]]))  # 5 came without a score
+    assert residents(slots, 0) == {3, 7}
+
+
 def test_forgotten_tokens_are_fetched_again_and_their_slots_come_first() -> None:
     slots = LruSlots(2, 3)
     slots.make_room(NUM_TOKENS)

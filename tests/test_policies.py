@@ -60,6 +60,7 @@ EXAMPLES: list[Policy] = [
     TokenSelect(topk=7, sketch=None, dense_layers=(0, 3), similarity_threshold=0.9),
     TokenSelect.paper_compat(),
     AdaSpa(sparsity=0.9, recall_threshold=None),
+    AdaSpa(head_split="proportional", recall_threshold=0.7),
     SnapKV(span=(3, 90), budgets="layer"),
     MaxMin(ratio=0.1),
     ColumnRank(damping=0.3, num_steps=2),

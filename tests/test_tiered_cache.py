@@ -141,8 +141,9 @@ def test_results_have_the_bits_of_a_cache_on_the_device(name: str, dtype: torch.
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("extra", ["softcap", "sinks", "neither"])
-def test_rotation_softcap_and_sink_logits(positions: str, extra: str) -> None:
-    twins = Twins(selecting(positions=positions))
+@pytest.mark.parametrize("replacement", ["lru", "lru_s"])
+def test_rotation_softcap_and_sink_logits(positions: str, extra: str, replacement: str) -> None:
+    twins = Twins(selecting(positions=positions), replacement=replacement)
     options: dict[str, Any] = {"rope": Rope(*rope_tables(600, HEAD_DIM // 2))}
     if positions == "original":
         options = {}
@@ -306,6 +307,85 @@ def test_fetched_rows_are_those_of_the_host_and_lists_follow_lru(data: Any) -> N
     assert (counts.num_found, counts.num_fetched) == (found, fetched)
     assert counts.fetched_bytes == fetched * 2 * HEAD_DIM * 4
     assert counts.hit_rate == (found / (found + fetched) if found + fetched else None)
+
+
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_tokens_received_is_their_softmax(by_rank: bool, softcap: float | None) -> None:
+    """Per list, summed over the query heads of the KV head; in what LRU-S takes for its scores."""
+    cache = tiered(2, replacement="lru_s", block_tokens=16, sketch=None)
+    q, k, v = tokens(2, 400, 3, torch.float32)
+    cache.set_starts([0, 7])
+    cache.append(k, v)
+    cache.drop_whole_rows()
+    listed = [70, 75, 80, 81, 90, 200, 399]
+    lists = torch.tensor([*listed, -1], dtype=torch.int32).expand(2, HEADS, -1).contiguous()
+    rope = Rope(*rope_tables(16, HEAD_DIM // 2)) if by_rank else None
+    count = torch.full((2, HEADS), 7, dtype=torch.int32)
+    sparse_attention(q[:, -1:], cache, Selection(lists, count), softcap=softcap, rope=rope)
+    slots = cache._tiers._taken
+    received = cache._tiers._received
+    assert slots is not None and received is not None
+    for row in range(2):
+        for head in range(HEADS):
+            keys, queries = k[row, listed, head].double(), q[row, -1].view(HEADS, GROUP, -1)[head]
+            queries = queries.double()
+            if rope is not None:
+                keys = rope.rotate(keys[:, None], torch.arange(7))[:, 0].double()
+                queries = rope.rotate(queries, 6).double()
+            logits = HEAD_DIM**-0.5 * queries @ keys.T
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh()
+            wanted = logits.softmax(1).sum(0)
+            got = received[2 * row + head]
+            assert torch.allclose(got[:7].double(), wanted, atol=1e-5) and got[7] == 0
+            # Blocks of 16 count from the row's first real token; 399 is in the window.
+            start = 7 * row
+            of = [(token - start) // 16 for token in listed[:6]]
+            sums = [sum(float(w) for w, b in zip(wanted, of) if b == block) for block in of]
+            slot = slots[0][2 * row + head, :6].tolist()
+            if row == 1 and head == HEADS - 1:
+                cache._tiers._settle_scores()
+            if cache._tiers._received is None:
+                scores = cache._tiers._listed._score[2 * row + head, slot]
+                assert scores.tolist() == pytest.approx(sums, abs=1e-5)
+
+
+def test_received_attention_is_for_lru_s_alone() -> None:
+    with pytest.raises(
+        ValueError, match=r"cache: got \"'lru'\", allowed: a cache with replacement"
+    ):
+        tiered(1).note_received(torch.zeros(2, 1))
+    for changes, message in (
+        ({"replacement": "lfu"}, "replacement: got 'lfu', allowed: 'lru' or 'lru_s'"),
+        ({"block_tokens": 0}, "block_tokens: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiered(1, **changes)
+
+
+def test_attention_keeps_what_a_list_of_odds_and_ends_would_push_out() -> None:
+    """Three tokens that get all attention every third step, and lists of others in between: LRU has
+    forgotten them when they come back, LRU-S has not."""
+    found = {}
+    for replacement in ("lru", "lru_s"):
+        cache = tiered(1, resident_tokens=136 + 128, sketch=None, replacement=replacement)
+        _, k, v = tokens(1, 4000, 3, torch.float32)
+        k[:, [200, 300, 400]] = 8.0  # of these; everything else is random
+        cache.append(k, v)
+        cache.drop_whole_rows()
+        num_slots = cache._tiers.num_listed_tokens
+        for step in range(30):
+            width = num_slots // 2 - 4
+            begin = 500 + step * width % 3000
+            odds = list(range(begin, begin + width))
+            listed = [200, 300, 400, *odds] if step % 3 == 0 else odds
+            lists = torch.tensor([*listed, 3999], dtype=torch.int32).expand(1, HEADS, -1)
+            count = torch.full((1, HEADS), len(listed) + 1, dtype=torch.int32)
+            q = torch.ones(1, 1, HEADS * GROUP, HEAD_DIM)
+            sparse_attention(q, cache, Selection(lists.contiguous(), count))
+        found[replacement] = cache.residency.num_found
+    assert found["lru_s"] - found["lru"] == 9 * 3 * HEADS  # all of them, each time they come back
 
 
 def test_the_window_is_never_fetched() -> None:

@@ -228,6 +228,7 @@ class _Runner:
         )
         self.cache.append(prompt.k[:, : prompt.before], prompt.v[:, : prompt.before])
         self.state = self.policy.new_state(self.cache)
+        self.policy.update(self.state, self.cache)  # what blocks of the prompt say, it knows
         self.step = 0
 
     def read_chunk(self) -> None:

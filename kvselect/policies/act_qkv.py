@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from kvselect.arguments import require_compact_rope
 from kvselect.block_lists import choose_blocks, query_windows
 from kvselect.block_statistics import BlockStatistics
@@ -20,7 +18,7 @@ from kvselect.policies.base import (
 )
 from kvselect.policies.block_policy import BlockState, WindowedBlocks
 from kvselect.policies.budgets import share_out
-from kvselect.policies.pooled_blocks import candidate_blocks, cosine_scores, only_best, pooled
+from kvselect.policies.pooled_blocks import candidate_blocks, cosine_scores, pooled
 from kvselect.policies.probe_query import QueryMoments
 from kvselect.policies.query_aggregation import probe_vectors
 from kvselect.queries import Queries
@@ -145,7 +143,7 @@ class ActQKV(WindowedBlocks):
         return None
 
     def new_statistics(self) -> BlockStatistics:
-        return BlockStatistics(self.block_size, ("moments",))
+        return BlockStatistics(self.block_size, ("unit_mean",))
 
     def select(self, state: PolicyState, queries: Queries, cache: KVCache) -> Selection | None:
         """The best blocks of every query block, with sinks and window; None where that is all."""
@@ -158,22 +156,19 @@ class ActQKV(WindowedBlocks):
             return None
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
         num_blocks = -(-queries.max_seqlen // self.block_size)
-        table = state.blocks.moments[:, :, :num_blocks, : cache.head_dim]
+        table = state.blocks.unit_mean[:, :, :num_blocks]
         vectors = probe_vectors(self, queries, cache, self._moments(state, queries, cache))
         votes = cosine_scores(vectors[:, :, 0], table, self.scope)
         if vectors.shape[2] > 1:
             asked = cosine_scores(vectors[:, :, 1], table, self.scope)
             votes = votes + self.question_weight * asked
-        if self.scope == "layer":
-            group = queries.process_group
+        group = queries.process_group
+        if self.scope == "layer" and group is not None:
             votes = sum_over_ranks(votes, group) / num_ranks(group)
-        candidate = candidate_blocks(windows, num_blocks, self.num_sink_blocks)
         if self.layer_budget == "entropy_pool":
+            candidate = candidate_blocks(windows, num_blocks, self.num_sink_blocks)
             stack, best = state.shared(cache), {"topk": self.topk_blocks, "granule": GRANULE}
             votes = pooled(votes, candidate, stack, state.layer, queries, **best)
-        else:
-            counts = torch.full_like(windows.end, self.topk_blocks)
-            votes = only_best(votes, candidate, counts)
         chosen = choose_blocks(
             votes,
             windows,

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvselect.attention import attend_queries, with_sinks
-from kvselect.block_masks import BlockMask, head_recall, head_recall_split, largest_blocks
+from kvselect.block_masks import (
+    BlockMask,
+    apportioned_blocks,
+    head_recall,
+    head_recall_split,
+    largest_blocks,
+    needed_shares,
+)
 from kvselect.block_sparse import BLOCK_SIZES, block_mass, block_sparse_attention
 from kvselect.cache import KVCache
-from kvselect.checks import require, require_float, require_int, require_type
+from kvselect.checks import require, require_choice, require_float, require_int, require_type
 from kvselect.policies.base import Policy, PolicyState, register_policy, visible_tokens
 from kvselect.queries import Phase, Queries
 from kvselect.rope import Rope
@@ -28,9 +35,10 @@ class AdaSpa(Policy):
 
     ``W[h, P, Q] = sum over sampled t in P, j in Q of exp(s[h, t, j] - lse[h, t])``; every block
     ``P`` of queries keeps its ``1 - sparsity`` largest of the blocks ``Q`` that it sees, sinks and
-    the blocks of its own and recent tokens among them. Heads that recall more than
-    ``recall_threshold`` of their mass give blocks to as many that recall least
-    (`head_recall_split`).
+    the blocks of its own and recent tokens among them. Heads share out their blocks: those that
+    recall more than ``recall_threshold`` of their mass give to as many that recall least
+    (`head_recall_split`), or each has in proportion to what it needs for that recall
+    (`apportioned_blocks`).
 
     Attention that repeats over like inputs without a causal mask: `RepeatedAttention`.
 
@@ -42,6 +50,8 @@ class AdaSpa(Policy):
         [tokens] of queries and of keys; 16, 32, 64 or 128.
     recall_threshold : float in [0, 1] or None
         None: every head has the same sparsity.
+    head_split : "two_level" or "proportional"
+        How heads share out their blocks; "proportional" wants a ``recall_threshold`` in (0, 1).
     row_stride : int
         Every so many queries of a block are searched, the last one among them; 1: all.
     num_sink_tokens, num_recent_tokens : int
@@ -72,6 +82,7 @@ class AdaSpa(Policy):
     sparsity: float = 0.8
     block_size: int = 64
     recall_threshold: float | None = 0.8
+    head_split: Literal["two_level", "proportional"] = "two_level"
     row_stride: int = 16
     num_sink_tokens: int = 64
     num_recent_tokens: int = 64
@@ -88,6 +99,11 @@ class AdaSpa(Policy):
             allowed = "None or a float in [0, 1]"
             threshold = require_float(self.recall_threshold, "recall_threshold", allowed)
             require(0.0 <= threshold <= 1.0, "recall_threshold", threshold, allowed)
+        require_choice(self.head_split, "head_split", ("two_level", "proportional"))
+        if self.head_split == "proportional":
+            allowed = "a float in (0, 1) with head_split='proportional' (needs are for this recall)"
+            bounded = self.recall_threshold not in (None, 0.0, 1.0)
+            require(bounded, "recall_threshold", self.recall_threshold, allowed)
         require_int(self.row_stride, "row_stride", 1)
         require_int(self.num_sink_tokens, "num_sink_tokens", 0)
         require_int(self.num_recent_tokens, "num_recent_tokens", 0)
@@ -113,6 +129,10 @@ class AdaSpa(Policy):
 
     def search(self, mass: Tensor, num_visible: Tensor, mandatory: Tensor) -> BlockMask:
         """The mask that ``mass`` asks for; arguments as in `largest_blocks`."""
+        if self.recall_threshold is not None and self.head_split == "proportional":
+            need = needed_shares(mass, num_visible, mandatory, self.recall_threshold)
+            kept = apportioned_blocks(mass, need, self.sparsity, num_visible, mandatory)
+            return BlockMask.pack(kept, head_recall(mass, kept))
         sparsity = torch.full(mass.shape[:2], self.sparsity, device=mass.device)
         kept = largest_blocks(mass, sparsity, num_visible, mandatory)
         recall = head_recall(mass, kept)

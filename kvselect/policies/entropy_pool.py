@@ -10,7 +10,7 @@ from torch import Tensor
 from kvselect.policies.stack_state import StackState
 from kvselect.queries import Queries
 
-__all__ = ["EntropyHistory", "normalised_entropy", "pool_counts"]
+__all__ = ["EntropyHistory", "entropy_of", "normalised_entropy", "pool_counts"]
 
 NUM_SAMPLES = 100
 """Latest entropies of a layer that its mean is of; before every layer has so many, all get alike
@@ -31,23 +31,28 @@ class EntropyHistory:
     """
 
     def __init__(self, batch: int, num_layers: int, device: torch.device) -> None:
-        self.samples = torch.zeros((batch, num_layers, NUM_SAMPLES), device=device)
-        self.count = torch.zeros((batch, num_layers), dtype=torch.int64, device=device)
+        with torch.inference_mode(False):  # changed in place by steps of any grad mode
+            self.samples = torch.zeros((batch, num_layers, NUM_SAMPLES), device=device)
+            self.count = torch.zeros((batch, num_layers), dtype=torch.int64, device=device)
+            self._means = torch.zeros((batch, num_layers), device=device)
 
     @property
     def nbytes(self) -> int:
-        return self.samples.nbytes + self.count.nbytes
+        return self.samples.nbytes + self.count.nbytes + self._means.nbytes
 
     def take_rows(self, rows: Tensor) -> None:
         """Rows became ``rows[...]``."""
-        self.samples, self.count = self.samples[rows], self.count[rows]
+        with torch.inference_mode(False):
+            rows = rows.clone()
+            self.samples, self.count = self.samples[rows], self.count[rows]
+            self._means = self._means[rows]
 
     def crop(self, num_real_tokens: tuple[int, ...]) -> None:
         """Samples are of steps, not of tokens: those of cropped ones say as much as others."""
 
     def means(self) -> Tensor:
-        """Of every layer, float32 [batch, num_layers]; 0 without a sample."""
-        return self.samples.sum(2) / self.count.clamp(min=1)
+        """Of every layer, float32 [batch, num_layers]; 0 without a sample. Changed by `add`."""
+        return self._means
 
     def add(self, layer: int, entropy: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Take in the entropies of a layer's query blocks, in their order.
@@ -63,6 +68,8 @@ class EntropyHistory:
             Of the layer's last samples, up to and with the block's own.
         count : Tensor, [batch, num_blocks], int64
         """
+        if entropy.shape[1] == 1:  # a decode step: a dozen small ops less
+            return self._add_one(layer, entropy, valid)
         held = torch.arange(NUM_SAMPLES, device=entropy.device) >= (
             NUM_SAMPLES - self.count[:, layer, None]
         )
@@ -77,11 +84,18 @@ class EntropyHistory:
         place = order.argsort(dim=1)[:, NUM_SAMPLES:] - (NUM_SAMPLES - 1)
         place = place.clamp(min=0)
         mean = (sums.gather(1, place) / seen.gather(1, place).clamp(min=1)).float()
-        self.samples = self.samples.clone()
         self.samples[:, layer] = values[:, -NUM_SAMPLES:]
-        self.count = self.count.clone()
         self.count[:, layer] = seen[:, -1]
+        self._means[:, layer] = (sums[:, -1] / seen[:, -1].clamp(min=1)).float()
         return mean, seen.gather(1, place)
+
+    def _add_one(self, layer: int, entropy: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        samples, count = self.samples[:, layer], self.count[:, layer : layer + 1]
+        samples.copy_(torch.cat([samples[:, 1:], entropy], 1).where(valid, samples))
+        count.add_(valid).clamp_(max=NUM_SAMPLES)
+        mean = self._means[:, layer : layer + 1]
+        mean.copy_(samples.sum(1, keepdim=True, dtype=torch.float64) / count.clamp(min=1))
+        return mean, count
 
 
 def normalised_entropy(weights: Tensor, num_units: Tensor) -> Tensor:
@@ -93,7 +107,11 @@ def normalised_entropy(weights: Tensor, num_units: Tensor) -> Tensor:
     num_units : Tensor, [...]
         How many of them are units; one or none have an entropy of 0.
     """
-    p = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
+    return entropy_of(weights / weights.sum(-1, keepdim=True).clamp(min=1e-30), num_units)
+
+
+def entropy_of(p: Tensor, num_units: Tensor) -> Tensor:
+    """`normalised_entropy` of weights that add up to 1; whatever they are, of no unit or one, 0."""
     entropy = torch.special.entr(p).sum(-1)
     scaled: Tensor = (entropy / num_units.clamp(min=2).log()).where(num_units > 1, 0.0)
     return scaled.clamp(0.0, 1.0)
@@ -140,24 +158,22 @@ def pool_counts(
     batch, num_blocks = entropy.shape
     device, num_layers = entropy.device, stack.num_layers
     history = stack.rows("entropy_pool", lambda: EntropyHistory(batch, num_layers, device))
-    before, sampled = history.means(), history.count
     competes = num_units > topk  # otherwise all fit, as they do in a batch that is dense
     mean, count = history.add(layer, entropy.float(), competes)
-    below = before[:, layer + 1 :].sum(1, keepdim=True)
-    ready = (sampled[:, layer + 1 :] >= NUM_SAMPLES).all(1, keepdim=True)
-    ready = ready & (sampled[:, :layer] >= NUM_SAMPLES).all(1, keepdim=True)
-    ready = ready & (count >= NUM_SAMPLES) & (mean + below > 0)
-    even = torch.full_like(mean, 1.0 / (num_layers - layer))
-    share = (mean / (mean + below).clamp(min=1e-30)).where(ready, even)
+    total = mean + history.means()[:, layer + 1 :].sum(1, keepdim=True)
+    # A block has no more samples than the layer has after all of them.
+    ready = (history.count >= NUM_SAMPLES).all(1, keepdim=True)
+    if num_blocks > 1:
+        ready = ready & (count >= NUM_SAMPLES)
+    share = (mean / total).where(ready & (total > 0), 1.0 / (num_layers - layer))
 
     def full() -> Tensor:
-        return torch.full((batch, num_blocks), topk * num_layers, device=device)
+        return torch.full((batch, num_blocks), float(topk * num_layers), device=device)
 
-    pool = stack.carried("entropy_pool", layer, queries, full).to(device)
+    pool = stack.carried("entropy_pool", layer, queries, full).to(device)  # whole numbers
     least = min(granule * ceil(FLOOR_SHARE * topk / granule), topk)
     most = (pool - least * (num_layers - 1 - layer)).clamp(min=least, max=2 * topk)
-    wanted = granule * (share * pool / granule).round().long()
-    counts = wanted.clamp(min=least).minimum(most).where(competes, topk)
-    counts = counts.minimum(num_units.long())
+    wanted = (share * pool / granule).round().mul_(granule)
+    counts = wanted.clamp_(min=least).minimum(most).where(competes, topk).minimum(num_units)
     stack.carry("entropy_pool", layer, queries, pool - counts)
-    return counts
+    return counts.long()

@@ -380,7 +380,7 @@ class EvictionPolicy(Policy):
         places = torch.arange(num_sinks + end - begin, device=keys.device)
         places[num_sinks:] += begin - num_sinks
         picked = window[places - num_tokens].float().nan_to_num(0.0, 0.0, 0.0)
-        picked = picked.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        picked = torch.unflatten(picked, 1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
         there = keys[:, places].nan_to_num(0.0, 0.0, 0.0)
         return Prompt(picked, there, num_sinks, queries.softmax_scale, queries.softcap)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvselect.block_lists import QueryWindows
 from kvselect.block_scores import block_logits
-from kvselect.policies.entropy_pool import normalised_entropy, pool_counts
+from kvselect.policies.entropy_pool import entropy_of, pool_counts
 from kvselect.policies.stack_state import StackState
 from kvselect.queries import Queries
 
@@ -15,12 +15,12 @@ __all__ = ["candidate_blocks", "cosine_scores", "only_best", "pooled"]
 
 
 def cosine_scores(q: Tensor, table: Tensor, scope: str) -> Tensor:
-    """``scores[g, B] = mean over h of group g of cos(q[h], table[g, B])``.
+    """``scores[g, B] = mean over h of group g of q[h] . table[g, B] / |q[h]|``.
 
     Parameters
     ----------
     q : Tensor, [batch, n, num_q_heads, head_dim]
-    table : Tensor, [batch, num_kv_heads, num_blocks, head_dim]
+    table : Tensor, [batch, num_kv_heads, num_blocks, head_dim], float32, of length 1
     scope : "kv_head" or "layer"
         "layer": the mean over all heads, of [..., 1, num_blocks]. A cosine of the heads laid end
         to end, as upstream has it, would follow the loudest head.
@@ -29,8 +29,7 @@ def cosine_scores(q: Tensor, table: Tensor, scope: str) -> Tensor:
     -------
     Tensor, [batch, n, num_lists, num_blocks], float32; NaN where the table is
     """
-    normal = torch.nn.functional.normalize
-    cosines = block_logits(normal(q.float(), dim=-1), normal(table.float(), dim=-1), 1.0)
+    cosines = block_logits(torch.nn.functional.normalize(q.float(), dim=-1), table, 1.0)
     scores = cosines.mean(3).transpose(1, 2)
     return scores.mean(2, keepdim=True) if scope == "layer" else scores
 
@@ -50,13 +49,12 @@ def only_best(votes: Tensor, candidate: Tensor, counts: Tensor) -> Tensor:
     candidate : Tensor, [batch, n, num_blocks], bool
     counts : Tensor, [batch, n]
     """
-    usable = candidate[:, :, None] & votes.isfinite()
-    ranked = votes.where(usable, -torch.inf)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    ranked = votes.where(candidate[:, :, None] & _finite(votes), torch.nan)
+    order = ranked.nan_to_num(-torch.inf).sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(votes.shape[-1], device=votes.device)
     needed = (place < counts[..., None, None]).expand_as(order)
-    best = torch.zeros_like(usable).scatter(-1, order, needed)
-    return votes.where(best & usable, torch.nan)
+    best = torch.empty_like(needed, memory_format=torch.contiguous_format)
+    return ranked.where(best.scatter_(-1, order, needed), torch.nan)
 
 
 def pooled(
@@ -73,10 +71,14 @@ def pooled(
 
     ``votes`` of several lists count as their mean, so that all lists of a layer are as long.
     """
-    usable = candidate & votes.isfinite().all(2)
-    logits = votes.mean(2).where(usable, -torch.inf)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp().where(usable, 0.0)
+    finite, mean = _finite(votes), votes.mean(2) if votes.shape[2] > 1 else votes[:, :, 0]
+    usable = candidate & (finite.all(2) if votes.shape[2] > 1 else finite[:, :, 0])
     num_units = usable.sum(-1)
-    entropy = normalised_entropy(weights, num_units)
+    entropy = entropy_of(mean.where(usable, -torch.inf).softmax(-1), num_units)
     counts = pool_counts(stack, layer, queries, entropy, num_units, topk=topk, granule=granule)
     return only_best(votes, candidate, counts)
+
+
+def _finite(votes: Tensor) -> Tensor:
+    """As ``votes.isfinite()``, which is five kernels on a CPU."""
+    return votes.abs() < torch.inf

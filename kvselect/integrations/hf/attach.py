@@ -34,6 +34,7 @@ from kvselect.integrations.hf.stack import (
 )
 from kvselect.integrations.hf.tiered_layer import make_tiers, require_keep
 from kvselect.integrations.hf.verify import VerifyResult, verify_attachment
+from kvselect.lru_slots import Replacement
 from kvselect.policies.base import Policy, policy_from_dict
 from kvselect.policies.eviction import EvictionPolicy
 from kvselect.prefix_plan import PrefixPlan
@@ -179,6 +180,7 @@ def attach(
     audit_layers: Sequence[int] | None = None,
     keep: str | None = None,
     resident_tokens: int | None = None,
+    replacement: Replacement | None = None,
 ) -> Handle:
     """Attach a selection policy to a transformers causal language model, in place and reversibly.
 
@@ -214,6 +216,10 @@ def attach(
     resident_tokens : int or None
         With ``keep="cpu"``: tokens per row and KV head that the device holds, at least the longest
         list. None: twice that.
+    replacement : "lru", "lru_s" or None
+        With ``keep="cpu"``: which of the listed tokens makes room on the device. "lru", or None:
+        the least recently listed one. "lru_s": the one that received the least attention, later
+        steps counting for more (`TieredKVCache`).
 
     Returns
     -------
@@ -245,7 +251,7 @@ def attach(
         require_int(audit_every, "audit_every", 1, "None or an int >= 1")
         allowed = "None for a policy without scores"
         require(type(policy).audit is not Policy.audit, "audit_every", audit_every, allowed)
-    room = require_keep(keep, resident_tokens, policy)
+    room = require_keep(keep, resident_tokens, replacement, policy)
     allowed = "None without audit_every"
     require(audit_every is not None or audit_layers is None, "audit_layers", audit_layers, allowed)
     copied = remove_copied_hooks(model)
@@ -288,7 +294,7 @@ def attach(
             ) from error
         _decide(model, plan, fit_layers(stack, plan, probes), strict)
         if room is not None:
-            plan.tiers = make_tiers(plan, policy, room)
+            plan.tiers = make_tiers(plan, policy, room, replacement or "lru")
             allowed = "None for a model without layers that select and have a cache of their own"
             require(bool(plan.tiers), "keep", keep, allowed)
         _join_ranks(plan, config)

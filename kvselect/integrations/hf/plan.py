@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvselect.crossovers import Crossover
 from kvselect.integrations.hf.masks import KeyRange, read_mask
 from kvselect.integrations.hf.rope_fit import NO_ROPE, Frequencies, RopeLayout, Unrotation
+from kvselect.lru_slots import Replacement
 from kvselect.policies.base import Policy
 from kvselect.policies.captured_statistics import CapturedStatistics
 from kvselect.policies.eviction import EvictionPolicy
@@ -78,12 +79,16 @@ class Tier:
     num_sink_tokens, num_recent_tokens, resident_tokens : int
     residency : Residency
         Counts of all caches that the layer meets while attached.
+    replacement : "lru" or "lru_s"
+    block_tokens : int
     """
 
     num_sink_tokens: int
     num_recent_tokens: int
     resident_tokens: int
     residency: Residency = field(default_factory=Residency)
+    replacement: Replacement = "lru"
+    block_tokens: int = 1
 
 
 class CopiedModelError(RuntimeError):

@@ -62,6 +62,8 @@ class LayerReport:
         Of caches that share prefixes (`Handle.share_prefixes`): decode steps, the prefix bytes that
         each reads and would read with a prefix per row, the bytes that the last cache's prefixes
         take and would take.
+    replacement : "lru", "lru_s" or None
+        With ``keep="cpu"``: which listed token makes room.
     """
 
     index: int
@@ -85,6 +87,7 @@ class LayerReport:
     resident_tokens: int | None = None
     residency: dict[str, Any] | None = None
     shared_prefix: dict[str, float] | None = None
+    replacement: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,7 @@ def _layer_report(layer: LayerPlan, policy: Policy) -> LayerReport:
         resident_tokens=None if tier is None else tier.resident_tokens,
         residency=None if tier is None else tier.residency.to_dict(),
         shared_prefix=_shared_prefix(layer),
+        replacement=None if tier is None else tier.replacement,
     )
 
 
@@ -315,7 +319,8 @@ def _tier_lines(layers: tuple[LayerReport, ...]) -> list[str]:
     found, fetched = (sum(c[name] for c in moved) for name in ("num_found", "num_fetched"))
     line = (
         f"keep='cpu' in {len(tiered)} of {len(layers)} layers: "
-        f"{tiered[0].resident_tokens} tokens per row and KV head on the device"
+        f"{tiered[0].resident_tokens} tokens per row and KV head on the device "
+        f"({tiered[0].replacement})"
     )
     if steps:
         per_step = sum(counts["fetched_bytes"] for counts in moved) / steps

@@ -9,6 +9,7 @@ from torch import Tensor
 from kvselect.checks import require, require_choice, require_int
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.plan import StackPlan, Tier
+from kvselect.lru_slots import Replacement
 from kvselect.policies.base import Policy, require_listed_reads
 from kvselect.tiered_cache import TieredKVCache
 
@@ -39,6 +40,8 @@ class KVSelectTieredLayer(KVSelectLayer):
             device=self.device,
             sketch=self.sketch,
             residency=self.tier.residency,
+            replacement=self.tier.replacement,
+            block_tokens=self.tier.block_tokens,
         )
 
     def _show(self) -> tuple[Tensor, Tensor]:
@@ -49,18 +52,23 @@ class KVSelectTieredLayer(KVSelectLayer):
         return self.keys, self.values
 
 
-def require_keep(keep: str | None, resident_tokens: int | None, policy: Policy) -> int | None:
+def require_keep(
+    keep: str | None, resident_tokens: int | None, replacement: str | None, policy: Policy
+) -> int | None:
     """``resident_tokens`` to use; None: everything stays on the device.
 
     Raises
     ------
     ValueError
-        If the policy's steps read more than they list, or a list would not fit.
+        If the policy's steps read more than they list, or a list would not fit; if a setting of
+        the tier is given without ``keep="cpu"``.
     """
     require_choice(keep, "keep", (None, "cpu"))
+    require_choice(replacement, "replacement", (None, "lru", "lru_s"))
     if keep is None:
         allowed = "None without keep='cpu'"
         require(resident_tokens is None, "resident_tokens", resident_tokens, allowed)
+        require(replacement is None, "replacement", replacement, allowed)
         return None
     require_listed_reads(policy)
     longest = _longest_list(policy)
@@ -71,7 +79,9 @@ def require_keep(keep: str | None, resident_tokens: int | None, policy: Policy) 
     return resident_tokens
 
 
-def make_tiers(plan: StackPlan, policy: Policy, resident_tokens: int) -> dict[int, Tier]:
+def make_tiers(
+    plan: StackPlan, policy: Policy, resident_tokens: int, replacement: Replacement = "lru"
+) -> dict[int, Tier]:
     """A tier for each cache layer whose readers all select."""
     readers: dict[int, list[bool]] = {}
     for layer in plan.layers:
@@ -83,7 +93,9 @@ def make_tiers(plan: StackPlan, policy: Policy, resident_tokens: int) -> dict[in
         settings.num_recent_tokens + policy.num_margin_tokens,
         max(resident_tokens, _longest_list(policy)),
     )
-    return {source: Tier(*sizes) for source, select in readers.items() if all(select)}
+    block_tokens = getattr(policy, "block_size", 1)  # what lists name together
+    order: dict[str, Any] = {"replacement": replacement, "block_tokens": block_tokens}
+    return {source: Tier(*sizes, **order) for source, select in readers.items() if all(select)}
 
 
 def _longest_list(policy: Policy) -> int:
