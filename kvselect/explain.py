@@ -208,6 +208,8 @@ def explain(
     # The op is watched, and of an evicted cache it knows places, not positions.
     allowed = "a policy that drops no token (of an eviction: EvictableKVCache.listed())"
     require(not isinstance(policy, EvictionPolicy), "policy", type(policy).__name__, allowed)
+    allowed = "others (what lies before a stingy window never reaches the op)"
+    require(policy.positions != "stingy", "policy.positions", policy.positions, allowed)
     ids = ids.to(model.device)
     steps: list[StepChoice] = []
     read = [int(token) for token in ids[0]]

@@ -371,7 +371,7 @@ def select_shared(
     cache = prefix.cache
     shape = (prefix.num_members, None, None, cache.head_dim)
     require_tensor(q, "q", shape, (cache.dtype,), cache.device)
-    ends: dict[str, int] = {
+    ends: dict[str, Any] = {
         "num_sink_tokens": num_sink_tokens,
         "num_recent_tokens": num_recent_tokens,
     }

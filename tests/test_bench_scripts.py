@@ -106,6 +106,13 @@ def test_shared_prefix(tmp_path: Path) -> None:
         assert row["bytes_ratio"] >= 1.0 and row["speed_up"] > 0
 
 
+def test_shared_prefix_through_attach(tmp_path: Path) -> None:
+    rows = quick("shared_prefix", tmp_path, "--model", "embedded", "--members", "3")
+    assert [(row["members"], row["prefix_tokens"]) for row in rows] == [(3, 64), (3, 256)]
+    assert all(row["logit_error"] < 1e-4 and row["speed_up"] > 0 for row in rows)
+    assert rows[1]["separate_bytes"] > rows[1]["shared_bytes"]
+
+
 def test_adaspa(tmp_path: Path) -> None:
     rows = quick("adaspa", tmp_path)
     assert len(rows) == 8 and {row["sparsity"] for row in rows} == {0.8, 0.9}

@@ -192,6 +192,11 @@ def test_crop_goes_back_to_the_prefixes() -> None:
             cache.crop(3)
         cache.crop(-own)
         assert together(model, shared) == first
+        cache.crop(-cache.layers[0].num_own_tokens)
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        rows: dict[str, Any] = {name: shared[name][[0, 3]] for name in list(shared)[:2]}
+        out = model.generate(**rows, past_key_values=cache, **GREEDY)
+        assert out[:, shared.num_columns :].tolist() == [first[0], first[3]]
 
 
 def test_known_prefixes_are_not_read_again() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvselect import KVCache, Landmark, Rope, attach, decode_step, prefill, reference
+from kvselect.explain import explain
 from kvselect.selection import Selection
 from kvselect.testing import make_qkv, rel_err
 
@@ -314,6 +315,8 @@ def test_through_attach() -> None:
     assert layers[0].decode["num_dense_calls"] == 0 and layers[0].decode["num_calls"] == 10
     with pytest.raises(ValueError, match="keep: got 'cpu', allowed: None with this Landmark"):
         attach(model, small(), keep="cpu")
+    with pytest.raises(ValueError, match=r"policy.positions: got 'stingy', allowed: others"):
+        explain(model, small(), ids[0])
 
 
 def test_attach_refuses_more_positions_than_were_trained() -> None:

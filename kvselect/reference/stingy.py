@@ -1,4 +1,4 @@
-"""Stingy positions (Landmark): where blocks before a window are seen, and attention to them there."""
+"""Stingy positions (Landmark): where blocks before a window are seen, and attention there."""
 
 from __future__ import annotations
 

@@ -92,6 +92,11 @@ class KVSelectPrefixLayer(KVSelectLayer):
 
     def _take_rows(self, index: Tensor) -> None:
         self.groups.take_rows(index.tolist())
+        if self.num_own_tokens == 0 and self.cache is not None:  # of another number of rows
+            self._past_versions = self.version + 1
+            self.cache = self.keys = self.values = self._stores = None
+            self._states.clear()
+            self.is_initialized = False
         super()._take_rows(index)
 
 
