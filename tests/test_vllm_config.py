@@ -314,6 +314,23 @@ def test_the_plug_in_refuses_an_unknown_policy(monkeypatch: pytest.MonkeyPatch) 
     assert platform.overrides == []
 
 
+def test_backends_that_a_release_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[tuple[str, str]] = []
+    registry = SimpleNamespace(
+        AttentionBackendEnum=SimpleNamespace(__members__={"CPU_ATTN": "cpu"}),
+        register_backend=lambda *what: registered.append(what),
+    )
+    monkeypatch.setitem(sys.modules, shim.PLACES["register_backend"], registry)
+    monkeypatch.setattr(shim, "version", lambda: "0.28.0")
+    shim.override_backends({"CPU_ATTN": "ours", "AMX_MLA": "ours too"})
+    assert registered == [("cpu", "ours")]
+    monkeypatch.setattr(shim, "version", lambda: "0.33.0")
+    with pytest.raises(
+        ImportError, match=r"^vllm: got 0.33.0 without the backend AMX_MLA, allowed"
+    ):
+        shim.override_backends({"AMX_MLA": "ours too"})
+
+
 def test_a_vllm_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shim.PLACES, "get_forward_context", "math")
     with pytest.raises(ImportError, match=r"^vllm: got .* without get_forward_context in math \("):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -26,7 +27,9 @@ from kvselect.eval.tasks import TASKS, dialect, dialect_sample
 WINDOW = 512
 LENGTH = 16 * WINDOW
 ROOM = LENGTH + 128
-POLICY = demo_policies(WINDOW)["TokenSelect compact"]
+POLICY: Any = dataclasses.replace(
+    demo_policies(WINDOW)["TokenSelect compact"], similarity_threshold=0.9
+)
 START_SECONDS = 300
 
 
@@ -117,6 +120,8 @@ def test_retrieval_at_sixteen_windows(server: str) -> None:
     attended = metric(server, 'kvselect:tokens_attended_total{phase="decode"}')
     assert 0 < attended < 0.05 * visible
     assert 0.2 < metric(server, 'kvselect:kept_mass{phase="decode"}') <= 1.0
+    reused = metric(server, 'kvselect:lists_reused_total{phase="decode"}')
+    assert 0 <= reused < metric(server, 'kvselect:lists_selected_total{phase="decode"}')
     assert metric(server, "vllm:prefix_cache_hits_total") > 8000
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from kvselect.checks import require
 from kvselect.integrations.vllm.config import configured_policy
-from kvselect.integrations.vllm.shim import AMXMLABackend, CPUMLABackend, get_current_vllm_config
+from kvselect.integrations.vllm.shim import CPUMLABackend, get_current_vllm_config
 
-__all__ = ["CheckedAMXMLA", "CheckedCPUMLA"]
+__all__ = ["CheckedCPUMLA", "require_no_policy"]
 
 
-def _require_no_policy() -> None:
+def require_no_policy() -> None:
+    """ValueError if there is one."""
     policy = configured_policy(additional_config=get_current_vllm_config().additional_config)
     allowed = "models without MLA, or no policy (kvselect selects keys, not latents, under vLLM)"
     require(policy is None, "attention", "MLA", allowed)
@@ -25,14 +26,5 @@ class CheckedCPUMLA(CPUMLABackend):
 
     @staticmethod
     def get_impl_cls() -> Any:
-        _require_no_policy()
+        require_no_policy()
         return CPUMLABackend.get_impl_cls()
-
-
-class CheckedAMXMLA(AMXMLABackend):
-    """vLLM's MLA for AMX, unless a policy is configured."""
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        _require_no_policy()
-        return AMXMLABackend.get_impl_cls()

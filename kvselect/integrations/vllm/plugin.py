@@ -11,7 +11,7 @@ __all__ = ["BACKENDS", "register"]
 BACKENDS = {
     "CPU_ATTN": "kvselect.integrations.vllm.backend.SelectingBackend",
     "CPU_MLA": "kvselect.integrations.vllm.mla.CheckedCPUMLA",
-    "AMX_MLA": "kvselect.integrations.vllm.mla.CheckedAMXMLA",
+    "AMX_MLA": "kvselect.integrations.vllm.amx_mla.CheckedAMXMLA",
 }
 
 

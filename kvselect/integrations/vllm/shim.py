@@ -35,6 +35,9 @@ PLACES = {
     "register_backend": "vllm.v1.attention.backends.registry",
 }
 
+NOT_IN = {"0.28.0": {"AMXMLABackend", "AMX_MLA"}}
+"""What a tested release does without, names and backends: it came later."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in PLACES:
@@ -59,8 +62,16 @@ def version() -> str:
 def override_backends(class_paths: Mapping[str, str]) -> None:
     """Have vLLM take these backends of its enum from these classes, found by path when needed."""
     place = import_module(PLACES["register_backend"])
+    known = place.AttentionBackendEnum.__members__
     for name, class_path in class_paths.items():
-        place.register_backend(place.AttentionBackendEnum[name], class_path)
+        if name in NOT_IN.get(version(), ()):
+            continue
+        if name not in known:
+            raise ImportError(
+                f"vllm: got {version()} without the backend {name}, allowed: "
+                f"{' or '.join(TESTED_VERSIONS)}"
+            )
+        place.register_backend(known[name], class_path)
 
 
 def is_cpu_platform() -> bool:
