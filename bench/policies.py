@@ -288,11 +288,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options = parse(parser, arguments, quick=quick)
     also = parse_policies([options.also]) if options.also else {}
-    of_layer = {label: policy for label, policy in also.items() if not policy.flows_between_layers}
     budgets = parse_counts(options.budgets, "budgets")
+    sized = policies.budgeted(options.policies, budgets)
+    # One layer draws the queries of the prompt's last call alone, and knows no other layer.
+    whole = {name for name, p in sized.items() if getattr(p, "watches_whole_prompt", False)}
+    of_layer = {label: policy for label, policy in sized.items() if label not in whole}
+    of_layer |= {label: policy for label, policy in also.items() if not policy.flows_between_layers}
+    if whole:
+        print(f"On the embedded model only, for want of a whole prompt's queries: {sorted(whole)}")
     request = policies.PoliciesRequest(
         tokens=parse_counts(options.tokens, "tokens"),
-        policies=policies.budgeted(options.policies, budgets) | of_layer,
+        policies=of_layer,
         shape=shape_of(options),
         chunk_tokens=options.chunk_tokens,
         rounds=options.rounds,

@@ -376,7 +376,7 @@ def test_tier(tmp_path: Path) -> None:
 
 
 def test_policies(tmp_path: Path) -> None:
-    small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM", "SnapKV")
+    small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM", "SnapKV", "ColumnRank")
     also = ("ada_spa:sparsity=0.5,dense_prefill_tokens=0", "sp_atten:mean_pruned=0.5")
     rows = quick("policies", tmp_path, *small, "--also", ",".join(also))
     layer = [row for row in rows if row["part"] == "layer"]
@@ -384,7 +384,7 @@ def test_policies(tmp_path: Path) -> None:
     assert [row["policy"] for row in layer] == [
         *("Dense", "TokenSelect 512", "TokenSelect 1024"),
         *("StreamingLLM 512", "StreamingLLM 1024", "SnapKV 512", "SnapKV 1024"),
-        named[0],  # a cascade has no single layer
+        named[0],  # a cascade has no single layer, a walk along a prompt wants its queries
     ]
     dense, few, more, window = layer[:4]
     assert dense["kept_mass"] == 1.0 and dense["output_error"] < 1e-4
@@ -396,7 +396,8 @@ def test_policies(tmp_path: Path) -> None:
     assert set(asked) == {
         *("Dense", "TokenSelect 228", "TokenSelect 228 compact"),
         *("StreamingLLM 228", "StreamingLLM 228 compact"),
-        *("SnapKV 228", "SnapKV 228 next_call", *named),
+        *("SnapKV 228", "SnapKV 228 next_call", "ColumnRank 228", "ColumnRank 228 next_call"),
+        *named,
     }
     assert asked["Dense"]["score"] > 0.9 > asked["StreamingLLM 228"]["score"]
     assert (tmp_path / "policies.png").stat().st_size > 10_000
