@@ -117,11 +117,11 @@ def test_each_query_reads_its_own_token_and_channel(head_dim: int, name: str) ->
     sizes |= {"softmax_scale": 1.0, "implementation": name}
     number = torch.arange(64, dtype=torch.bfloat16)[None, :, None, None].expand(k.shape)
     read = block_sparse_attention(q, k, number.contiguous(), everything, **sizes)[0][0, :, 0]
-    wrong = (read != token[:, None]).nonzero().tolist()
+    wrong = ((read - token[:, None]).abs() > 1e-3).nonzero().tolist()  # others weigh e^-64
     assert not wrong, [f"query {i} channel {c} read token {read[i, c]:g}" for i, c in wrong[:8]]
     channel = torch.arange(head_dim, dtype=torch.bfloat16).expand(k.shape).contiguous()
     read = block_sparse_attention(q, k, channel, everything, **sizes)[0][0, :, 0]
-    wrong = (read != torch.arange(head_dim)).nonzero().tolist()
+    wrong = ((read - torch.arange(head_dim)).abs() > 1e-3).nonzero().tolist()
     assert not wrong, [f"query {i} channel {c} read channel {read[i, c]:g}" for i, c in wrong[:8]]
 
 
