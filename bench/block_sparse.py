@@ -6,7 +6,8 @@ of the full mask) at most 1.1, and the full mask at most 1.1 times SDPA.
 
 ``--device cuda``: beside SDPA's flash and cuDNN backends, by CUDA graphs between events with L2
 cold, and the search for masses that masks come from. Expected on an H200 at head_dim 128: 550
-TFLOP/s on kept blocks at 10 %, the full mask at 0.85 of the dense rate.
+TFLOP/s on kept blocks at 10 %, the full mask at 0.85 of the dense rate. ``--implementation sm90a``
+times the kernel in Hopper's own instructions, which has not run on a GPU.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Row:
     """
 
     contender: str
+    implementation: str
     block_size: int
     tokens: int
     queries: int
@@ -116,7 +118,9 @@ class Entrants:
         self.contenders[name], self.shares[name], self.errors[name] = contender, share, error
 
 
-def entrants(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Entrants:
+def entrants(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, implementation: str = "auto"
+) -> Entrants:
     shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_size), -(-k.shape[1] // block_size))
     found = Entrants({}, {}, {}, {}, {})
     for share in SHARES:
@@ -130,6 +134,7 @@ def entrants(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> Entrants:
             q_block_size=block_size,
             kv_block_size=block_size,
             causal=False,
+            implementation=implementation,
         )
         name, kept = f"{share:.0%} of blocks", float(mask.float().mean())
         error = error_on_one_group(q, k, v, call()[0], mask)
@@ -172,8 +177,16 @@ def timed(found: Entrants, q: Tensor, number: int, rounds: int) -> Mapping[str, 
     return {name: one.event_ms for name, one in samples.items()}
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, block_size: int, number: int, rounds: int) -> list[Row]:
-    found = entrants(q, k, v, block_size)
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    number: int,
+    rounds: int,
+    implementation: str = "auto",
+) -> list[Row]:
+    found = entrants(q, k, v, block_size, implementation)
     for name, reason in found.skipped.items():
         print(f"{name}: left out: {reason}")
     samples = timed(found, q, number, rounds)
@@ -183,6 +196,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, block_size: int, number: int, rounds: i
     return [
         Row(
             contender=name,
+            implementation=implementation,
             block_size=block_size,
             tokens=k.shape[1],
             queries=q.shape[1],
@@ -206,7 +220,8 @@ def show(rows: Sequence[Row]) -> None:
     first = rows[0]
     title = (
         f"{first.queries} queries, {first.tokens} tokens, blocks of {first.block_size}, "
-        f"{first.threads} threads ({first.clock} time); expected: over proportional <= "
+        f"{first.threads} threads ({first.clock} time), implementation {first.implementation}; "
+        f"expected: over proportional <= "
         f"{EXPECTED_OVER_PROPORTIONAL}, full mask over SDPA <= {EXPECTED_OVER_SDPA}"
     )
     columns = ("mask", "kept", "ms", "p20", "p80", "GFLOP/s", "over prop.", "over SDPA", "error")
@@ -236,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--queries", type=int, default=2048)
     parser.add_argument("--block-sizes", default="128,64", help="of queries and keys alike")
+    parser.add_argument("--implementation", default="auto", help="of our attention; auto or sm90a")
     quick = {"tokens": "512", "rounds": 1, "queries": 64, "block_sizes": "64,16"}
     options = parse(parser, arguments, quick=quick)
     shape, tokens = shape_of(options), one_count(options.tokens, "tokens")
@@ -246,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for number in parse_counts(options.threads, "threads"):
         for block_size in parse_counts(options.block_sizes, "block_sizes"):
-            found = run(q, k, v, block_size, number, options.rounds)
+            found = run(q, k, v, block_size, number, options.rounds, options.implementation)
             show(found)
             rows += found
     print("written:", results.save(options.out, parser.description or "", vars(options), rows))

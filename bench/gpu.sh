@@ -25,7 +25,7 @@ PARTS=(
     decode-1x128k decode-1x1m decode-1x32k decode-8x128k decode-32x32k decode-1x512k decode-1x8k
     ops-1x1m ops-1x128k
     prefill-1x128k prefill-1x512k prefill-1x1m
-    blocks-1x32k blocks-1x128k
+    blocks-1x32k blocks-1x128k blocks-sm90a-test blocks-sm90a-1x32k blocks-sm90a-1x128k
     model-1x128k model-4x128k model-1x512k
 )
 
@@ -81,7 +81,8 @@ part_build() { # this machine's architecture only
 
 part_test() { # every op's tests on the GPU, against the same references as on the CPU
     [ -z "$DRY" ] || { echo "dry run: no tests for a GPU"; return 0; }
-    python 400 -m pytest -q -m cuda -p no:cacheprovider tests
+    # What has never run on a GPU comes in a part of its own (blocks-sm90a-test): its faults end a process.
+    python 400 -m pytest -q -m cuda -p no:cacheprovider tests --ignore tests/test_block_sparse_attention_sm90a.py
 }
 
 # Small shapes: the tools run kernels a hundred times slower.
@@ -119,9 +120,25 @@ kind_ops() { bench ops "$1"; }
 kind_prefill() { bench prefill "$1" --chunk-tokens "$([ -n "$DRY" ] && echo 128 || echo 512)"; }
 
 kind_blocks() { # attention over kept blocks, and the search for their masses
-    local words=(--quick)
-    [ -n "$DRY" ] || words=(--device cuda --tokens "${1#*x}" --queries 8192 --block-sizes 128,64 --rounds 20)
+    local words=(--quick) of=$1
+    # The kernel in Hopper's own instructions, by its name.
+    if [ "${1%%-*}" = sm90a ]; then
+        on_sm90 || { echo "no GPU of architecture 9.0: nothing to run"; return 0; }
+        of=${1#*-}
+        [ "$of" != test ] || { test_sm90a; return; }
+    fi
+    [ -n "$DRY" ] || words=(--device cuda --tokens "${of#*x}" --queries 8192 --block-sizes 128,64 --rounds 20)
+    [ "$of" = "$1" ] || words+=(--implementation sm90a)
     python 280 bench/block_sparse.py "${words[@]}" --out "$STATE/blocks-$1/blocks.json"
+}
+
+on_sm90() { [ -z "$DRY" ] && nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | grep -qx 9.0; }
+
+test_sm90a() { # from one product to many items, then memcheck on the smallest
+    local file=tests/test_block_sparse_attention_sm90a.py
+    python 200 -m pytest -q -x -m cuda -p no:cacheprovider "$file" &&
+        PYTHONPATH=. limited 200 compute-sanitizer --tool memcheck --error-exitcode 1 --launch-timeout 0 "$PYTHON" \
+            -m pytest -q -x -m cuda -p no:cacheprovider "$file" -k "own_token or ragged"
 }
 
 kind_model() {

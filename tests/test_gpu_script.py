@@ -249,6 +249,19 @@ def test_verdicts_of_blocks() -> None:
     assert dense == ("0.91x", "met")
 
 
+def test_blocks_by_hoppers_own_instructions_have_targets_and_need_such_a_gpu(
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"contender": "10% of blocks", "gflop_per_s": 560e3, "over_sdpa": 0.1}
+    ]
+    found = claims(script("gpu_report"), rows, "blocks-sm90a-1x128k")
+    sparse = found["attention over 10 % of the blocks of 128, 128k, sm90a"]
+    assert sparse == ("560.00 TFLOP/s", "met")
+    done = gpu_sh(tmp_path, "--dry-run", "blocks-sm90a-test", "blocks-sm90a-1x32k")
+    assert done.stdout.count("no GPU of architecture 9.0: nothing to run") == 2
+
+
 def test_blocks_run_dry(tmp_path: Path) -> None:
     done = gpu_sh(tmp_path, "--dry-run", "blocks-1x32k")
     assert (tmp_path / "blocks-1x32k.done").exists(), done.stdout

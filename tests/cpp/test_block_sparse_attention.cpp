@@ -233,3 +233,64 @@ TEST_ONCE(block_sparse_attention_sm90a_keeps_bad_values_to_those_who_see_them) {
                                           {DType::kFloat16, DType::kBFloat16});
     emulation::set_order(emulation::Order::kForwards);
 }
+
+// More tiles than places of the ring, and than entries that say what a tile is made of.
+TEST_ONCE(block_sparse_attention_sm90a_goes_around_its_ring) {
+    constexpr int64_t kTokens = 1300, kDim = 64;
+    for (int64_t q_block_size : {64, 128})
+        for (emulation::Order order : kOrders) {
+            emulation::set_order(order);
+            Elements q(DType::kBFloat16, q_block_size * kDim), k(DType::kBFloat16, kTokens * kDim),
+                out(DType::kBFloat16, q_block_size * kDim);
+            Random random(5);
+            for (int64_t i = 0; i < q_block_size * kDim; ++i) q.set(i, random.normal());
+            for (int64_t i = 0; i < kTokens * kDim; ++i) k.set(i, random.normal());
+            const std::vector<uint8_t> everything(static_cast<size_t>((kTokens + 63) / 64), 1);
+            std::vector<float> lse(static_cast<size_t>(q_block_size), NAN);
+            BlockSparseAttentionParams p{};
+            BlockGrid& g = p.grid;
+            g.dtype = DType::kBFloat16;
+            g.batch = g.num_q_heads = g.num_kv_heads = 1;
+            g.seqlen_q = g.q_block_size = q_block_size;
+            g.seqlen_k = kTokens;
+            g.head_dim = kDim;
+            g.kv_block_size = 64;
+            g.q = q.data();
+            g.q_strides[0] = q_block_size * kDim;
+            g.q_strides[1] = g.q_strides[2] = kDim;
+            g.keys = KVView{k.data(), kTokens * kDim, kDim, kDim, kTokens, nullptr, 0};
+            g.softmax_scale = 0.2f;
+            p.values = g.keys;
+            p.mask.form = MaskForm::kDense;
+            p.mask.dense = everything.data();
+            p.mask.strides[3] = 1;
+            p.out = out.data();
+            p.lse = lse.data();
+            cuda_emulated_sm90a_implementation().block_sparse_attention(p, 0, 1, nullptr);
+            double error = 0, norm = 0;
+            for (int64_t query = 0; query < q_block_size; query += 7) {
+                double total = 0;
+                std::vector<double> expected(kDim, 0.0);
+                for (int64_t t = 0; t < kTokens; ++t) {
+                    double logit = 0;
+                    for (int64_t d = 0; d < kDim; ++d)
+                        logit += q.get(query * kDim + d) * k.get(t * kDim + d);
+                    const double weight = std::exp(0.2 * logit);
+                    total += weight;
+                    for (int64_t d = 0; d < kDim; ++d)
+                        expected[static_cast<size_t>(d)] += weight * k.get(t * kDim + d);
+                }
+                EXPECT(std::abs(lse[static_cast<size_t>(query)] - std::log(total)) < 1e-5,
+                       static_cast<int>(order), " ", query);
+                for (int64_t d = 0; d < kDim; ++d) {
+                    const double want = expected[static_cast<size_t>(d)] / total;
+                    const double off = out.get(query * kDim + d) - want;
+                    error += off * off;
+                    norm += want * want;
+                }
+            }
+            EXPECT(std::sqrt(error) <= 1.6e-2 * std::sqrt(norm), static_cast<int>(order), " ",
+                   std::sqrt(error / norm));
+        }
+    emulation::set_order(emulation::Order::kForwards);
+}

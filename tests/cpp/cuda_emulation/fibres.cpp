@@ -220,6 +220,8 @@ bool all_are(State state) {
 void run_block() {
     scheduler.warp_order = turns((scheduler.num_threads + kWarpThreads - 1) / kWarpThreads);
     scheduler.lane_order = turns(kWarpThreads);
+    constexpr int kPatience = 32;  // what is polled may count how often it is asked
+    int idle = 0;
     for (;;) {
         bool went_on = false;
         for (unsigned warp : scheduler.warp_order) {
@@ -247,7 +249,9 @@ void run_block() {
         if (all_are(State::kAtBlock)) {
             for (unsigned i = 0; i < scheduler.num_threads; ++i)
                 scheduler.fibres[i]->state = State::kReady;
-        } else if (!went_on && !do_one()) {
+        } else if (went_on || do_one()) {
+            idle = 0;
+        } else if (++idle > kPatience) {
             hang("some threads wait where others never come", 0);
         }
     }

@@ -257,6 +257,9 @@ inline void wait_for_products() {
     twin::Products& own = twin::products(emulation::linear_thread());
     if (!own.open.empty()) twin::wrong("products are waited for that no group has");
     const size_t done = own.groups.size() > kPending ? own.groups.size() - kPending : 0;
+    // Others go on meanwhile: into what this warp's products still read, if they may.
+    if (emulation::order() != emulation::Order::kForwards && done > 0)
+        emulation::wait_until([rounds = 8]() mutable { return rounds-- == 0; });
     emulation::meet_warp("wait_for_products");
     if (emulation::order() != emulation::Order::kForwards)
         for (size_t group = 0; group < done; ++group)
