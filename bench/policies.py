@@ -9,8 +9,8 @@ that renumber positions ("compact"; beyond the window only these can answer), an
 before they see the question ("next_call").
 
 Methods that no budget of tokens sizes are named with their settings by ``--also``. Those that flow
-through the layers of a model take part in the second place only. A run that was killed goes on with
-the same command.
+through the layers of a model take part in the second place only. Each place has a file of its own;
+the second one's questions go on where a run was killed.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from kvselect.bench.request import (
 )
 from kvselect.bench.results import Skipped, as_row, print_table, save
 from kvselect.bench.resumed import resumed
+from kvselect.checks import require
 from kvselect.eval import runner
 from kvselect.eval.checkpoint import EMBEDDED, Checkpoint, load_checkpoint
-from kvselect.eval.identity import code_identity
-from kvselect.eval.request import parse_lengths, parse_policies
+from kvselect.eval.request import parse_lengths, parse_policies, split_list
 from kvselect.eval.results import Results
 from kvselect.eval.tasks import TASKS
-from kvselect.machine import cpu_name
 from kvselect.policies.base import Policy
 
 FORMS = {"positions": "original", "evict_at": "decode"}  # setting -> the value that is not named
 ALSO = "ada_spa:sparsity=0.8,sp_atten:mean_pruned=0.5,sp_atten:mean_pruned=0.5,cascade=hard"
+PARTS = ("layer", "model")
 MASSES = (0.5, 0.7, 0.8, 0.9)
 LAYER_COLUMNS = [
     "policy",
@@ -98,31 +98,6 @@ def in_all_forms(found: Mapping[str, Policy]) -> dict[str, Policy]:
     return every
 
 
-def layer_rows(
-    options: Any, request: policies.PoliciesRequest
-) -> tuple[list[policies.PolicyRow], list[Skipped]]:
-    """Every length of the layer, from the journal where a killed run has measured it."""
-    header = {"layer": repr(request), "cpu": cpu_name(), "code": code_identity()}
-    rows: list[policies.PolicyRow] = []
-    skipped: list[Skipped] = []
-    with resumed(options.out.with_suffix(".layer.jsonl"), header) as journal:
-        done = {record["tokens"]: record for record in journal.records}
-        for tokens in request.tokens:
-            if tokens not in done:
-                one, left_out = dataclasses.replace(request, tokens=(tokens,)), list[Skipped]()
-                with progress_bar() as on_progress:
-                    found = policies.run(one, on_progress, left_out.append)
-                done[tokens] = {
-                    "tokens": tokens,
-                    "rows": [dataclasses.asdict(row) for row in found],
-                    "skipped": [dataclasses.asdict(skip) for skip in left_out],
-                }
-                journal.append(done[tokens])
-            rows += [policies.PolicyRow(**row) for row in done[tokens]["rows"]]
-            skipped += [Skipped(**skip) for skip in done[tokens]["skipped"]]
-    return rows, skipped
-
-
 def fitting(
     checkpoint: Checkpoint, found: Mapping[str, Policy]
 ) -> tuple[dict[str, Policy], list[Skipped]]:
@@ -139,7 +114,9 @@ def fitting(
     return taken, refused
 
 
-def answers(options: Any, checkpoint: Checkpoint, found: Mapping[str, Policy]) -> Results:
+def answers(
+    options: Any, checkpoint: Checkpoint, found: Mapping[str, Policy], path: Path
+) -> Results:
     """All tasks of the dialect at every length, every policy on the same questions."""
     request = runner.Request(
         tasks=tuple(task for task in TASKS.values() if task.draw is not None),
@@ -152,7 +129,7 @@ def answers(options: Any, checkpoint: Checkpoint, found: Mapping[str, Policy]) -
     )
     header = runner.describe_request(checkpoint, request)
     with (
-        resumed(options.out.with_suffix(".samples.jsonl"), header) as journal,
+        resumed(path, header) as journal,
         Progress(console=Console(stderr=True), transient=True) as progress,
     ):
         bar = progress.add_task("", total=runner.total_progress(request))
@@ -172,7 +149,7 @@ def answer_rows(results: Results) -> list[dict[str, Any]]:
             macro = results.macro(length, label)
             assert macro is not None
             scores = {cell.task: cell.score for cell in results.cells_of(length, label)}
-            told = {"part": "embedded model", "policy": label, "tasks": scores}
+            told = {"policy": label, "tasks": scores}
             found.append(told | {"verdict": macro.verdict} | macro.to_dict())
     return found
 
@@ -254,6 +231,65 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
     figure.savefig(path)
 
 
+def on_layer(options: Any, also: Mapping[str, Policy], question: str) -> None:
+    """Measure, print, draw and save the first part."""
+    sized = policies.budgeted(options.policies, parse_counts(options.budgets, "budgets"))
+    # One layer draws the queries of the prompt's last call alone, and knows no other layer.
+    whole = {name for name, p in sized.items() if getattr(p, "watches_whole_prompt", False)}
+    taking_part = {label: policy for label, policy in sized.items() if label not in whole}
+    for label, policy in also.items():
+        if not policy.flows_between_layers:
+            taking_part[label] = policy
+    if whole:
+        print(f"On the embedded model only, for want of a whole prompt's queries: {sorted(whole)}")
+    request = policies.PoliciesRequest(
+        tokens=parse_counts(options.tokens, "tokens"),
+        policies=taking_part,
+        shape=shape_of(options),
+        chunk_tokens=options.chunk_tokens,
+        rounds=options.rounds,
+        threads=one_count(options.threads, "threads"),
+        seed=options.seed,
+    )
+    skipped: list[Skipped] = []
+    with progress_bar() as on_progress:
+        rows = policies.run(request, on_progress, skipped.append)
+    for tokens in request.tokens:
+        layer_table(rows, tokens)
+    tell_left_out(skipped)
+    wins = policies.fastest(rows, MASSES)
+    columns = ["tokens", *(f"mass >= {mass}" for mass in MASSES)]
+    by_length = [
+        [str(tokens), *(label for at, _, label in wins if at == tokens)]
+        for tokens in request.tokens
+    ]
+    print_table("Quickest decode step that keeps so much", columns, by_length)
+    about = f"{request.shape}, {request.threads} thread{'s' if request.threads > 1 else ''}"
+    draw(rows, options.out.with_suffix(".png"), about)
+    told = [as_row(row) for row in rows]
+    print("written:", save(options.out, question, vars(options), told, skipped))
+
+
+def on_model(options: Any, also: Mapping[str, Policy], question: str) -> None:
+    """Ask, print and save the second part."""
+    budgets = parse_counts(options.model_budgets, "model-budgets")
+    checkpoint = load_checkpoint(options.model)
+    taken, refused = fitting(checkpoint, policies.budgeted(options.policies, budgets) | also)
+    tell_left_out(refused)
+    out = options.out.with_stem(options.out.stem + "_on_model")
+    journal = out.with_suffix(".samples.jsonl")
+    results = answers(options, checkpoint, taken, journal)
+    answer_table(results)
+    config = vars(options) | {"tasks": list(results.tasks), "model_config": results.config}
+    print("written:", save(out, question, config, answer_rows(results), refused))
+    journal.unlink()
+
+
+def tell_left_out(skipped: Sequence[Skipped]) -> None:
+    for skip in skipped:
+        print(f"left out, of {skip.tokens} tokens: {skip.reason}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__, __file__)
     add_sizes(parser, tokens="8k,32k", rounds=9, topk=None)
@@ -276,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=100, help="questions per cell (100)")
     parser.add_argument("--max-contexts", type=int, default=16, help="contexts per cell (16)")
     parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--parts", default=",".join(PARTS), help="layer, model, or both (both)")
     quick = {
         "tokens": "3k",
         "rounds": 2,
@@ -287,52 +324,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "max_contexts": 1,
     }
     options = parse(parser, arguments, quick=quick)
+    for part in split_list(options.parts):
+        require(part in PARTS, "parts", part, " or ".join(PARTS))
     also = parse_policies([options.also]) if options.also else {}
-    budgets = parse_counts(options.budgets, "budgets")
-    sized = policies.budgeted(options.policies, budgets)
-    # One layer draws the queries of the prompt's last call alone, and knows no other layer.
-    whole = {name for name, p in sized.items() if getattr(p, "watches_whole_prompt", False)}
-    of_layer = {label: policy for label, policy in sized.items() if label not in whole}
-    of_layer |= {label: policy for label, policy in also.items() if not policy.flows_between_layers}
-    if whole:
-        print(f"On the embedded model only, for want of a whole prompt's queries: {sorted(whole)}")
-    request = policies.PoliciesRequest(
-        tokens=parse_counts(options.tokens, "tokens"),
-        policies=of_layer,
-        shape=shape_of(options),
-        chunk_tokens=options.chunk_tokens,
-        rounds=options.rounds,
-        threads=one_count(options.threads, "threads"),
-        seed=options.seed,
-    )
-    on_model = policies.budgeted(
-        options.policies, parse_counts(options.model_budgets, "model-budgets")
-    )
-    on_model |= also
-    checkpoint = load_checkpoint(options.model)
-    taken, refused = fitting(checkpoint, on_model)
-    rows, skipped = layer_rows(options, request)
-    skipped += refused
-    for tokens in request.tokens:
-        layer_table(rows, tokens)
-    for skip in skipped:
-        print(f"left out, of {skip.tokens} tokens: {skip.reason}")
-    wins = policies.fastest(rows, MASSES)
-    columns = ["tokens", *(f"mass >= {mass}" for mass in MASSES)]
-    by_length = [
-        [str(tokens), *(label for at, _, label in wins if at == tokens)]
-        for tokens in request.tokens
-    ]
-    print_table("Quickest decode step that keeps so much", columns, by_length)
-    about = f"{request.shape}, {request.threads} thread{'s' if request.threads > 1 else ''}"
-    draw(rows, options.out.with_suffix(".png"), about)
-    results = answers(options, checkpoint, taken)
-    answer_table(results)
-    config = vars(options) | {"tasks": list(results.tasks), "model_config": results.config}
-    told = [{"part": "layer", **as_row(row)} for row in rows] + answer_rows(results)
-    print("written:", save(options.out, parser.description or "", config, told, skipped))
-    for part in (".layer.jsonl", ".samples.jsonl"):
-        options.out.with_suffix(part).unlink()
+    if "layer" in split_list(options.parts):
+        on_layer(options, also, parser.description or "")
+    if "model" in split_list(options.parts):
+        on_model(options, also, parser.description or "")
 
 
 if __name__ == "__main__":

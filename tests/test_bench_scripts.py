@@ -379,20 +379,20 @@ def test_policies(tmp_path: Path) -> None:
     small = (*SIZES, "--policies", "TokenSelect", "StreamingLLM", "SnapKV", "ColumnRank")
     also = ("ada_spa:sparsity=0.5,dense_prefill_tokens=0", "sp_atten:mean_pruned=0.5")
     rows = quick("policies", tmp_path, *small, "--also", ",".join(also))
-    layer = [row for row in rows if row["part"] == "layer"]
     named = [entry.replace(":", " ").replace(",", " ") for entry in also]
-    assert [row["policy"] for row in layer] == [
+    assert [row["policy"] for row in rows] == [
         *("Dense", "TokenSelect 512", "TokenSelect 1024"),
         *("StreamingLLM 512", "StreamingLLM 1024", "SnapKV 512", "SnapKV 1024"),
         named[0],  # a cascade has no single layer, a walk along a prompt wants its queries
     ]
-    dense, few, more, window = layer[:4]
+    dense, few, more, window = rows[:4]
     assert dense["kept_mass"] == 1.0 and dense["output_error"] < 1e-4
     assert window["kept_mass"] < few["kept_mass"] < more["kept_mass"] < 1.0
     assert dense["output_error"] < more["output_error"] < window["output_error"]
     assert few["attended_tokens"] <= 512 and few["bytes_ratio"] < more["bytes_ratio"] < 1.0
     assert few["memory_bytes"] > dense["memory_bytes"]  # the sketch
-    asked = {row["policy"]: row for row in rows if row["part"] == "embedded model"}
+    answered = load(tmp_path / "policies_on_model.json")["results"]
+    asked = {row["policy"]: row for row in answered}
     assert set(asked) == {
         *("Dense", "TokenSelect 228", "TokenSelect 228 compact"),
         *("StreamingLLM 228", "StreamingLLM 228 compact"),
@@ -402,6 +402,8 @@ def test_policies(tmp_path: Path) -> None:
     assert asked["Dense"]["score"] > 0.9 > asked["StreamingLLM 228"]["score"]
     assert (tmp_path / "policies.png").stat().st_size > 10_000
     assert not list(tmp_path.glob("*.jsonl"))  # nothing is left to go on with
+    with pytest.raises(ValueError, match="parts: got 'all', allowed: layer or model"):
+        quick("policies", tmp_path, "--parts", "all")
 
 
 def test_methods_without_a_budget_are_refused() -> None:

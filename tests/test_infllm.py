@@ -183,6 +183,23 @@ def test_budget_at_least_the_length_is_dense(positions: str, group: int, seqlen:
     assert rel_err(out[[0, 2]], dense[[0, 2]]) <= 4e-6
 
 
+@pytest.mark.parametrize("positions", ["clamp", "compact"])
+def test_a_table_that_scales_is_a_larger_softmax_scale(positions: str) -> None:
+    """YaRN's attention scaling, near and far."""
+    q, cache = filled((200,), seqlen_q=200)
+    policy, factor = small(positions=positions), 1.3
+    frequencies = 100.0 ** (-torch.arange(DIM // 2) / (DIM // 2))
+    scaled = Rope.from_frequencies(frequencies, 400, scaling=factor)
+    outs = []
+    for rope, scale in ((scaled, SCALE), (ROPE, factor**2 * SCALE)):
+        state = policy.new_state(cache)
+        out, _ = prefill(q, cache, policy, state, rope=rope, softmax_scale=scale)
+        step, _ = decode_step(q[:, -1:], cache, policy, state, rope=rope, softmax_scale=scale)
+        outs.append((out, step))
+    for got, expected in zip(*outs):
+        assert rel_err(got, expected) <= 4e-6
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_chunks_and_drafts_change_nothing(positions: str) -> None:
     q, cache = filled((200,), seqlen_q=200)

@@ -28,7 +28,8 @@ def attend_clamped(
     """Attention over window and the rest of each list apart, merged by their lse.
 
     The window's tokens lie next to each other, so that ranks keep their distances. Un-rotated keys
-    before it sit at position 0, where queries turned by ``distance`` see them all.
+    before it sit at position 0, where queries turned by ``distance`` see them all; what a table
+    would scale those keys by (YaRN), the queries carry for them.
 
     Parameters
     ----------
@@ -44,7 +45,8 @@ def attend_clamped(
     """
     far, near = split_lists(selection, windows, cache, block_size)
     assert queries.rope is not None
-    turned = queries.rope.rotate(queries.q, distance).to(queries.q.dtype)
+    rope = queries.rope
+    turned = rope.rotate(rope.rotate(queries.q, distance), 0).to(queries.q.dtype)
     parts = (
         attend_queries(replace(queries, q=turned, sink_logits=None), cache, far, None),
         attend_queries(queries, cache, near, queries.rope),
