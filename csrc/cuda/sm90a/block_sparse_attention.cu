@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kCountThreads)
 // By lengths, or by those of CSR rows; nothing is taken yet.
 __global__ void __launch_bounds__(kOrderThreads)
     order_by_length_kernel(const int64_t* row_offsets, const int32_t* lengths, int num_items,
-                       int longest, int* next, int32_t* order) {
+                           int longest, int* next, int32_t* order) {
     __shared__ int ends[kLengthClasses];
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
@@ -736,8 +736,8 @@ template <typename T, int kHeadDim, int kGroups>
 void attend(const Operands& o, int64_t num_sms, const CudaLaunch& where) {
     using Own = Plan<kHeadDim, kGroups>;
     const int64_t fit = num_sms * Own::kBlocksPerSm, items = o.schedule.num_items;
-    launch_with(where, attend_blocks_sm90a_kernel<T, kHeadDim, kGroups>, fit < items ? fit : items, 1,
-                Own::kThreads, Own::kSharedBytes, Own::kSharedBytes, o);
+    launch_with(where, attend_blocks_sm90a_kernel<T, kHeadDim, kGroups>, fit < items ? fit : items,
+                1, Own::kThreads, Own::kSharedBytes, Own::kSharedBytes, o);
 }
 
 template <typename T, int kHeadDim>
