@@ -259,8 +259,8 @@ def _attend_fetched(
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
     num_lists, num_kv_heads = fetched.block_table.shape[0], cache.num_kv_heads
-    per_list = q.reshape(num_lists, 1, -1, cache.head_dim)
-    group = per_list.shape[2]
+    group = q.shape[2] // num_kv_heads
+    per_list = q.reshape(num_lists, 1, group, cache.head_dim)
     out = torch.empty_like(per_list)
     lse = torch.empty(per_list.shape[:-1], dtype=torch.float32, device=q.device)
     # Sink logits are those of a row's heads, and rows are lists here: one KV head at a time, then.
