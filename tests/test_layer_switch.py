@@ -202,3 +202,10 @@ def test_bounds(
 ) -> None:
     with pytest.raises(error, match=message):
         kind(**changes)
+
+
+def test_a_key_that_is_no_number_does_not_hide_the_others() -> None:
+    stack = Stack([[True, True], [True, False]])
+    for _, k, _ in stack.layers:
+        k[1, 50] = torch.nan
+    assert stack.run([small(SnapKV, drop_below=0.1)] * 2) == [[22, 22], [22, 0]]
