@@ -309,7 +309,9 @@ def test_instructions_by_name_have_host_twins(header: str) -> None:
 @pytest.mark.parametrize(
     "path", sorted((CSRC / "cuda" / "sm90a").glob("*.cu")), ids=lambda path: str(path.stem)
 )
-def test_an_op_in_hoppers_instructions_is_emulated_and_has_a_kernel_for_the_rest(path: Path) -> None:
+def test_an_op_in_hoppers_instructions_is_emulated_and_has_a_kernel_for_the_rest(
+    path: Path,
+) -> None:
     assert path.stem in CUDA_OPS
     emulated = ROOT / "tests" / "cpp" / f"emulated_{path.stem}_sm90a.cpp"
     assert f'#include "cuda/sm90a/{path.name}"' in emulated.read_text(encoding="utf-8")
