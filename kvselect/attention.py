@@ -208,10 +208,11 @@ def _attend_rows(
     """Every (row, KV head) is a row of one head; the calls' tokens end all of them alike."""
     batch, seqlen_q, _, head_dim = q.shape
     num_kv_heads = cache.num_kv_heads
-    grouped = q.reshape(batch, seqlen_q, num_kv_heads, -1, head_dim).transpose(1, 2)
+    group = q.shape[2] // num_kv_heads
+    grouped = q.reshape(batch, seqlen_q, num_kv_heads, group, head_dim).transpose(1, 2)
     later = (cache.cache_seqlens - cache_seqlens).repeat_interleave(num_kv_heads)
     out, lse = torch.ops.kvselect.sparse_attention.default(
-        grouped.reshape(batch * num_kv_heads, seqlen_q, -1, head_dim),
+        grouped.reshape(batch * num_kv_heads, seqlen_q, group, head_dim),
         rows.k_pages,
         rows.v_pages,
         rows.block_table,
