@@ -208,10 +208,11 @@ def _attend_rows(
     """Every (row, KV head) is a row of one head; the calls' tokens end all of them alike."""
     batch, seqlen_q, _, head_dim = q.shape
     num_kv_heads = cache.num_kv_heads
-    grouped = q.reshape(batch, seqlen_q, num_kv_heads, -1, head_dim).transpose(1, 2)
+    group = q.shape[2] // num_kv_heads
+    grouped = q.reshape(batch, seqlen_q, num_kv_heads, group, head_dim).transpose(1, 2)
     later = (cache.cache_seqlens - cache_seqlens).repeat_interleave(num_kv_heads)
     out, lse = torch.ops.kvselect.sparse_attention.default(
-        grouped.reshape(batch * num_kv_heads, seqlen_q, -1, head_dim),
+        grouped.reshape(batch * num_kv_heads, seqlen_q, group, head_dim),
         rows.k_pages,
         rows.v_pages,
         rows.block_table,
@@ -259,8 +260,8 @@ def _attend_fetched(
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
     num_lists, num_kv_heads = fetched.block_table.shape[0], cache.num_kv_heads
-    per_list = q.reshape(num_lists, 1, -1, cache.head_dim)
-    group = per_list.shape[2]
+    group = q.shape[2] // num_kv_heads
+    per_list = q.reshape(num_lists, 1, group, cache.head_dim)
     out = torch.empty_like(per_list)
     lse = torch.empty(per_list.shape[:-1], dtype=torch.float32, device=q.device)
     # Sink logits are those of a row's heads, and rows are lists here: one KV head at a time, then.

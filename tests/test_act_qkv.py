@@ -15,6 +15,7 @@ from kvselect import (
     ActQKV,
     Dense,
     KVCache,
+    Landmark,
     Rope,
     TokenSelect,
     attach,
@@ -450,3 +451,26 @@ def test_every_bound_is_checked(
 ) -> None:
     with pytest.raises(error, match=message):
         ActQKV(**settings)
+
+
+@pytest.mark.parametrize("kind", [ActQKV, Landmark])
+def test_padding_that_every_row_has_changes_nothing(kind: type[Any]) -> None:
+    """Blocks count from the first real token: there are fewer of them than positions would make."""
+    policy = kind(topk_blocks=3, block_size=8, num_sink_tokens=8, num_recent_tokens=24)
+    rope = Rope.from_frequencies(10000.0 ** -(torch.arange(DIM // 2).double() / (DIM // 2)), 600)
+    q, k, v = make_qkv(1, 501, 501, 2 * HEADS, HEADS, DIM, seed=1)
+    results = []
+    for begin in (300, 0):
+        cache = policy.new_cache(1, HEADS, DIM)
+        cache.set_starts([begin])
+        part = slice(300 - begin, 500)  # 300 of padding, or none
+        (state,) = policy.new_states([cache])
+        cache.append(k[:, part], v[:, part])
+        read = prefill(q[:, part], cache, policy, state, q_unrotated=q[:, part], rope=rope)[0]
+        cache.append(k[:, 500:], v[:, 500:])
+        last = q[:, 500:]
+        out, info = decode_step(last, cache, policy, state, q_unrotated=last, rope=rope)
+        assert info.selection is not None
+        results.append((read[:, -200:], out))
+    for padded, bare in zip(*results):
+        assert torch.equal(padded, bare)

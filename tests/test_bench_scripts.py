@@ -414,6 +414,24 @@ def test_methods_without_a_budget_are_refused() -> None:
         policies.budgeted(None, [3])
 
 
+def test_a_policy_that_wants_the_queries_of_the_whole_prompt_is_left_out() -> None:
+    request = policies.PoliciesRequest(
+        tokens=(512,),
+        policies=policies.budgeted(["ColumnRank", "SnapKV"], [256]),
+        shape=Shape(num_q_heads=2, num_kv_heads=1, head_dim=32),
+        chunk_tokens=64,
+        rounds=1,
+    )
+    skipped: list[Any] = []
+    rows = policies.run(request, on_skip=skipped.append)
+    assert [row.policy for row in rows] == ["Dense", "SnapKV 256"]
+    message = "policy: got 'ColumnRank 256', allowed: a policy that does with the queries of the"
+    assert [(skip.tokens, skip.contender) for skip in skipped] == [(512, "ColumnRank 256")]
+    assert skipped[0].reason.startswith(message)
+    with pytest.raises(ValueError, match=message):
+        policies.run(request)
+
+
 def test_a_policy_without_room_in_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     request = policies.PoliciesRequest(
         tokens=(512,),

@@ -202,3 +202,21 @@ def test_bounds(
 ) -> None:
     with pytest.raises(error, match=message):
         kind(**changes)
+
+
+def test_a_key_that_is_no_number_does_not_hide_the_others() -> None:
+    stack = Stack([[True, True], [True, False]])
+    for _, k, _ in stack.layers:
+        k[1, 50] = torch.nan
+    assert stack.run([small(SnapKV, drop_below=0.1)] * 2) == [[22, 22], [22, 0]]
+
+
+def test_rows_that_all_left() -> None:
+    q, k, v = Stack([[True]]).layers[0]
+    policy, cache = small(SnapKV, drop_below=0.1), EvictableKVCache(1, HEADS, DIM)
+    (state,) = policy.new_states([cache])
+    cache.append(k, v)
+    prefill(q[:, :TOKENS], cache, policy, state)
+    cache.reorder([])
+    cache.append(k[:0, :1], v[:0, :1])
+    assert decode_step(q[:0, TOKENS:], cache, policy, state)[0].shape == (0, 1, 2 * HEADS, DIM)

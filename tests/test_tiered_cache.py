@@ -688,3 +688,13 @@ def test_nothing_changes_where_nothing_is_kept_elsewhere() -> None:
     with cache.whole_rows():
         assert cache.k_pages is pages
     assert cache.keep is None and tiered().keep == "cpu"
+
+
+@pytest.mark.parametrize("replacement", ["lru", "lru_s"])
+def test_a_step_of_no_rows(replacement: str) -> None:
+    cache = tiered(0, replacement=replacement, sketch=None)
+    q, k, v = tokens(0, 1, 0, torch.float32)
+    cache.append(k, v)
+    lists = torch.full((0, HEADS, 1), -1, dtype=torch.int32)
+    chosen = Selection(lists, torch.zeros(0, HEADS, dtype=torch.int32))
+    assert sparse_attention(q, cache, chosen)[0].shape == q.shape

@@ -27,6 +27,7 @@ from kvselect.decode import decode_step
 from kvselect.machine import free_bytes
 from kvselect.policies.base import POLICIES, Policy
 from kvselect.policies.dense import Dense
+from kvselect.policies.eviction import EvictionPolicy
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
 from kvselect.sketch import bytes_per_token
@@ -158,12 +159,14 @@ def run(
     on_progress : callable
         Told what is going on, and which share of all work was just finished.
     on_skip : callable or None
-        Told whom the free memory leaves no room for at a length; None: that is an error.
+        Told who cannot take part at a length: whom the free memory leaves no room for, or who wants
+        the queries of the whole prompt; None: that is an error.
 
     Raises
     ------
     ValueError
-        If a length's caches do not fit into the free memory together.
+        If a length's caches do not fit into the free memory together, or, without ``on_skip``, a
+        policy cannot take part.
     """
     rows: list[PolicyRow] = []
     with threads(request.threads), torch.inference_mode():
@@ -175,7 +178,8 @@ def run(
 
 
 def _fitting(request: PoliciesRequest, tokens: int, on_skip: OnSkip | None) -> dict[str, Policy]:
-    """Those that have room for what they take for a moment beside the caches of all."""
+    """Those that the last call tells enough, and that have room for what they take for a moment
+    beside the caches of all."""
     shape, free = request.shape, free_bytes()
     sizes = {
         "num_q_heads": shape.num_q_heads,
@@ -194,6 +198,9 @@ def _fitting(request: PoliciesRequest, tokens: int, on_skip: OnSkip | None) -> d
     fitting = {}
     for label, policy in request.policies.items():
         try:
+            watches_all = isinstance(policy, EvictionPolicy) and policy.watches_whole_prompt
+            allowed = "a policy that does with the queries of the prompt's last call"
+            require(not watches_all, "policy", label, allowed)
             require_memory("policy", label, int(held) + momentary[label], free)
         except ValueError as error:
             if on_skip is None:

@@ -360,7 +360,9 @@ class EvictionPolicy(Policy):
         first = last - start - window.shape[0]
         seen = first + torch.arange(window.shape[0], device=cache.device).repeat_interleave(group)
         place = torch.arange(last - start, device=cache.device)
-        weights = logits.masked_fill(place > seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        # A key that is not finite gets no attention, and takes none from the others.
+        unseen = (place > seen[:, None]) | ~keys.isfinite().all(2)[:, None]
+        weights = logits.masked_fill(unseen, -torch.inf).softmax(-1).nan_to_num(0.0)
         positions = place[begin - start : end - start]
         keys = keys[:, begin - start : end - start].nan_to_num(0.0, 0.0, 0.0)
         if self.needs_keys_before_rope and queries.rope is not None:

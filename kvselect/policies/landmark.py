@@ -137,15 +137,17 @@ class Landmark(WindowedBlocks):
         require(ranks == 1, "scope", "layer", "'kv_head' where heads are spread over processes")
         blocks = state.blocks
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
-        number = torch.arange(-(-queries.max_seqlen // self.block_size), device=cache.device)
+        # Positions count padding, blocks do not: there may be fewer of them.
+        num_blocks = min(-(-queries.max_seqlen // self.block_size), blocks.num_blocks)
+        number = torch.arange(num_blocks, device=cache.device)
         candidate = (number >= self.num_sink_blocks) & (number < windows.first_block[..., None])
         votes = []
         for part in range(queries.num_blocks):
             if stingy:
                 slots = {"num_slots": self.num_slots, "order": self.order}
-                logits = stingy_logits(queries, cache, blocks, windows, part, len(number), **slots)
+                logits = stingy_logits(queries, cache, blocks, windows, part, num_blocks, **slots)
             else:
-                logits = self._logits(queries, blocks, part, len(number))
+                logits = self._logits(queries, blocks, part, num_blocks)
             known = candidate[:, part, None, None, None] & ~logits.isnan()
             # Logarithms of the weights: those far apart stay apart.
             weights = logits.where(known, -torch.inf).log_softmax(-1).where(known, torch.nan)
