@@ -170,7 +170,8 @@ def _attend(
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
         if indices is None:
-            longest = min(max_seqlen, max((0, *cache.num_real_tokens)))
+            later = cache.max_seqlen - max_seqlen  # tokens of every row that no query sees
+            longest = max((0, *cache.num_real_tokens)) - later
             allowed = (
                 f"at most {rope.num_positions} (positions of rope) for dense attention by rank"
             )

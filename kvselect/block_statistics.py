@@ -82,6 +82,13 @@ class BlockStatistics:
         """Blocks per row that there is room for."""
         return self._tables["finite"].shape[2]
 
+    def most_blocks(self, max_seqlen: int) -> int:
+        """Blocks of a row of ``max_seqlen`` tokens, padding included: no more than there are.
+
+        Where every row is padded, blocks, which begin at the first real token, are fewer.
+        """
+        return min(-(-max_seqlen // self._block_size), self.num_blocks)
+
     @property
     def min_max(self) -> Tensor:
         """Maxima, then minima, [batch, num_kv_heads, num_blocks, 2 * head_dim].

@@ -474,3 +474,15 @@ def test_padding_that_every_row_has_changes_nothing(kind: type[Any]) -> None:
         results.append((read[:, -200:], out))
     for padded, bare in zip(*results):
         assert torch.equal(padded, bare)
+
+
+def test_padding_that_the_only_row_has_changes_nothing() -> None:
+    model = hf_models.model("llama")
+    prompt = hf_models.tokens(1, 120)
+    padded = torch.nn.functional.pad(prompt, (180, 0))
+    mask = (torch.arange(300) >= 180)[None].long()
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with attach(model, POOLED):
+        wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        got = model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(got[:, 300:], wanted[:, 120:])

@@ -216,6 +216,34 @@ def test_known_prefixes_are_not_read_again() -> None:
         assert together(model, again) == wanted
 
 
+def test_prefixes_that_another_model_read_are_refused() -> None:
+    first, second = (hf_models.build(hf_models.config("llama"), seed=seed) for seed in (0, 1))
+    with attach(first, Dense()) as handle, attach(second, Dense()) as other:
+        shared = handle.share_prefixes(PROMPTS)
+        with pytest.raises(ValueError, match="known: got 'prefixes that another model read'"):
+            other.share_prefixes(PROMPTS, known=shared)
+
+
+def _dynamic_llama() -> Any:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    sizes: dict[str, Any] = {"max_position_embeddings": 128, "rope_parameters": rope}
+    return hf_models.build(hf_models.config("llama", **sizes))
+
+
+@pytest.mark.parametrize("name", ["dynamic", "phi3_longrope"])
+def test_prompts_that_are_rotated_otherwise_than_their_prefix(name: str) -> None:
+    model = _dynamic_llama() if name == "dynamic" else hf_models.model(name)
+    limit = 128 if name == "dynamic" else 512
+    more = hf_models.tokens(1, limit, seed=3)[0].tolist()
+    prompts = [[*FIRST, *more[: limit - 90]], [*FIRST, 7]]
+    wanted = alone(model, prompts, max_new_tokens=1)
+    message = f"longest prompt: got {limit + 1}, allowed: at most {limit} tokens"
+    with attach(model, Dense()) as handle:
+        assert together(model, handle.share_prefixes(prompts), max_new_tokens=1) == wanted
+        with pytest.raises(ValueError, match=message):
+            handle.share_prefixes([[*prompts[0], 5], prompts[1]])
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 16])
 def test_own_tokens_in_chunks(chunk: int) -> None:
     """Some chunks are nothing but padding for some rows."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvselect import KVCache, Landmark, TieredKVCache, attach, decode_step, prefill, reference
+from kvselect import KVCache, Landmark, Rope, TieredKVCache, attach, decode_step, prefill, reference
 from kvselect.block_scores import moment_logits
 from kvselect.block_statistics import BlockStatistics
 from kvselect.queries import Queries
@@ -266,6 +266,31 @@ def test_batched_equals_one_by_one_and_drafts_their_steps() -> None:
             token = q[row : row + 1, 8 - back : 9 - back].contiguous()
             one, _ = decode_step(token, alone, policy, policy.new_state(alone))
             assert rel_err(out[row : row + 1, 8 - back : 9 - back], one) <= 2e-6
+
+
+@pytest.mark.parametrize("positions", ["original", "stingy"])
+@pytest.mark.parametrize("seqlen_q", [150, 60])
+def test_padding_that_every_row_has_changes_nothing(positions: Any, seqlen_q: int) -> None:
+    """Blocks begin at the first real token: there are fewer than columns would make."""
+    policy = small(positions=positions, num_recent_tokens=16)
+    rope = None
+    if positions == "stingy":  # as many positions as it asks for
+        inv_freq = 100.0 ** (-torch.arange(8) / 8)
+        rope = Rope.from_frequencies(inv_freq, policy.num_positions, 1.0, 4, False)
+    q, k, v = make_qkv(2, 151, 151, 2 * HEADS, HEADS, DIM, seed=1)
+    results = []
+    for padding in (0, 250):
+        cache = KVCache(2, HEADS, DIM, sketch=None)
+        if padding:
+            cache.set_starts([padding, padding])
+        columns = [torch.nn.functional.pad(x, (0, 0, 0, 0, padding, 0)) for x in (k, v)]
+        cache.append(*(x[:, : padding + 150].contiguous() for x in columns))
+        state = policy.new_state(cache)
+        out, _ = prefill(q[:, 150 - seqlen_q : 150], cache, policy, state, rope=rope)
+        cache.append(*(x[:, padding + 150 :].contiguous() for x in columns))
+        results.append((out, decode_step(q[:, 150:], cache, policy, state, rope=rope)[0]))
+    for plain, padded in zip(*results):
+        assert torch.equal(plain, padded)
 
 
 def test_keys_that_are_not_finite_are_never_listed() -> None:

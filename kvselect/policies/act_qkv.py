@@ -155,8 +155,7 @@ class ActQKV(WindowedBlocks):
             statistics.record_dense(visible)
             return None
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
-        # Positions count padding, blocks do not: there may be fewer of them.
-        num_blocks = min(-(-queries.max_seqlen // self.block_size), state.blocks.num_blocks)
+        num_blocks = state.blocks.most_blocks(queries.max_seqlen)
         table = state.blocks.unit_mean[:, :, :num_blocks]
         vectors = probe_vectors(self, queries, cache, self._moments(state, queries, cache))
         votes = cosine_scores(vectors[:, :, 0], table, self.scope)

@@ -137,9 +137,7 @@ class Landmark(WindowedBlocks):
         require(ranks == 1, "scope", "layer", "'kv_head' where heads are spread over processes")
         blocks = state.blocks
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
-        # Positions count padding, blocks do not: there may be fewer of them.
-        num_blocks = min(-(-queries.max_seqlen // self.block_size), blocks.num_blocks)
-        number = torch.arange(num_blocks, device=cache.device)
+        number = torch.arange(blocks.most_blocks(queries.max_seqlen), device=cache.device)
         candidate = (number >= self.num_sink_blocks) & (number < windows.first_block[..., None])
         votes = []
         for part in range(queries.num_blocks):

@@ -96,8 +96,10 @@ class Handle:
         Raises
         ------
         ValueError, TypeError
-            If the policy is not `Dense`, the model has layers without full attention and a cache of
-            their own, the plan is not one of these prompts, or the model is detached.
+            If the policy is neither `Dense` nor a `TokenSelect` that can list for a group, the
+            model has layers without full attention and a cache of their own or rotates prompts of
+            this length otherwise than their prefixes, the plan is not one of these prompts,
+            ``known`` is of another model, or the model is detached.
         """
         require(self.attached, "handle", "a detached model", "an attached one")
         return share_prefixes(self.model, self._plan, prompts, plan, pad_token_id, known)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from kvselect.integrations.hf.attach import Handle
+import torch
+from transformers import PreTrainedModel
+
 from kvselect.rope import Rope
 
-__all__ = ["frequencies_hold", "layer_rotations"]
+if TYPE_CHECKING:
+    from kvselect.integrations.hf.attach import Handle
+
+__all__ = ["frequencies_change", "frequencies_hold", "layer_rotations"]
 
 # Rotary modules of these types change their frequencies with the length of the context.
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")
@@ -30,9 +35,13 @@ def layer_rotations(handle: Handle) -> dict[int, Rope | None]:
 
 def frequencies_hold(handle: Handle, num_tokens: int) -> bool:
     """Whether the model rotates contexts of ``num_tokens`` with the frequencies of short ones."""
-    if num_tokens <= handle._plan.trained_length:
-        return True
-    parameters = getattr(handle.model.config.get_text_config(), "rope_parameters", None) or {}
+    return num_tokens <= handle._plan.trained_length or not frequencies_change(handle.model)
+
+
+def frequencies_change(model: PreTrainedModel) -> bool:
+    """Whether contexts beyond the trained length are rotated otherwise than short ones."""
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
     sets = [parameters] if "rope_type" in parameters else list(parameters.values())
     types = {one.get("rope_type") for one in sets if isinstance(one, dict)}
-    return not types & set(CHANGING_ROPE_TYPES)
+    return bool(types & set(CHANGING_ROPE_TYPES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.plan import StackPlan
 from kvselect.integrations.hf.prefix_attention import require_shareable
 from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer
+from kvselect.integrations.hf.rotations import frequencies_change
 from kvselect.integrations.hf.stack import execution_device
 from kvselect.integrations.hf.upgrade_cache import upgrade_cache
 from kvselect.prefix_groups import PrefixGroups
@@ -47,12 +49,14 @@ class SharedPrompts(Mapping[str, Any]):
         past_key_values: Cache,
         plan: PrefixPlan,
         read: ReadPrefixes,
+        model: PreTrainedModel,
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
         self.past_key_values = past_key_values
         self.plan = plan
         self._read = read
+        self._model = weakref.ref(model)
 
     @property
     def num_columns(self) -> int:
@@ -91,6 +95,7 @@ def share_prefixes(
     _require_full_attention(model, stack_plan)
     ids = [_tokens(prompt, number) for number, prompt in enumerate(prompts)]
     require(len(ids) > 0, "prompts", [], "a prompt or more")
+    _require_one_rotation(model, stack_plan, max(map(len, ids)))
     if plan is None:
         plan = plan_prefixes(ids)
     _require_plan(plan, ids)
@@ -100,7 +105,11 @@ def share_prefixes(
     require_int(pad_token_id, "pad_token_id", 0)
 
     require_type(known, (SharedPrompts, type(None)), "known", "None or what share_prefixes gave")
-    read = {} if known is None else dict(known._read)
+    read: ReadPrefixes = {}
+    if known is not None:
+        same = known._model() is model
+        require(same, "known", "prefixes that another model read", "those of this model")
+        read = known._read
     needed: ReadPrefixes = {}
     rows = [-1] * len(ids)
     for group in plan.groups:
@@ -119,7 +128,7 @@ def share_prefixes(
     lengths = [len(prefix) for prefix in needed]
     input_ids, mask = _columns(ids, [lengths[row] if row >= 0 else 0 for row in rows], pad_token_id)
     device = model.device
-    return SharedPrompts(input_ids.to(device), mask.to(device), cache, plan, needed)
+    return SharedPrompts(input_ids.to(device), mask.to(device), cache, plan, needed, model)
 
 
 def _tokens(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
@@ -133,6 +142,16 @@ def _tokens(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
         require_type(token, int, name, allowed)
     require(len(prompt) > 0, name, [], "a token or more")
     return list(prompt)
+
+
+def _require_one_rotation(model: PreTrainedModel, plan: StackPlan, longest: int) -> None:
+    """A prefix read by itself is rotated as a context of its own length is."""
+    fits = longest <= plan.trained_length or not frequencies_change(model)
+    allowed = (
+        f"at most {plan.trained_length} tokens (the model rotates longer contexts otherwise than "
+        "the prefix by itself)"
+    )
+    require(fits, "longest prompt", longest, allowed)
 
 
 def _require_plan(plan: object, prompts: list[list[int]]) -> None:
