@@ -234,17 +234,11 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
 def on_layer(options: Any, also: Mapping[str, Policy], question: str) -> None:
     """Measure, print, draw and save the first part."""
     sized = policies.budgeted(options.policies, parse_counts(options.budgets, "budgets"))
-    # One layer draws the queries of the prompt's last call alone, and knows no other layer.
-    whole = {name for name, p in sized.items() if getattr(p, "watches_whole_prompt", False)}
-    taking_part = {label: policy for label, policy in sized.items() if label not in whole}
-    for label, policy in also.items():
-        if not policy.flows_between_layers:
-            taking_part[label] = policy
-    if whole:
-        print(f"On the embedded model only, for want of a whole prompt's queries: {sorted(whole)}")
+    # One layer knows no other.
+    sized |= {label: policy for label, policy in also.items() if not policy.flows_between_layers}
     request = policies.PoliciesRequest(
         tokens=parse_counts(options.tokens, "tokens"),
-        policies=taking_part,
+        policies=sized,
         shape=shape_of(options),
         chunk_tokens=options.chunk_tokens,
         rounds=options.rounds,

@@ -19,8 +19,8 @@ inline int64_t list_block(const ListBlocksParams& p, const uint8_t* finite, int6
         return num_tokens > 0 ? length + num_tokens : length;
     }
     for (int64_t i = 0; i < num_tokens && length < p.width; ++i) {
-        uint8_t listed = flags[i];
-        for (int64_t head = 1; head < num_heads; ++head)
+        uint8_t listed = 1;
+        for (int64_t head = 0; head < num_heads; ++head)
             listed &= flags[head * p.finite_strides[1] + i];
         indices[length] = place + static_cast<int32_t>(i);
         length += listed;  // an entry that is not listed is overwritten by the next

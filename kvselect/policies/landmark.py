@@ -137,7 +137,8 @@ class Landmark(WindowedBlocks):
         require(ranks == 1, "scope", "layer", "'kv_head' where heads are spread over processes")
         blocks = state.blocks
         windows = query_windows(queries, cache, self.block_size, self.num_recent_tokens)
-        number = torch.arange(blocks.most_blocks(queries.max_seqlen), device=cache.device)
+        num_blocks = blocks.most_blocks(queries.max_seqlen)
+        number = torch.arange(num_blocks, device=cache.device)
         candidate = (number >= self.num_sink_blocks) & (number < windows.first_block[..., None])
         votes = []
         for part in range(queries.num_blocks):

@@ -40,10 +40,12 @@ inline TensorMap make_tensor_map(const char* name, const TensorExtent& x, int bo
         const cudaError_t status =
             cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-        if (status != cudaSuccess || result != cudaDriverEntryPointSuccess || !found)
+        if (status != cudaSuccess || result != cudaDriverEntryPointSuccess || !found) {
+            static_cast<void>(cudaGetLastError());  // no launch's fault
             fail_at_run_time("CUDA: the driver has no cuTensorMapEncodeTiled (",
                              cudaGetErrorString(status), ", result ", static_cast<int>(result),
                              ")");
+        }
         return reinterpret_cast<Encode>(found);
     }();
     // The stride of a dimension of one is never used, but it is checked.

@@ -182,6 +182,8 @@ __device__ __forceinline__ void mark_items(const Operands& o, Shared& shared) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     RingPlace at;
     for (;;) {
+        // Not before there is a place for it: others may come to it sooner.
+        ptx::wait_for_phase(&shared.can_mark[at.place], at.phase ^ 1u);
         int number = 0;
         if (lane == 0) number = atomicAdd(o.schedule.next, 1);
         number = __shfl_sync(kAllLanes, number, 0);
@@ -589,7 +591,12 @@ private:
             give_back(&shared_.is_empty[keys.place]);
             tile = &shared_.tiles[number_++ % kTilePlaces];
             partial = is_partial(*tile);
-            weigh(*tile, partial);
+            // Two calls, and so a branch: in straight-line code ptxas moves the wait for the sums
+            // in front of the softmax that is to run beside them.
+            if (partial)
+                weigh(*tile, true);
+            else
+                weigh(*tile, false);
             ptx::wait_for_products<0>();
             settle();
             give_back(&shared_.is_empty[values.place]);
