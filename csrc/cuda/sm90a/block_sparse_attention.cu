@@ -182,8 +182,6 @@ __device__ __forceinline__ void mark_items(const Operands& o, Shared& shared) {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
     RingPlace at;
     for (;;) {
-        // Not before there is a place for it: others may come to it sooner.
-        ptx::wait_for_phase(&shared.can_mark[at.place], at.phase ^ 1u);
         int number = 0;
         if (lane == 0) number = atomicAdd(o.schedule.next, 1);
         number = __shfl_sync(kAllLanes, number, 0);
