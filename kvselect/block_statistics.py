@@ -95,42 +95,45 @@ class BlockStatistics:
 
         NaN where a block has no finite key; as in the others, anything beyond the end of a row.
         """
-        return self._tables["min_max"]
+        return self._table("min_max")
 
     @property
     def moments(self) -> Tensor:
         """Means, then variances (divided by the count), [..., num_blocks, 2 * head_dim] float32."""
-        return self._tables["moments"]
+        return self._table("moments")
 
     @property
     def mean_value(self) -> Tensor:
         """Of the tokens with finite keys, [..., num_blocks, head_dim] float32."""
-        return self._tables["mean_value"]
+        return self._table("mean_value")
 
     @property
     def unit_mean(self) -> Tensor:
         """Means of the keys, of length 1 (or 0), [..., num_blocks, head_dim] float32."""
-        return self._tables["unit_mean"]
+        return self._table("unit_mean")
 
     @property
     def finite(self) -> Tensor:
         """Whether a token is there and its key finite, bool [..., num_blocks, block_size]."""
-        return self._tables["finite"]
+        return self._table("finite")
 
     @property
     def num_finite(self) -> Tensor:
         """Tokens that count, float32 [..., num_blocks, 1]."""
-        return self._tables["num_finite"]
+        return self._table("num_finite")
 
     @property
     def received(self) -> Tensor:
         """What the owner added up, [..., num_blocks, block_size] float32; 0 for new tokens."""
-        return self._tables["received"]
+        return self._table("received")
 
     @property
     def representatives(self) -> Tensor:
         """Mean of the keys that stand for a block, [..., num_blocks, head_dim] float32."""
-        return self._tables["representatives"]
+        return self._table("representatives")
+
+    def _table(self, name: str) -> Tensor:
+        return self._tables[name]
 
     @property
     def nbytes(self) -> int:

@@ -61,26 +61,6 @@ class EngineBlockStatistics(BlockStatistics):
         return sum(table.nbytes for table in self._in_pages.values())
 
     @property
-    def min_max(self) -> Tensor:
-        return self._of_rows("min_max")
-
-    @property
-    def moments(self) -> Tensor:
-        return self._of_rows("moments")
-
-    @property
-    def mean_value(self) -> Tensor:
-        return self._of_rows("mean_value")
-
-    @property
-    def finite(self) -> Tensor:
-        return self._of_rows("finite")
-
-    @property
-    def num_finite(self) -> Tensor:
-        return self._of_rows("num_finite")
-
-    @property
     def num_blocks(self) -> int:
         """Blocks of the longest row that is served."""
         return -(-self._cache_of_pages.max_seqlen // self._block_size)
@@ -105,8 +85,8 @@ class EngineBlockStatistics(BlockStatistics):
         values = values.transpose(1, 2)[there].to(self._in_pages[name].dtype)
         self._in_pages[name][page[there], :, slot[there]] = values
 
-    def _of_rows(self, name: str) -> Tensor:
-        """As BlockStatistics has it, of the rows that are served; gathered once."""
+    def _table(self, name: str) -> Tensor:
+        """Of the rows that are served; gathered once."""
         cache = self._cache_of_pages
         if self._rows_seen != cache.version:
             self._rows_seen, self._tables = cache.version, {}

@@ -101,7 +101,7 @@ def test_nothing_is_written_behind_a_row() -> None:
 
 def test_room_is_known() -> None:
     rows = Rows()
-    each = 2 * DIM * 4 + 2 * DIM * 4 + DIM * 4 + SIZE + 4
+    each = 2 * DIM * 4 + 2 * DIM * 4 + 2 * DIM * 4 + SIZE + 4
     assert rows.statistics.nbytes == NUM_PAGES * HEADS * (PAGE // SIZE) * each
     assert rows.statistics.kinds == KINDS and rows.statistics.block_size == SIZE
 
