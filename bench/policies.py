@@ -192,7 +192,7 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
     lengths = sorted({row.tokens for row in rows})
     figure = Figure(figsize=(1.5 + 4.8 * len(lengths), 5.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(lengths), squeeze=False)[0]
+    panels = figure.subplots(1, len(lengths), squeeze=False, sharey=True)[0]
     methods = list(dict.fromkeys(row.method for row in rows if row.policy != policies.DENSE))
     markers = "osD^vPX<>dhp"
     colours = [*(f"C{number}" for number in range(10)), "black", "navy"]
@@ -209,7 +209,7 @@ def draw(rows: Sequence[policies.PolicyRow], path: Path, about: str) -> None:
         axes.axhline(1.0, color="#4d4d4d", linewidth=1)
         axes.text(0.01, 1.03, "dense", fontsize=8, color="#4d4d4d")
         axes.set_yscale("log")
-        axes.set_yticks([0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+        axes.set_yticks([0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.minorticks_off()
         axes.set_xlim(0, 1)

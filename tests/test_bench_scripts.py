@@ -425,7 +425,7 @@ def test_a_policy_that_wants_the_queries_of_the_whole_prompt_is_left_out() -> No
     skipped: list[Any] = []
     rows = policies.run(request, on_skip=skipped.append)
     assert [row.policy for row in rows] == ["Dense", "SnapKV 256"]
-    message = "policy: got 'ColumnRank 256', allowed: a policy that does with the queries of the"
+    message = "policy: got 'ColumnRank 256', allowed: one that asks for no queries but those of the"
     assert [(skip.tokens, skip.contender) for skip in skipped] == [(512, "ColumnRank 256")]
     assert skipped[0].reason.startswith(message)
     with pytest.raises(ValueError, match=message):

@@ -199,7 +199,7 @@ def _fitting(request: PoliciesRequest, tokens: int, on_skip: OnSkip | None) -> d
     for label, policy in request.policies.items():
         try:
             watches_all = isinstance(policy, EvictionPolicy) and policy.watches_whole_prompt
-            allowed = "a policy that does with the queries of the prompt's last call"
+            allowed = "one that asks for no queries but those of the prompt's last call"
             require(not watches_all, "policy", label, allowed)
             require_memory("policy", label, int(held) + momentary[label], free)
         except ValueError as error:
