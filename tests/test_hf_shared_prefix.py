@@ -391,6 +391,14 @@ def test_prompts_and_plans_that_do_not_fit() -> None:
             ([[1], []], None, ValueError, r"prompts\[1\]: got \[\]"),
             (["text"], None, TypeError, r"prompts\[0\]: got str 'text'"),
             ([[1.5]], None, TypeError, r"prompts\[0\]: got float 1.5"),
+            (None, None, TypeError, "prompts: got NoneType None, allowed: a sequence of prompts"),
+            (
+                [[1], [4, 500]],
+                None,
+                ValueError,
+                r"prompts\[1\]: got 'token 500', allowed: ids",
+            ),
+            ([[-1, 4]], None, ValueError, r"prompts\[0\]: got 'token -1', allowed: ids in 0"),
             ([torch.zeros(2, 3).long()], None, ValueError, r"prompts\[0\]: got 'torch.int64"),
             (PROMPTS[:2], [(0, 1)], TypeError, "plan: got"),
             (PROMPTS[:3], one, ValueError, r"plan: got 'prompts \[0, 1\]'"),
@@ -406,6 +414,8 @@ def test_prompts_and_plans_that_do_not_fit() -> None:
                 handle.share_prefixes(prompts, plan=plan)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="known: got"):
             handle.share_prefixes(PROMPTS, known=3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="pad_token_id: got 500, allowed: an int in 0"):
+            handle.share_prefixes(PROMPTS, pad_token_id=500)
         with pytest.raises(ValueError, match="pad_token_id: got -1"):
             handle.share_prefixes(PROMPTS, pad_token_id=-1)
 

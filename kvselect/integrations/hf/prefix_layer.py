@@ -136,7 +136,7 @@ def require_whole_prefixes(layer: KVSelectPrefixLayer, call: dict[str, Any]) -> 
     allowed = "a 2-D padding mask, as share_prefixes gave it"
     got = f"a {type(mask).__name__}"
     require(isinstance(mask, Tensor) and mask.ndim == 2, "attention_mask", got, allowed)
-    allowed = f"{width}: those of the cache and of the call"
+    allowed = f"{width}: those of the cache (past_key_values.crop goes back) and of the call"
     require(mask.shape[1] == width, "columns of attention_mask", mask.shape[1], allowed)
     if mask.device.type != "cpu" and seqlen_q == 1:
         return

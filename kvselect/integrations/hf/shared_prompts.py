@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,11 @@ def share_prefixes(
     """See `Handle.share_prefixes`."""
     require_shareable(stack_plan)
     _require_full_attention(model, stack_plan)
-    ids = [_tokens(prompt, number) for number, prompt in enumerate(prompts)]
+    require_type(prompts, Iterable, "prompts", "a sequence of prompts, each of token ids")
+    embeddings: Any = model.get_input_embeddings()
+    ids = [
+        _tokens(prompt, number, embeddings.num_embeddings) for number, prompt in enumerate(prompts)
+    ]
     require(len(ids) > 0, "prompts", [], "a prompt or more")
     _require_one_rotation(model, stack_plan, max(map(len, ids)))
     if plan is None:
@@ -102,7 +106,9 @@ def share_prefixes(
     if pad_token_id is None:
         settings: Any = getattr(model, "generation_config", None)
         pad_token_id = getattr(settings, "pad_token_id", None) or 0
-    require_int(pad_token_id, "pad_token_id", 0)
+    allowed = f"an int in 0..{embeddings.num_embeddings - 1}, a token id"
+    require_int(pad_token_id, "pad_token_id", 0, allowed)
+    require(pad_token_id < embeddings.num_embeddings, "pad_token_id", pad_token_id, allowed)
 
     require_type(known, (SharedPrompts, type(None)), "known", "None or what share_prefixes gave")
     read: ReadPrefixes = {}
@@ -131,7 +137,7 @@ def share_prefixes(
     return SharedPrompts(input_ids.to(device), mask.to(device), cache, plan, needed, model)
 
 
-def _tokens(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
+def _tokens(prompt: Sequence[int] | Tensor, number: int, vocabulary: int) -> list[int]:
     name, allowed = f"prompts[{number}]", "token ids: a list of ints or a 1-D integer tensor"
     if isinstance(prompt, Tensor):
         integers = prompt.ndim == 1 and not prompt.is_floating_point()
@@ -140,6 +146,7 @@ def _tokens(prompt: Sequence[int] | Tensor, number: int) -> list[int]:
     require_type(prompt, (list, tuple), name, allowed)
     for token in prompt:
         require_type(token, int, name, allowed)
+        require(0 <= token < vocabulary, name, f"token {token}", f"ids in 0..{vocabulary - 1}")
     require(len(prompt) > 0, name, [], "a token or more")
     return list(prompt)
 
