@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvselect.checks import require, require_int, require_type
+from kvselect.evictable_cache import EvictableKVCache
 from kvselect.policies.base import Policy
-from kvselect.policies.eviction import EvictionPolicy
 from kvselect.rope import Rope
 
 __all__ = ["Explanation", "HeadChoice", "LayerChoice", "StepChoice", "explain"]
@@ -195,7 +196,9 @@ def explain(
     Notes
     -----
     Weights are computed anew in float64 from the keys that the op read, rotated (in float32) to the
-    rank in their list where positions are compact. Memory: the lists and one float64 per entry.
+    rank in their list where positions are compact. Where a policy dropped tokens, what remains is
+    shown, and a model's sink logits are left out of the shares. Memory: the lists and one float64
+    per entry.
     """
     from kvselect.integrations.hf import attach
 
@@ -205,9 +208,6 @@ def explain(
     require(one_prompt, "input_ids", tuple(input_ids.shape), "one prompt of at least 2 tokens")
     require(not ids.is_floating_point(), "input_ids", ids.dtype, "integers")
     require_int(num_steps, "num_steps", 1)
-    # The op is watched, and of an evicted cache it knows places, not positions.
-    allowed = "a policy that drops no token (of an eviction: EvictableKVCache.listed())"
-    require(not isinstance(policy, EvictionPolicy), "policy", type(policy).__name__, allowed)
     allowed = "others (what lies before a stingy window never reaches the op)"
     require(policy.positions != "stingy", "policy.positions", policy.positions, allowed)
     ids = ids.to(model.device)
@@ -226,7 +226,11 @@ def explain(
             whole = calls >= 1 and len(watch.found) == calls * len(selecting)
             require(whole, "attention calls", len(watch.found), allowed)
             layers = tuple(
-                _layer_choice(index, watch.found[place * calls : (place + 1) * calls])
+                _layer_choice(
+                    index,
+                    watch.found[place * calls : (place + 1) * calls],
+                    _remaining(cache.layers[index]),
+                )
                 for place, index in enumerate(selecting)
             )
             likeliest = int(logits[0, -1].argmax())
@@ -258,11 +262,24 @@ class _Call(NamedTuple):
     heads: list[_HeadLogits]
 
 
-def _layer_choice(layer: int, calls: list[_Call]) -> LayerChoice:
-    """What a layer attended to by one call, or by several over parts of its list."""
+def _remaining(layer: Any) -> Tensor | None:
+    """Positions of what an evicted cache layer holds, [num_kv_heads, width]; None: of no such."""
+    cache = getattr(layer, "cache", None)
+    if not isinstance(cache, EvictableKVCache) or cache.rows is None:
+        return None
+    return cache.listed().indices[0]
+
+
+def _layer_choice(layer: int, calls: list[_Call], remaining: Tensor | None) -> LayerChoice:
+    """What a layer attended to by one call, or by several over parts of its list.
+
+    ``remaining``: positions of the places that calls on an evicted cache name.
+    """
     heads = []
-    for parts in zip(*(call.heads for call in calls)):
+    for head, parts in enumerate(zip(*(call.heads for call in calls))):
         positions, order = torch.cat([part.positions for part in parts]).sort()
+        if remaining is not None:
+            positions = remaining[head, positions].long()
         logits = torch.cat([part.logits for part in parts], -1)[:, order]
         lse = logits.logsumexp(-1)
         for part in parts:
@@ -270,7 +287,8 @@ def _layer_choice(layer: int, calls: list[_Call]) -> LayerChoice:
                 lse = lse.logaddexp(part.sinks)
         mass = (logits - lse[:, None]).exp().mean(0)
         heads.append(HeadChoice(positions.cpu(), mass.cpu()))
-    return LayerChoice(layer, all(call.dense for call in calls), tuple(heads))
+    dense = remaining is None and all(call.dense for call in calls)
+    return LayerChoice(layer, dense, tuple(heads))
 
 
 class _ListWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -290,26 +308,29 @@ class _ListWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _choices(call: dict[str, Any]) -> list[_HeadLogits]:
-    """What each KV head of a call of one query attends to."""
+    """What each KV head of a call of one query attends to.
+
+    A call has one row, or, on an evicted cache, one of a single head for every KV head.
+    """
     q, keys = call["q"], call["k_cache"]
     num_kv_heads = keys.shape[2]
     group_size = q.shape[2] // num_kv_heads
-    seqlen = int(call["cache_seqlens"][0])
-    start = 0 if call["starts"] is None else int(call["starts"][0])
     rope = None
     if call["cos"] is not None:
         rope = Rope(
             call["cos"], call["sin"], start=call["rope_start"], interleaved=call["rope_interleaved"]
         )
     found = []
-    for head in range(num_kv_heads):
+    for row, head in product(range(q.shape[0]), range(num_kv_heads)):
+        seqlen = int(call["cache_seqlens"][row])
+        start = 0 if call["starts"] is None else int(call["starts"][row])
         if call["indices"] is None:
             positions = torch.arange(start, seqlen, device=q.device)
         else:
-            count = int(call["topk_length"][0, 0, head])
-            positions = call["indices"][0, 0, head, :count].long()
-        k = _stored_keys(call, positions, head).double()
-        own = q[0, 0, head * group_size : (head + 1) * group_size].double()
+            count = int(call["topk_length"][row, 0, head])
+            positions = call["indices"][row, 0, head, :count].long()
+        k = _stored_keys(call, row, positions, head).double()
+        own = q[row, 0, head * group_size : (head + 1) * group_size].double()
         if rope is not None:
             places = torch.arange(len(positions), device=q.device)
             k = rope.rotate(k[:, None], places)[:, 0].double()
@@ -324,14 +345,14 @@ def _choices(call: dict[str, Any]) -> list[_HeadLogits]:
     return found
 
 
-def _stored_keys(call: dict[str, Any], positions: Tensor, head: int) -> Tensor:
-    """Keys of row 0 at ``positions``, [n, head_dim]."""
+def _stored_keys(call: dict[str, Any], row: int, positions: Tensor, head: int) -> Tensor:
+    """Keys of a row at ``positions``, [n, head_dim]."""
     keys, table = call["k_cache"], call["block_table"]
     stored: Tensor
     if table is None:
-        stored = keys[0, positions, head]
+        stored = keys[row, positions, head]
         return stored
-    page = table[0, positions // keys.shape[1]].long()
+    page = table[row, positions // keys.shape[1]].long()
     stored = keys[page, positions % keys.shape[1], head]
     return stored
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_eval_page import Structure
 
-from kvselect import Dense, StreamingLLM, TokenSelect
+from kvselect import Dense, SnapKV, StreamingLLM, TokenSelect
 from kvselect.cli import main
 from kvselect.eval import explain_page
 from kvselect.explain import explain
@@ -87,6 +87,39 @@ def test_lists_and_masses_of_a_selecting_step(positions: Any, scope: Any) -> Non
             assert torch.allclose(head.mass, share, atol=1e-5)
     mass = found.steps[0].token_mass()
     assert mass.shape == (60,) and float(mass.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("evict_at", ["decode", "next_call"])
+def test_what_an_eviction_left_is_shown_by_position(evict_at: Any) -> None:
+    model = hf_models.model("llama")
+    ids = hf_models.tokens(1, 60)[0]
+    policy = SnapKV(topk=9, num_sink_tokens=2, num_recent_tokens=6, evict_at=evict_at)
+    found = explain(model, policy, ids, num_steps=3, forced=[7, 8])
+    wanted = eager_weights(model, torch.tensor([found.tokens]))[0]
+    for number, step in enumerate(found.steps):
+        for layer in step.layers:
+            assert not layer.dense
+            for head, after in zip(layer.heads, found.steps[-1].layers[layer.layer].heads):
+                kept = head.positions.tolist()
+                assert kept == sorted(set(kept)) and kept[:2] == [0, 1]
+                assert kept[-number - 1 :] == list(range(59, 60 + number))
+                assert set(kept) <= set(after.positions.tolist())  # nothing comes back, or goes
+                assert float(head.mass.sum()) == pytest.approx(1.0)
+                assert len(kept) == 2 + 9 + 6 + 1 + number
+    last = found.steps[-1].layers[0]
+    for head, group in zip(last.heads, wanted.chunk(len(last.heads))):
+        listed = group[:, head.positions]
+        share = (listed / listed.sum(-1, keepdim=True)).mean(0)
+        assert torch.allclose(head.mass, share, atol=1e-5)
+
+
+def test_an_eviction_that_drops_nothing_is_dense() -> None:
+    model = hf_models.model("llama")
+    found = explain(model, SnapKV(topk=100), hf_models.tokens(1, 60)[0])
+    (step,) = found.steps
+    for layer in step.layers:
+        for head in layer.heads:
+            assert head.positions.tolist() == list(range(60))
 
 
 def test_spans_and_overlaps() -> None:

@@ -14,7 +14,6 @@ from transformers import DynamicCache, StaticCache
 
 from kvselect import ColumnRank, Coverage, InfLLM, MaxMin, Quest, SnapKV
 from kvselect.eval.session import Session
-from kvselect.explain import explain
 from kvselect.integrations.hf import attach
 from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
 
@@ -135,11 +134,6 @@ def test_a_session_that_drops_before_the_question_reads_the_context_once() -> No
             kept.append([layer.cache.listed().indices for layer in session.cache.layers])
         assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])
         assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[1]))
-
-
-def test_explain_refuses_what_it_would_get_wrong() -> None:
-    with pytest.raises(ValueError, match="policy: got 'SnapKV', allowed: a policy that drops no"):
-        explain(hf_models.model("llama"), small(SnapKV), hf_models.tokens(1, 60))
 
 
 @pytest.mark.parametrize(
