@@ -24,13 +24,13 @@ from kvselect.bench.request import OnProgress, OnSkip, no_progress
 from kvselect.bench.results import Skipped
 from kvselect.checks import require, require_int
 from kvselect.decode import decode_step
+from kvselect.eval.memory import layer_bytes
 from kvselect.machine import free_bytes
 from kvselect.policies.base import POLICIES, Policy
 from kvselect.policies.dense import Dense
 from kvselect.policies.eviction import EvictionPolicy
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
-from kvselect.sketch import bytes_per_token
 from kvselect.testing import rel_err
 
 __all__ = [
@@ -189,11 +189,8 @@ def _fitting(request: PoliciesRequest, tokens: int, on_skip: OnSkip | None) -> d
     }
     held, momentary = 0.0, {}
     for label, policy in request.policies.items():
-        remembered, momentary[label] = policy.extra_bytes(tokens, **sizes)
-        per_token = 2.0 * shape.head_dim * shape.torch_dtype.itemsize
-        if policy.required_sketch is not None:
-            per_token += bytes_per_token(policy.required_sketch, shape.head_dim)
-        held += per_token * shape.num_kv_heads * tokens + remembered
+        of_layer, momentary[label] = layer_bytes(policy, tokens, **sizes)
+        held += of_layer
     require_memory("tokens", tokens, int(held), free)
     fitting = {}
     for label, policy in request.policies.items():

@@ -52,23 +52,44 @@ def estimate(model: Any, policies: Iterable[Policy], num_tokens: int) -> Estimat
     itemsize = model.dtype.itemsize
     cache, momentary = 0.0, 0
     for policy in policies:
-        per_head = 2.0 * head_dim * itemsize
-        if policy.required_sketch is not None:
-            per_head += bytes_per_token(policy.required_sketch, head_dim)
-        remembered, taken = policy.extra_bytes(
+        per_layer, taken = layer_bytes(
+            policy,
             num_tokens,
             num_q_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             itemsize=itemsize,
         )
-        per_layer = per_head * num_kv_heads * num_tokens + remembered
         cache += ROOM_TO_GROW * per_layer * config.num_hidden_layers
         momentary = max(momentary, taken)
     channels = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 0)
     channels += 3 * (num_heads + 2 * num_kv_heads) * head_dim
     activations = int(channels * itemsize * num_tokens) + momentary
     return Estimate(cache_bytes=int(cache), activation_bytes=activations)
+
+
+def layer_bytes(
+    policy: Policy,
+    num_tokens: int,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+) -> tuple[float, int]:
+    """What a layer holds of a row of ``num_tokens``: keys, values, sketch, what the policy
+    remembers; and what the policy takes beside that for a moment."""
+    per_head = 2.0 * head_dim * itemsize
+    if policy.required_sketch is not None:
+        per_head += bytes_per_token(policy.required_sketch, head_dim)
+    remembered, momentary = policy.extra_bytes(
+        num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        itemsize=itemsize,
+    )
+    return per_head * num_kv_heads * num_tokens + remembered, momentary
 
 
 def available_bytes(device: torch.device) -> int | None:
