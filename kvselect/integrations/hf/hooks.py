@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import AttachedLayer
@@ -27,7 +27,7 @@ from kvselect.integrations.hf.plan import (
 )
 from kvselect.integrations.hf.prefix_attention import require_shareable
 from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer, require_whole_prefixes
-from kvselect.integrations.hf.upgrade_cache import upgrade_cache
+from kvselect.integrations.hf.upgrade_cache import empty_cache, upgrade_for
 
 
 def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,15 +58,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         if cache.layers and isinstance(cache.layers[0], KVSelectPrefixLayer):
             require_shareable(plan)
             require_whole_prefixes(cache.layers[0], dict(zip(names, args)) | kwargs)
-        upgrade_cache(
-            cache,
-            plan.sketches,
-            plan.foreign_layers,
-            plan.latent_layers,
-            plan.tiers,
-            plan.evicting_layers,
-            several_tokens=_num_tokens(args, kwargs) != 1,
-        )
+        upgrade_for(plan, cache, several_tokens=_num_tokens(args, kwargs) != 1)
         return None
     use_cache = kwargs.get("use_cache")
     if (
@@ -75,15 +67,7 @@ def stack_pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         or (use_cache is None and not getattr(config, "use_cache", True))
     ):
         return None
-    cache = DynamicCache(config=config)
-    upgrade_cache(
-        cache,
-        plan.sketches,
-        plan.foreign_layers,
-        plan.latent_layers,
-        plan.tiers,
-        plan.evicting_layers,
-    )
+    cache = empty_cache(plan)
     if positional:
         return (*args[:place], cache, *args[place + 1 :]), kwargs
     return args, {**kwargs, "past_key_values": cache}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_int, require_type
@@ -19,7 +19,7 @@ from kvselect.integrations.hf.prefix_attention import require_shareable
 from kvselect.integrations.hf.prefix_layer import KVSelectPrefixLayer
 from kvselect.integrations.hf.rotations import frequencies_change
 from kvselect.integrations.hf.stack import execution_device
-from kvselect.integrations.hf.upgrade_cache import upgrade_cache
+from kvselect.integrations.hf.upgrade_cache import empty_cache
 from kvselect.prefix_groups import PrefixGroups
 from kvselect.prefix_plan import PrefixPlan, plan_prefixes
 
@@ -126,7 +126,7 @@ def share_prefixes(
             needed[prefix] = read.get(prefix) or _read_prefix(stack_plan, prefix)
         for member in group.members:
             rows[member] = list(needed).index(prefix)
-    cache = _empty_cache(stack_plan)
+    cache = empty_cache(stack_plan)
     for index in range(len(cache.layers)):
         cache.layers[index] = KVSelectPrefixLayer(
             PrefixGroups([layers[index] for layers in needed.values()], rows)
@@ -178,23 +178,6 @@ def _require_plan(plan: object, prompts: list[list[int]]) -> None:
             require(fits, "plan", got, allowed)
 
 
-def _empty_cache(plan: StackPlan) -> Cache:
-    """The cache that the model gets from the hooks: one layer of ours for each of its own."""
-    stack = plan.owner()
-    assert stack is not None  # the model holds it
-    config: Any = stack.config
-    cache = DynamicCache(config=config)
-    upgrade_cache(
-        cache,
-        plan.sketches,
-        plan.foreign_layers,
-        plan.latent_layers,
-        plan.tiers,
-        plan.evicting_layers,
-    )
-    return cache
-
-
 def _require_full_attention(model: PreTrainedModel, plan: StackPlan) -> None:
     """Refuse models with layers whose prefix is not keys and values of every token.
 
@@ -203,7 +186,7 @@ def _require_full_attention(model: PreTrainedModel, plan: StackPlan) -> None:
     ValueError
         Naming these layers.
     """
-    names = {index: type(x).__name__ for index, x in enumerate(_empty_cache(plan).layers)}
+    names = {index: type(x).__name__ for index, x in enumerate(empty_cache(plan).layers)}
     bad = [f"{index}: {name}" for index, name in names.items() if name != KVSelectLayer.__name__]
     bad += [
         f"{layer.index}: keys of layer {layer.source}"
@@ -218,7 +201,7 @@ def _read_prefix(plan: StackPlan, tokens: tuple[int, ...]) -> list[KVCache]:
     """Prefill of one row; keys and values of every layer, without room to grow."""
     stack = plan.owner()
     assert stack is not None
-    cache = _empty_cache(plan)
+    cache = empty_cache(plan)
     ids = torch.tensor([tokens], device=execution_device(stack))
     with torch.no_grad():
         stack(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -4,19 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from kvselect.checks import require
 from kvselect.integrations.hf.attached_layer import LatentLayer
 from kvselect.integrations.hf.cache_layer import KVSelectLayer
 from kvselect.integrations.hf.evicting_layer import KVSelectEvictingLayer
-from kvselect.integrations.hf.plan import Tier
+from kvselect.integrations.hf.plan import StackPlan, Tier
 from kvselect.integrations.hf.static_layer import KVSelectStaticLayer
 from kvselect.integrations.hf.tiered_layer import KVSelectTieredLayer
 
 NO_TIERS: Mapping[int, Tier] = MappingProxyType({})
+
+
+def upgrade_for(plan: StackPlan, cache: Cache, *, several_tokens: bool = True) -> None:
+    """`upgrade_cache` with what a plan says of its stack's layers."""
+    upgrade_cache(
+        cache,
+        plan.sketches,
+        plan.foreign_layers,
+        plan.latent_layers,
+        plan.tiers,
+        plan.evicting_layers,
+        several_tokens=several_tokens,
+    )
+
+
+def empty_cache(plan: StackPlan) -> Cache:
+    """The growing cache that a stack makes for itself, with our layers."""
+    stack = plan.owner()
+    assert stack is not None  # who calls holds it
+    config: Any = stack.config
+    cache = DynamicCache(config=config)
+    upgrade_for(plan, cache)
+    return cache
 
 
 def upgrade_cache(
