@@ -35,8 +35,7 @@ class EngineKVCache(KVCache):
     k_pages, v_pages : Tensor, [num_blocks, page_block_size, num_kv_heads, head_dim]
         Any strides with a contiguous last dim; written by `append` only.
     sketch : "int4", "int8" or None
-        With a sketch ``page_block_size`` is a multiple of 128, the tokens of a sketch block, and
-        the pages are in host memory: no CUDA kernel reads a sketch by pages.
+        With a sketch ``page_block_size`` is a multiple of 128, the tokens of a sketch block.
 
     Raises
     ------
@@ -55,8 +54,6 @@ class EngineKVCache(KVCache):
         require(head_dim in HEAD_DIMS, "head_dim", head_dim, " or ".join(map(str, HEAD_DIMS)))
         require_tensor(v_pages, "v_pages", tuple(k_pages.shape), (k_pages.dtype,), k_pages.device)
         require_choice(sketch, "sketch", (*SKETCH_FORMATS, None))
-        device, allowed = k_pages.device.type, "cpu, or any with sketch=None"
-        require(sketch is None or device == "cpu", "k_pages.device", device, allowed)
         require_page_block_size(page_block_size, sketch)
         no_rows = torch.zeros((0, 0), dtype=torch.int32, device=k_pages.device)
         self._pages = ForeignPages(k_pages, v_pages, no_rows)

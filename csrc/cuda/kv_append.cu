@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kFormat != SketchFormat::kNone) {
         if (completes)
             write_record<T, kFormat>(p, aligned.k && aligned.k_cache,
-                                     p.sketch.row_block(row, kv_head, block), shared);
+                                     p.sketch.block(row, kv_head, block), shared);
     }
 }
 

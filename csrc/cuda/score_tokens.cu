@@ -95,6 +95,13 @@ struct Item {  // in shared memory: registers are for operands
     __device__ bool is_hit(const ScoreTokensParams& p) const {
         return p.hit && p.hit[row * p.num_kv_heads + kv_head] != 0;
     }
+    // Of the tile's block `index`; nullptr: it is not whole, or there is no sketch.
+    __device__ const uint8_t* record(const ScoreTokensParams& p, int64_t index) const {
+        const int64_t first = begin + index * kBlockTokens;
+        if (p.sketch.data == nullptr || first + kBlockTokens > p.blocks.cache_seqlens[row])
+            return nullptr;
+        return p.sketch.block(row, kv_head, (first - range.start) / kBlockTokens);
+    }
     // Where the vector of a column begins in q.
     __device__ int64_t query_at(const ScoreTokensParams& p, int64_t column) const {
         const int64_t group = p.num_q_heads / p.num_kv_heads;
@@ -386,11 +393,11 @@ __device__ __forceinline__ void logits_from_sketch(const ScoreTokensParams& p,
     }
 }
 
-// All logits of the warp's block for the queries in shared memory.
+// All logits of the warp's block, which may have a record, for the queries in shared memory.
 template <typename T, SketchFormat kFormat, int kHeadDim32, typename Emit>
 __device__ __forceinline__ void logits_of_block(const ScoreTokensParams& p, const Item& item,
-                                                int64_t begin, const Queries& queries,
-                                                const Emit& emit) {
+                                                int64_t begin, const uint8_t* record,
+                                                const Queries& queries, const Emit& emit) {
     const int64_t left = item.visible_end - begin;
     const int end = left < kBlockTokens ? static_cast<int>(left) : kBlockTokens;
     if (end <= 0) return;
@@ -405,10 +412,8 @@ __device__ __forceinline__ void logits_of_block(const ScoreTokensParams& p, cons
 
     bool has_codes = false;
     if constexpr (kFormat != SketchFormat::kNone) {
-        // Only whole blocks have a record; one without codes has NaN as its first step.
-        if (begin + kBlockTokens <= p.blocks.cache_seqlens[item.row] && sinks < recent) {
-            const int64_t index = (begin - item.range.start) / kBlockTokens;
-            const uint8_t* record = p.sketch.row_block(item.row, item.kv_head, index);
+        // A block without codes has NaN as its first step.
+        if (record != nullptr && sinks < recent) {
             has_codes = is_finite(ptx::from_half(*reinterpret_cast<const uint16_t*>(record)));
             if (has_codes)
                 logits_from_sketch<kFormat, kHeadDim32>(p, record, Span{sinks, recent, true},
@@ -585,6 +590,7 @@ constexpr int kMaxKeptColumns = 16;
 
 struct Shared {
     Item item;
+    const uint8_t* records[kWarps];  // found here once: through a page table it takes registers
     Queries queries;
     // weigh
     float peak[kWarps][kQueriesPerProduct], total[kWarps][kQueriesPerProduct];
@@ -623,6 +629,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
         shared.score[i] = shared.set[i] = 0.f;
     }
     if (thread == 0) shared.any_dropped = 0;
+    if (thread < kWarps) shared.records[thread] = item.record(p, thread);
     const int64_t tile_at = item.number * w.num_tiles + item.tile;
     const bool has_dropped = voting && w.num_dropped[tile_at] > 0;
 
@@ -683,7 +690,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
                 }
             };
             logits_of_block<T, kFormat, kHeadDim32>(p, item, item.begin + warp * kBlockTokens,
-                                                    shared.queries, take);
+                                                    shared.records[warp], shared.queries, take);
             if (voting) {
                 if ((product + 1) % w.columns.products_per_set != 0) continue;
                 __syncthreads();  // the set is complete

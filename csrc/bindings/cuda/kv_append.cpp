@@ -11,7 +11,6 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts,
                bool sketch_in_pages) {
     const std::string format = take_string(sketch_format);
-    KVS_CHECK(!sketch_in_pages, "sketch_in_pages: got true, allowed: false on CUDA");
     const OnDevice device("k", k);
     const KvAppendParams p =
         read_kv_append(k, v, num_valid, k_cache, v_cache, block_table, cache_seqlens, sketch,

@@ -15,7 +15,6 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
     double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
-    KVS_CHECK(!sketch_in_pages, "sketch_in_pages: got true, allowed: false on CUDA");
     const OnDevice device("q", q);
     const Place place = device.place();
     ScoreTokensParams p = read_score_tokens(

@@ -55,18 +55,14 @@ struct SketchView {
     int64_t block_table_stride = 0;        // elements between rows
     int64_t page_blocks = 1;               // blocks per page
 
-    // Of a row that has its records to itself. CUDA kernels ask for no other: the way through a
-    // table costs registers that their scan of the sketch has not.
-    [[gnu::always_inline]] KVS_HOST_DEVICE uint8_t* row_block(int64_t row, int64_t kv_head,
-                                                              int64_t index) const {
+    [[gnu::always_inline]] KVS_HOST_DEVICE uint8_t* block(int64_t row, int64_t kv_head,
+                                                          int64_t index) const {
+        if (block_table) {
+            const int64_t page = index / page_blocks;
+            row = block_table[row * block_table_stride + page];
+            index -= page * page_blocks;
+        }
         return data + row * row_stride + kv_head * head_stride + index * block_stride;
-    }
-
-    [[gnu::always_inline]] uint8_t* block(int64_t row, int64_t kv_head, int64_t index) const {
-        if (!block_table) return row_block(row, kv_head, index);
-        const int64_t page = index / page_blocks;
-        row = block_table[row * block_table_stride + page];
-        return row_block(row, kv_head, index - page * page_blocks);
     }
 };
 
