@@ -50,6 +50,7 @@ struct BlockScratch {
     float* logits;  // [kTileTokens, kPanelQueries]
     int32_t* blocks;
     uint8_t* marks;
+    float* tiles;  // of AttentionTiles
 
     BlockScratch(const BlockGrid& g, float* memory) {
         const int64_t rows = whole_lanes(g.q_block_size);
@@ -63,16 +64,21 @@ struct BlockScratch {
         logits = values + kTileTokens * g.head_dim;
         blocks = reinterpret_cast<int32_t*>(logits + kTileTokens * kPanelQueries);
         marks = reinterpret_cast<uint8_t*>(blocks + g.num_kv_blocks() + 16);
+        tiles = logits + kTileTokens * kPanelQueries + 2 * (g.num_kv_blocks() + 16);
     }
 };
 
-// Up to kTileTokens kept tokens, ascending.
-template <typename T>
+// Up to kCapacity kept tokens, ascending.
+template <typename T, int64_t kCapacity>
 struct TokenTile {
     int64_t tokens;
     bool partial;  // some query does not see all of them
-    int64_t positions[kTileTokens];
-    const T* rows[2 * kTileTokens];  // key and value of each
+    int64_t positions[kCapacity];
+    const T* rows[2 * kCapacity];  // key and value of each
+
+    Upcoming upcoming(int64_t head_dim) const {
+        return {as_bytes(rows), 2 * tokens, head_dim * int64_t{sizeof(T)}, true};
+    }
 };
 
 // Where the next tile begins, in blocks[block..end) of the item's list.
@@ -81,15 +87,15 @@ struct TileCursor {
     int64_t done;  // tokens of the block
 };
 
-template <typename T>
+template <typename T, int64_t kCapacity>
 inline void next_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
-                      const int32_t* blocks, TileCursor* at, TokenTile<T>* tile) {
+                      const int32_t* blocks, TileCursor* at, TokenTile<T, kCapacity>* tile) {
     const int64_t size = p.grid.kv_block_size;
     tile->tokens = 0;
-    while (at->block < at->end && tile->tokens < kTileTokens) {
+    while (at->block < at->end && tile->tokens < kCapacity) {
         const int64_t first = blocks[at->block] * size, left = r.visible_end - first;
         const int64_t rest = (left < size ? left : size) - at->done;
-        const int64_t room = kTileTokens - tile->tokens, some = rest < room ? rest : room;
+        const int64_t room = kCapacity - tile->tokens, some = rest < room ? rest : room;
         const T* key = key_row<T>(p.grid.keys, r.row, first + at->done, r.kv_head);
         const T* value = key_row<T>(p.values, r.row, first + at->done, r.kv_head);
         for (int64_t t = 0; t < some; ++t) {
@@ -107,7 +113,8 @@ inline void next_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
 // Goes on over a tile and fetches the rows of the one behind it.
 template <typename T>
 inline void attend_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
-                        const BlockScratch& s, const TokenTile<T>& tile, const Upcoming& upcoming) {
+                        const BlockScratch& s, const TokenTile<T, kTileTokens>& tile,
+                        const Upcoming& upcoming) {
     const BlockGrid& g = p.grid;
     const int64_t head_dim = g.head_dim, tokens = tile.tokens;
     const bool partial = tile.partial;
@@ -153,32 +160,92 @@ inline void attend_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
     }
 }
 
-// The item's kept blocks: `full` of `num_blocks` need no comparison of positions.
-template <typename T>
-inline void attend_blocks(const BlockSparseAttentionParams& p, const QueryRows& r,
-                          const BlockScratch& s, int64_t full, int64_t num_blocks) {
-    const int64_t row_bytes = p.grid.head_dim * int64_t{sizeof(T)};
-    TokenTile<T> tiles[2];
+// The item's kept blocks, tile by tile: `full` of `num_blocks` need no comparison of positions.
+// begin(first tile), then attend(tile, the one behind it) for each.
+template <typename T, int64_t kCapacity, typename Begin, typename Attend>
+inline void for_each_tile(const BlockSparseAttentionParams& p, const QueryRows& r,
+                          const int32_t* blocks, int64_t full, int64_t num_blocks,
+                          const Begin& begin, const Attend& attend) {
+    TokenTile<T, kCapacity> tiles[2];
     TileCursor at{0, full, 0};
     bool partial = false;
-    const auto advance = [&](TokenTile<T>* tile) {
-        next_tile(p, r, s.blocks, &at, tile);
+    const auto advance = [&](TokenTile<T, kCapacity>* tile) {
+        next_tile(p, r, blocks, &at, tile);
         if (tile->tokens == 0 && !partial) {
             partial = true;
             at = TileCursor{full, num_blocks, 0};
-            next_tile(p, r, s.blocks, &at, tile);
+            next_tile(p, r, blocks, &at, tile);
         }
         tile->partial = partial;
     };
-    const auto rows_of = [&](const TokenTile<T>& tile) {
-        return Upcoming{as_bytes(tile.rows), 2 * tile.tokens, row_bytes, true};
-    };
     advance(&tiles[0]);
-    load_panels<T>(p.grid, r, rows_of(tiles[0]), s.panels);
+    begin(tiles[0]);
     for (int64_t turn = 0; tiles[turn].tokens > 0; turn ^= 1) {
         advance(&tiles[turn ^ 1]);
-        attend_tile(p, r, s, tiles[turn], rows_of(tiles[turn ^ 1]));
+        attend(tiles[turn], tiles[turn ^ 1]);
     }
+}
+
+#if KVS_HAS_TILE_DOT
+// A block of queries by a tile unit.
+inline void attend_blocks_by_tiles(const BlockSparseAttentionParams& p, const QueryRows& r,
+                                   const AttentionTiles& t, const int32_t* blocks, int64_t full,
+                                   int64_t num_blocks) {
+    using Tile = TokenTile<BFloat16, kTiledTokens>;
+    const BlockGrid& g = p.grid;
+    TileScope tiles(kTileBytes);
+    tiles.use(kTileRows, kTileRows);
+    const auto begin = [&](const Tile&) {
+        t.begin([&](int64_t i) {
+            return static_cast<const BFloat16*>(g.q) + r.row * g.q_strides[0] +
+                   (r.first + i) * g.q_strides[1] + r.head * g.q_strides[2];
+        });
+    };
+    const auto attend = [&](const Tile& tile, const Tile& next) {
+        const BFloat16 *keys[kTiledTokens], *values[kTiledTokens];
+        for (int64_t i = 0; i < tile.tokens; ++i)
+            keys[i] = tile.rows[2 * i], values[i] = tile.rows[2 * i + 1];
+        int64_t seen = 0;  // grows with the query
+        attend_tiles(t, keys, values, tile.tokens, g.softmax_scale * kLog2E, 0.f,
+                     next.upcoming(g.head_dim), [&](int64_t i) {
+                         if (!tile.partial) return tile.tokens;
+                         while (seen < tile.tokens && r.blind_to(tile.positions[seen]) <= i) ++seen;
+                         return seen;
+                     });
+    };
+    for_each_tile<BFloat16, kTiledTokens>(p, r, blocks, full, num_blocks, begin, attend);
+}
+#endif
+
+// Sums, in scratch, of the item's queries.
+struct QuerySums {
+    const float *acc, *peak, *total;
+};
+
+template <typename T>
+inline QuerySums attend_blocks(const BlockSparseAttentionParams& p, const QueryRows& r,
+                               const BlockScratch& s, int64_t full, int64_t num_blocks) {
+    const int64_t head_dim = p.grid.head_dim, rows = whole_lanes(r.count);
+#if KVS_HAS_TILE_DOT
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (r.count >= kMinTiledRows) {
+            const AttentionTiles t(r.count, head_dim, s.tiles);
+            attend_blocks_by_tiles(p, r, t, s.blocks, full, num_blocks);
+            return {t.acc, t.peak, t.total};
+        }
+    }
+#endif
+    for (int64_t i = 0; i < rows; ++i) s.peak[i] = -INFINITY, s.total[i] = 0.f;
+    for (int64_t i = 0; i < r.count * head_dim; i += kLanes) store(s.acc + i, broadcast(0.f));
+    using Tile = TokenTile<T, kTileTokens>;
+    const auto begin = [&](const Tile& tile) {
+        load_panels<T>(p.grid, r, tile.upcoming(head_dim), s.panels);
+    };
+    const auto attend = [&](const Tile& tile, const Tile& next) {
+        attend_tile(p, r, s, tile, next.upcoming(head_dim));
+    };
+    for_each_tile<T, kTileTokens>(p, r, s.blocks, full, num_blocks, begin, attend);
+    return {s.acc, s.peak, s.total};
 }
 
 template <typename T>
@@ -188,9 +255,7 @@ void attend_item(const BlockSparseAttentionParams& p, int64_t item, float* scrat
     const QueryRows r = query_rows(g, item, 1);
     const BlockScratch s(g, scratch);
     const int64_t num_blocks = list_blocks(p, r, item, s.marks, s.blocks);
-    const int64_t rows = whole_lanes(r.count);
-    for (int64_t i = 0; i < rows; ++i) s.peak[i] = -INFINITY, s.total[i] = 0.f;
-    for (int64_t i = 0; i < r.count * head_dim; i += kLanes) store(s.acc + i, broadcast(0.f));
+    QuerySums sums{};
     if (num_blocks > 0) {
         const int64_t full_end = r.full_end(g.causal);
         int64_t full = num_blocks;  // the last one may end with the row: it is short, not partial
@@ -199,22 +264,22 @@ void attend_item(const BlockSparseAttentionParams& p, int64_t item, float* scrat
             if ((end < r.visible_end ? end : r.visible_end) <= full_end) break;
             --full;
         }
-        attend_blocks<T>(p, r, s, full, num_blocks);
+        sums = attend_blocks<T>(p, r, s, full, num_blocks);
     }
     const int64_t begin = item % g.num_q_blocks() * g.q_block_size;
     const int64_t left = g.seqlen_q - begin, all = left < g.q_block_size ? left : g.q_block_size;
     for (int64_t i = 0; i < all; ++i) {
         const int64_t to = (r.row * g.seqlen_q + begin + i) * g.num_q_heads + r.head;
         T* out = static_cast<T*>(p.out) + to * head_dim;
-        const bool empty = i >= r.count || s.total[i] == 0.f;
-        p.lse[to] = empty ? -INFINITY : s.peak[i] * kLn2 + std::log(s.total[i]);
+        const bool empty = num_blocks == 0 || i >= r.count || sums.total[i] == 0.f;
+        p.lse[to] = empty ? -INFINITY : sums.peak[i] * kLn2 + std::log(sums.total[i]);
         if (empty) {
             for (int64_t d = 0; d < head_dim; d += kLanes) store(out + d, broadcast(0.f));
             continue;
         }
-        const F32 inverse = broadcast(1.f / s.total[i]);
+        const F32 inverse = broadcast(1.f / sums.total[i]);
         for (int64_t d = 0; d < head_dim; d += kLanes)
-            store(out + d, mul(load(s.acc + i * head_dim + d), inverse));
+            store(out + d, mul(load(sums.acc + i * head_dim + d), inverse));
     }
 }
 

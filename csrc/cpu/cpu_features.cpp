@@ -36,8 +36,9 @@ bool has_avx512(const CpuFeatures& f) {
 }
 bool has_avx512_bf16(const CpuFeatures& f) { return bit(f.leaf7_1_eax, 5); }
 bool has_tiles(const CpuFeatures& f) {
-    const bool tile = bit(f.leaf7_edx, 24), int8 = bit(f.leaf7_edx, 25);
-    return saves(f, kTileState) && tile && int8;
+    const bool bf16 = bit(f.leaf7_edx, 22), tile = bit(f.leaf7_edx, 24),
+               int8 = bit(f.leaf7_edx, 25);
+    return saves(f, kTileState) && bf16 && tile && int8;
 }
 
 #if defined(__x86_64__)

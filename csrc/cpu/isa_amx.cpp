@@ -1,4 +1,4 @@
-// Every op, compiled for AVX-512 (F, BW, VL, DQ, VNNI, BF16) + AMX (TILE, INT8).
+// Every op, compiled for AVX-512 (F, BW, VL, DQ, VNNI, BF16) + AMX (TILE, INT8, BF16).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,7 @@
 #define KVS_HAS_BF16_DOT 1
 #define KVS_HAS_TILE_DOT 1
 KVS_TARGET_REGION(
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8")
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
 namespace kvselect::cpu {
 namespace amx {
 namespace {

@@ -19,6 +19,10 @@
 #include "cpu/select_tokens-inl.h"
 #include "cpu/selection_cache_step-inl.h"
 #include "cpu/matmul-inl.h"
+#include "cpu/weighted_sum-inl.h"
+#if KVS_HAS_TILE_DOT
+#include "cpu/attention_tiles-inl.h"
+#endif
 #include "cpu/sparse_attention-inl.h"
 #include "cpu/query_panel-inl.h"
 #include "cpu/block_sparse_attention-inl.h"

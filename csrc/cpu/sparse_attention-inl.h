@@ -79,59 +79,6 @@ inline void store_output(const SparseAttentionParams& p, const AttentionItem& a,
     for (int64_t d = 0; d < p.head_dim; d += kLanes) store(out + d, mul(load(acc + d), inverse));
 }
 
-// acc[c][d] += sum_t weights[c][t] * rows[t][d] for a strip of kCols columns x kVecs vectors.
-template <int kCols, int kVecs, typename T>
-inline void weighted_strip(const T* const* rows, int64_t count, const float* weights, int64_t d,
-                           const Upcoming& upcoming, float* acc, int64_t head_dim) {
-    F32 sum[kCols][kVecs];
-#pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) sum[c][v] = load(acc + c * head_dim + d + v * kLanes);
-    for (int64_t t = 0; t < count; ++t) {
-        upcoming.fetch(t);
-        F32 value[kVecs];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) value[v] = load(rows[t] + d + v * kLanes);
-#pragma GCC unroll 4
-        for (int c = 0; c < kCols; ++c) {
-            const F32 weight = broadcast(weights[c * kTileTokens + t]);
-#pragma GCC unroll 4
-            for (int v = 0; v < kVecs; ++v) sum[c][v] = fma(value[v], weight, sum[c][v]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < kCols; ++c)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) store(acc + c * head_dim + d + v * kLanes, sum[c][v]);
-}
-
-template <int kCols, typename T>
-inline void weighted_columns(const T* const* rows, int64_t count, const float* weights,
-                             const Upcoming& upcoming, float* acc, int64_t head_dim) {
-    int64_t d = 0;
-    for (; d + kValueVecs * kLanes <= head_dim; d += kValueVecs * kLanes)
-        weighted_strip<kCols, kValueVecs>(rows, count, weights, d, d == 0 ? upcoming : Upcoming{},
-                                          acc, head_dim);
-    for (; d < head_dim; d += kLanes)
-        weighted_strip<kCols, 1>(rows, count, weights, d, d == 0 ? upcoming : Upcoming{}, acc,
-                                 head_dim);
-}
-
-// acc[c][:] += sum_t weights[c][t] * rows[t][:] for all columns; the first ones fetch what comes.
-template <typename T>
-inline void weighted_sum(const T* const* rows, int64_t count, const float* weights,
-                         int64_t num_columns, const Upcoming& upcoming, float* acc,
-                         int64_t head_dim) {
-    int64_t c = 0;
-    for (; c + kValueCols <= num_columns; c += kValueCols)
-        weighted_columns<kValueCols>(rows, count, weights + c * kTileTokens,
-                                     c == 0 ? upcoming : Upcoming{}, acc + c * head_dim, head_dim);
-    for (; c < num_columns; ++c)
-        weighted_columns<1>(rows, count, weights + c * kTileTokens, c == 0 ? upcoming : Upcoming{},
-                            acc + c * head_dim, head_dim);
-}
-
 // Attention over some of a list, not normalised, for every head of a group.
 struct AttentionPart {
     float* acc;    // [group, head_dim] sum of weight * value
@@ -274,12 +221,59 @@ inline void attend_one_query(const SparseAttentionParams& p, const AttentionItem
         store_output<T>(p, a, query, h, all.acc + h * head_dim, all.peak[h], all.total[h]);
 }
 
+#if KVS_HAS_TILE_DOT
+// attend_queries() by a tile unit.
+inline void attend_queries_by_tiles(const SparseAttentionParams& p, const AttentionItem& a,
+                                    int64_t first, int64_t num, float* scratch) {
+    const int64_t group = a.group, first_position = a.first_position + (first - a.first_query);
+    const AttentionTiles t(num * group, p.head_dim, scratch);
+    t.begin([&](int64_t r) {
+        return static_cast<const BFloat16*>(p.q) + a.row * p.q_strides[0] +
+               (first + r / group) * p.q_strides[1] +
+               (a.kv_head * group + r % group) * p.q_strides[2];
+    });
+    TileScope tiles(kTileBytes);
+    tiles.use(kTileRows, kTileRows);
+    const int64_t count = a.listed_up_to(first_position + num - 1);
+    const BFloat16* rows[2][2 * kTiledTokens];  // keys, then values, of this pass and the next
+    const auto find = [&](int64_t at, const BFloat16** out) {
+        const int64_t left = count - at, tokens = left < kTiledTokens ? left : kTiledTokens;
+        if (tokens <= 0) return int64_t{0};
+        tile_pointers(p.keys, a, at, tokens, out);
+        tile_pointers(p.values, a, at, tokens, out + tokens);
+        return tokens;
+    };
+    int64_t tokens = find(0, rows[0]);
+    for (int64_t at = 0, turn = 0; at < count; turn ^= 1) {
+        const int64_t next = find(at + tokens, rows[turn ^ 1]);
+        const Upcoming upcoming{as_bytes(rows[turn ^ 1]), 2 * next, 2 * p.head_dim, true};
+        const int64_t last = a.position_of(at + tokens - 1);
+        attend_tiles(t, rows[turn], rows[turn] + tokens, tokens, p.softmax_scale * kLog2E,
+                     p.softcap, upcoming, [&](int64_t r) {
+                         const int64_t position = first_position + r / group;
+                         return last <= position ? tokens : a.listed_up_to(position) - at;
+                     });
+        at += tokens;
+        tokens = next;
+    }
+    for (int64_t r = 0; r < t.rows; ++r)
+        store_output<BFloat16>(p, a, first + r / group, r % group, t.acc + r * p.head_dim,
+                               t.peak[r], t.total[r]);
+}
+#endif
+
 // Queries [first, first + num) of the item, all heads of the group: row r = (query, head),
 // query-major.
 template <typename T>
 inline void attend_queries(const SparseAttentionParams& p, const AttentionItem& a, int64_t first,
                            int64_t num, float* scratch) {
     const int64_t head_dim = p.head_dim, group = a.group, rows = num * group;
+#if KVS_HAS_TILE_DOT
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        if (rows >= kMinTiledRows && !p.rope.cos)
+            return attend_queries_by_tiles(p, a, first, num, scratch);
+    }
+#endif
     float* q = scratch;                                // [rows, head_dim]
     float* acc = q + rows * head_dim;                  // [rows, head_dim]
     float* peak = acc + rows * head_dim;               // [rows]

@@ -44,6 +44,7 @@ std::vector<Subject> subjects() {
             if (name == compiled->name) found.push_back({name, *compiled, {}});
     const cpu::Implementation* amx = test::amx_implementation_to_test();
     if (amx && found.back().label != amx->name) found.push_back({"amx, tiles emulated", *amx, {}});
+    found.push_back({"scalar, tiles emulated", test::scalar_tiles_implementation(), {}});
     found.push_back({"cuda, emulated", test::cuda_emulated_implementation(), Order::kShuffled});
     return found;
 }

@@ -13,7 +13,7 @@ namespace {
 constexpr uint32_t kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
 constexpr uint32_t kAvx2 = 1u << 5, kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
 constexpr uint32_t kAvx512Vnni = 1u << 11;
-constexpr uint32_t kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
+constexpr uint32_t kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
 constexpr uint32_t kAvxVnni = 1u << 4, kAvx512Bf16 = 1u << 5;
 constexpr uint64_t kX87Sse = 0x3, kYmm = 0x4, kZmm = 0xe0, kTiles = 0x60000;
 
@@ -35,7 +35,7 @@ constexpr cpu::CpuFeatures kHaswell{.leaf1_ecx = kHaswellLeaf1,
 constexpr cpu::CpuFeatures kSapphireRapids{.leaf1_ecx = kHaswellLeaf1,
                                            .leaf7_ebx = kAvx2 | kAvx512,
                                            .leaf7_ecx = kAvx512Vnni,
-                                           .leaf7_edx = kAmxTile | kAmxInt8,
+                                           .leaf7_edx = kAmxBf16 | kAmxTile | kAmxInt8,
                                            .leaf7_1_eax = kAvxVnni | kAvx512Bf16,
                                            .xcr0 = kX87Sse | kYmm | kZmm | kTiles,
                                            .tile_permission = true};
@@ -109,7 +109,7 @@ TEST_ONCE(implementations_need_every_one_of_their_bits) {
            avx2 + " avx512");
     EXPECT(names(with(kSapphireRapids, [](F& f) { f.leaf7_1_eax = kAvx512Bf16; })) ==
            "scalar avx2 avx512 avx512_bf16 amx");
-    for (uint32_t needed : {kAmxTile, kAmxInt8})
+    for (uint32_t needed : {kAmxBf16, kAmxTile, kAmxInt8})
         EXPECT(names(with(kSapphireRapids, [&](F& f) { f.leaf7_edx &= ~needed; })) == bf16, needed);
 }
 

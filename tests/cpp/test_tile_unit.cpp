@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "check.h"
+#include "cpu/element_types.h"
 #include "inputs.h"
 
 using namespace kvselect;
@@ -83,6 +84,45 @@ TEST_ONCE(tile_unit_multiplies_like_plain_loops) {
     }
 }
 
+// Numbers whose products and sums are exact in any order, so that it does not matter how a unit
+// adds.
+TEST_ONCE(tile_unit_multiplies_bfloat16_pairs) {
+    Random random(2);
+    for (int round = 0; round < 100; ++round) {
+        const int64_t m = 1 + random.below(16), k = 2 * (1 + random.below(16)),
+                      n = 1 + random.below(16);
+        std::vector<uint16_t> a(static_cast<size_t>(m * k)), b(static_cast<size_t>(k * n));
+        const auto fill = [&](std::vector<uint16_t>& values) {
+            for (uint16_t& x : values) {
+                cpu::BFloat16 number;
+                cpu::element::from_float(static_cast<float>(random.below(31) - 15), &number);
+                x = number.bits;
+                if (random.below(20) == 0) x = 0x8001;  // subnormal: counts as 0
+            }
+        };
+        fill(a), fill(b);
+        std::vector<float> c(static_cast<size_t>(m * n), 3.f);
+        TileUnit unit;
+        const cpu::TileConfig config = config_of(m, 2 * k, n);
+        unit.configure(&config);
+        unit.load(kSum, c.data(), 4 * n);
+        unit.load(kA, a.data(), 2 * k);
+        unit.load(kB, b.data(), 4 * n);
+        unit.dot_bfloat16(kSum, kA, kB);
+        unit.store(kSum, c.data(), 4 * n);
+        const auto value = [](uint16_t bits) {
+            return bits == 0x8001 ? 0.f : cpu::element::to_float(cpu::BFloat16{bits});
+        };
+        for (int64_t row = 0; row < m; ++row)
+            for (int64_t col = 0; col < n; ++col) {
+                float want = 3.f;
+                for (int64_t i = 0; i < k; ++i)
+                    want += value(a[row * k + i]) * value(b[i / 2 * 2 * n + 2 * col + i % 2]);
+                EXPECT(c[row * n + col] == want, m, " x ", k, " x ", n);
+            }
+    }
+}
+
 TEST_ONCE(tile_unit_faults_where_the_hardware_does) {
     TileUnit unit;
     uint8_t memory[1024] = {};
@@ -113,6 +153,7 @@ TEST_ONCE(tile_unit_faults_where_the_hardware_does) {
     refuses("#UD: tile 0 is not", [&] { unit.load(0, memory, 64); });
     refuses("#UD: tile 8 is not", [&] { unit.zero(8); });
     refuses("#UD: a tile twice", [&] { unit.dot_signed_unsigned(kSum, kA, kA); });
+    refuses("#UD: a tile twice", [&] { unit.dot_bfloat16(kSum, kSum, kB); });
     refuses("#UD: [8, 64] += [4, 8] . [2, 64]", [&] {
         configure([](C& c) { c.rows[kSum] = 8; });
         unit.dot_signed_unsigned(kSum, kA, kB);

@@ -51,7 +51,8 @@ Instruction decode(const uint8_t* code, const gregset_t& registers) {
     out.prefix = code[2] & 3;
     out.vvvv = ~(code[2] >> 3) & 15;
     out.opcode = code[3];
-    out.is_tile = out.opcode == 0x49 || out.opcode == 0x4b || out.opcode == 0x5e;
+    out.is_tile =
+        out.opcode == 0x49 || out.opcode == 0x4b || out.opcode == 0x5c || out.opcode == 0x5e;
     const uint8_t modrm = code[4];
     const int mod = modrm >> 6;
     out.reg = (modrm >> 3 & 7) | r;
@@ -103,6 +104,8 @@ bool execute(const Instruction& i) {
         unit.store(i.reg, memory, i.index);
     } else if (i.opcode == 0x5e && i.prefix == 2 && !i.memory) {
         unit.dot_signed_unsigned(i.reg, i.rm, i.vvvv);
+    } else if (i.opcode == 0x5c && i.prefix == 2 && !i.memory) {
+        unit.dot_bfloat16(i.reg, i.rm, i.vvvv);
     } else {
         return false;
     }

@@ -1,5 +1,6 @@
 #include "tile_unit.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "check.h"
@@ -64,13 +65,18 @@ void TileUnit::store(int tile, void* to, int64_t stride) const {
                     static_cast<size_t>(t.row_bytes));
 }
 
-void TileUnit::dot_signed_unsigned(int sum, int first, int second) {
+void TileUnit::require_fitting(int sum, int first, int second) const {
     EXPECT(sum != first && sum != second && first != second, "#UD: a tile twice");
-    Tile& c = usable(sum);
-    const Tile &a = usable(first), &b = usable(second);
+    const Tile &c = usable(sum), &a = usable(first), &b = usable(second);
     EXPECT(c.rows == a.rows && c.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows, "#UD: [",
            c.rows, ", ", c.row_bytes, "] += [", a.rows, ", ", a.row_bytes, "] . [", b.rows, ", ",
            b.row_bytes, "]");
+}
+
+void TileUnit::dot_signed_unsigned(int sum, int first, int second) {
+    require_fitting(sum, first, second);
+    Tile& c = usable(sum);
+    const Tile &a = usable(first), &b = usable(second);
     for (int64_t m = 0; m < c.rows; ++m) {
         uint32_t row[cpu::kTileBytes / 4] = {};  // the unit wraps: it does not saturate
         std::memcpy(row, c.data[m], static_cast<size_t>(c.row_bytes));
@@ -79,6 +85,33 @@ void TileUnit::dot_signed_unsigned(int sum, int first, int second) {
                 for (int64_t i = 0; i < 4; ++i)
                     row[n] += static_cast<uint32_t>(static_cast<int8_t>(a.data[m][4 * k + i]) *
                                                     int32_t{b.data[k][4 * n + i]});
+        std::memset(c.data[m], 0, sizeof c.data[m]);
+        std::memcpy(c.data[m], row, static_cast<size_t>(c.row_bytes));
+    }
+    for (int64_t m = c.rows; m < cpu::kTileRows; ++m) std::memset(c.data[m], 0, sizeof c.data[m]);
+    ++num_dots_;
+}
+
+void TileUnit::dot_bfloat16(int sum, int first, int second) {
+    require_fitting(sum, first, second);
+    Tile& c = usable(sum);
+    const Tile &a = usable(first), &b = usable(second);
+    const auto number = [](const uint8_t* at) {  // subnormal: 0
+        uint16_t bits;
+        std::memcpy(&bits, at, sizeof bits);
+        const uint32_t wide = (bits & 0x7f80 ? bits : bits & 0x8000u) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        return value;
+    };
+    for (int64_t m = 0; m < c.rows; ++m) {
+        float row[cpu::kTileBytes / 4] = {};
+        std::memcpy(row, c.data[m], static_cast<size_t>(c.row_bytes));
+        for (int64_t k = 0; k < a.row_bytes / 4; ++k)
+            for (int64_t n = 0; n < c.row_bytes / 4; ++n)
+                for (int64_t i = 0; i < 2; ++i)
+                    row[n] = std::fma(number(a.data[m] + 4 * k + 2 * i),
+                                      number(b.data[k] + 4 * n + 2 * i), row[n]);
         std::memset(c.data[m], 0, sizeof c.data[m]);
         std::memcpy(c.data[m], row, static_cast<size_t>(c.row_bytes));
     }

@@ -18,6 +18,7 @@ public:
     void load(int tile, const void* from, int64_t stride);  // TILELOADD
     void store(int tile, void* to, int64_t stride) const;   // TILESTORED
     void dot_signed_unsigned(int sum, int a, int b);        // TDPBSUD
+    void dot_bfloat16(int sum, int a, int b);               // TDPBF16PS
 
     bool configured() const { return palette_ != 0; }
     int64_t num_dots() const { return num_dots_; }
@@ -29,6 +30,7 @@ private:
         uint8_t data[cpu::kTileRows][cpu::kTileBytes];
     };
     const Tile& usable(int tile) const;
+    void require_fitting(int sum, int a, int b) const;
     Tile& usable(int tile) { return const_cast<Tile&>(std::as_const(*this).usable(tile)); }
 
     int palette_ = 0;

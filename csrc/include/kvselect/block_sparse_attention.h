@@ -2,6 +2,7 @@
 // keeps for it, per query head.
 #pragma once
 
+#include "kvselect/attention_tiles.h"
 #include "kvselect/block_mask.h"
 #include "kvselect/cuda_launch.h"
 
@@ -22,7 +23,7 @@ inline int64_t block_sparse_attention_scratch_floats(const BlockSparseAttentionP
     const BlockGrid& g = p.grid;
     const int64_t rows = (g.q_block_size + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
     return rows * (2 * g.head_dim + 3) + kTileTokens * (2 * g.head_dim + kTileTokens) +
-           2 * (g.num_kv_blocks() + 16);
+           2 * (g.num_kv_blocks() + 16) + attention_tiles_floats(g.q_block_size, g.head_dim);
 }
 using BlockSparseAttentionFn = void (*)(const BlockSparseAttentionParams&, int64_t begin,
                                         int64_t end, float* scratch);

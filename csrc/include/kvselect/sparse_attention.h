@@ -2,6 +2,7 @@
 // block of them.
 #pragma once
 
+#include "kvselect/attention_tiles.h"
 #include "kvselect/cuda_launch.h"
 #include "kvselect/kv_view.h"
 #include "kvselect/query_blocks.h"
@@ -66,8 +67,10 @@ inline int64_t sparse_attention_scratch_floats(const SparseAttentionParams& p) {
     const int64_t group = p.num_q_heads / p.num_kv_heads;
     const int64_t limit = sparse_attention_queries_at_once(group);
     const int64_t rows = group * (p.blocks.seqlen_q < limit ? p.blocks.seqlen_q : limit);
-    return rows * (3 * p.head_dim + kTileTokens + 4) +
-           (2 * p.head_dim + kMaxGemmRows) * kTileTokens + 16;
+    const int64_t without_tiles = rows * (3 * p.head_dim + kTileTokens + 4) +
+                                  (2 * p.head_dim + kMaxGemmRows) * kTileTokens + 16;
+    const int64_t by_tiles = attention_tiles_floats(rows, p.head_dim);
+    return by_tiles > without_tiles ? by_tiles : without_tiles;
 }
 using SparseAttentionFn = void (*)(const SparseAttentionParams&, AttentionStage, int64_t item,
                                    int64_t part_begin, int64_t part_end, float* workspace,
