@@ -18,6 +18,8 @@ from kvselect.testing import LAYOUTS, TOLERANCE, make_qkv, non_contiguous, rel_e
 pytestmark = pytest.mark.usefixtures("implementation")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Blocks of bfloat16 may go another way than those of other dtypes (a tile unit).
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 LSE_TOLERANCE = 2e-6  # float32 whatever the dtype of the cache
 
 
@@ -145,36 +147,40 @@ def test_a_cap_does_not_hide_an_infinite_logit(seqlen_q: int) -> None:
     assert out.isnan().all()
 
 
+@BOTH
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 8, 16])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 5, 33])
-def test_groups(group_size: int, seqlen_q: int) -> None:
-    q, k, v = make_qkv(2, seqlen_q, 80, 3 * group_size, 3, 64)
+def test_groups(group_size: int, seqlen_q: int, dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(2, seqlen_q, 80, 3 * group_size, 3, 64, dtype=dtype)
     case = make_case(k, v, int32(80, 41))
     assert_equals_reference(case, q, random_lists(case, seqlen_q))
     assert_equals_reference(case, q)
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 63, 64, 65, 127, 128, 129, 200])
-@pytest.mark.parametrize("seqlen_q", [1, 3])
-def test_lengths_around_tiles(seqlen: int, seqlen_q: int) -> None:
-    q, k, v = make_qkv(1, seqlen_q, seqlen, 2, 1, 64)
+@BOTH
+@pytest.mark.parametrize("seqlen", [1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 545])
+@pytest.mark.parametrize("seqlen_q", [1, 3, 20])
+def test_lengths_around_tiles(seqlen: int, seqlen_q: int, dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(1, seqlen_q, seqlen, 2, 1, 64, dtype=dtype)
     case = make_case(k, v, int32(seqlen))
     assert_equals_reference(case, q)
     assert_equals_reference(case, q, random_lists(case, seqlen_q, keep=seqlen // 2))
 
 
+@BOTH
 @pytest.mark.parametrize("seqlen_q", [63, 64, 65, 130])
 @pytest.mark.parametrize("group_size", [1, 7])
-def test_long_query_blocks(seqlen_q: int, group_size: int) -> None:
-    q, k, v = make_qkv(1, seqlen_q, 210, group_size, 1, 32)
+def test_long_query_blocks(seqlen_q: int, group_size: int, dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(1, seqlen_q, 210, group_size, 1, 32, dtype=dtype)
     case = make_case(k, v, int32(210))
     assert_equals_reference(case, q, random_lists(case, seqlen_q))
     assert_equals_reference(case, q)
 
 
-def test_ragged_blocks_with_offsets() -> None:
+@BOTH
+def test_ragged_blocks_with_offsets(dtype: torch.dtype) -> None:
     """Blocks of 0, 1 and many queries; rows shorter than the call; padding at the start."""
-    q, k, v = make_qkv(4, 40, 90, 8, 2, 64)
+    q, k, v = make_qkv(4, 40, 90, 8, 2, 64, dtype=dtype)
     case = make_case(k, v, int32(90, 41, 13, 0), starts=int32(0, 7, 12, 0))
     offsets = int32(0, 9, 9, 24, 25, 40)
     assert_equals_reference(case, q, random_lists(case, 40, offsets), offsets=offsets)
@@ -231,10 +237,11 @@ def test_strides_of_queries_and_lists(seqlen_q: int) -> None:
     assert torch.equal(got[0], packed[0]) and torch.equal(got[1], packed[1])
 
 
-def test_one_list_for_all_heads_by_a_stride_of_zero() -> None:
-    q, k, v = make_qkv(2, 3, 80, 12, 3, 64)
+@BOTH
+def test_one_list_for_all_heads_by_a_stride_of_zero(dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(2, 5, 80, 12, 3, 64, dtype=dtype)
     case = make_case(k, v, int32(80, 33))
-    indices, lengths = random_lists(case, 3, num_lists=1)
+    indices, lengths = random_lists(case, 5, num_lists=1)
     shared = indices.expand(-1, -1, 3, -1), lengths.expand(-1, -1, 3)
     out, lse = assert_equals_reference(case, q, shared)
     copied = attend(case, q, shared[0].contiguous(), shared[1].contiguous())
@@ -266,24 +273,26 @@ def test_unlisted_keys_and_values_are_not_read() -> None:
     assert torch.equal(got[0], clean[0]) and torch.equal(got[1], clean[1])
 
 
-def test_a_query_sees_no_later_entry() -> None:
+@BOTH
+def test_a_query_sees_no_later_entry(dtype: torch.dtype) -> None:
     """Nor does a NaN in a later token reach it, though the same block reads that token."""
-    q, k, v = make_qkv(1, 70, 90, 4, 2, 64)
+    q, k, v = make_qkv(1, 70, 90, 4, 2, 64, dtype=dtype)
     clean = attend(make_case(k, v, int32(90)), q)
     k[:, 60:] = torch.nan
     v[:, 60:] = torch.nan
     dirty = attend(make_case(k, v, int32(90)), q)
     early = slice(0, 40)  # positions 20..59
-    assert rel_err(dirty[0][:, early], clean[0][:, early].double()) <= TOLERANCE[torch.float32]
+    assert rel_err(dirty[0][:, early], clean[0][:, early].double()) <= TOLERANCE[dtype]
     assert torch.equal(dirty[1][:, early].isfinite(), clean[1][:, early].isfinite())
 
 
-@pytest.mark.parametrize("seqlen_q", [1, 6])
+@BOTH
+@pytest.mark.parametrize("seqlen_q", [1, 6, 20])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_defects_show(seqlen_q: int, bad: float, where: str) -> None:
+def test_defects_show(seqlen_q: int, bad: float, where: str, dtype: torch.dtype) -> None:
     """Selection leaves such tokens out; attention that does read one must not look healthy."""
-    q, k, v = make_qkv(1, seqlen_q, 90, 4, 2, 64)
+    q, k, v = make_qkv(1, seqlen_q, 90, 4, 2, 64, dtype=dtype)
     match where:
         case "q":
             q[0, -1, 2] = bad

@@ -166,25 +166,22 @@ inline void tiled_softmax(const AttentionTiles& t, int64_t row, int64_t seen, in
                           float scale, float softcap) {
     float* const x = t.logits + row % kTiledRows * kTiledTokens;
     BFloat16* const weights = t.weights + row % kTiledRows * kTiledTokens;
-    if (softcap != 0.f) {
+    if (softcap != 0.f || seen < tokens) {
         for (int64_t i = 0; i < tokens; i += kLanes)
             store(x + i, mul(load(x + i), broadcast(scale)));
         cap_logits(x, tokens, softcap);
+        for (int64_t i = seen; i < tokens; ++i) x[i] = -INFINITY;
         scale = 1.f;
     }
-    for (int64_t i = seen; i < tokens; ++i) x[i] = scale < 0.f ? INFINITY : -INFINITY;
     F32 top = broadcast(-INFINITY);
-    for (int64_t i = 0; i < tokens; i += kLanes) {
-        const F32 logit = mul(load(x + i), broadcast(scale));
-        store(x + i, logit);
-        top = max(logit, top);  // what is not a number is no maximum, and shows in the sum
-    }
+    for (int64_t i = 0; i < tokens; i += kLanes)  // NaN is no maximum, and shows in the sum
+        top = max(mul(load(x + i), broadcast(scale)), top);
     const float before = t.peak[row];
     float now = reduce_max(top);
     if (before > now) now = before;
     if (now == -INFINITY) {
         bool defect = false;
-        for (int64_t i = 0; i < seen; ++i) defect = defect || x[i] != -INFINITY;
+        for (int64_t i = 0; i < seen; ++i) defect = defect || x[i] * scale != -INFINITY;
         if (!defect) {
             std::memset(weights, 0, static_cast<size_t>(tokens) * sizeof(BFloat16));
             return;
@@ -193,7 +190,7 @@ inline void tiled_softmax(const AttentionTiles& t, int64_t row, int64_t seen, in
     }
     F32 sum = broadcast(0.f);
     for (int64_t i = 0; i < tokens; i += kLanes) {
-        const F32 weight = exp2(sub(load(x + i), broadcast(now)));
+        const F32 weight = exp2(fma(load(x + i), broadcast(scale), broadcast(-now)));
         sum = add(sum, weight);
         store_weights(weights + i, weight);
     }

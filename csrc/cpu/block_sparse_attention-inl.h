@@ -206,7 +206,7 @@ inline void attend_blocks_by_tiles(const BlockSparseAttentionParams& p, const Qu
         for (int64_t i = 0; i < tile.tokens; ++i)
             keys[i] = tile.rows[2 * i], values[i] = tile.rows[2 * i + 1];
         int64_t seen = 0;  // grows with the query
-        attend_tiles(t, keys, values, tile.tokens, g.softmax_scale * kLog2E, 0.f,
+        attend_tiles(t, keys, values, tile.tokens, g.softmax_scale * kLog2E, g.softcap,
                      next.upcoming(g.head_dim), [&](int64_t i) {
                          if (!tile.partial) return tile.tokens;
                          while (seen < tile.tokens && r.blind_to(tile.positions[seen]) <= i) ++seen;

@@ -37,7 +37,7 @@ namespace kvselect::cpu {
 const Implementation& amx_implementation() {
     static constexpr Implementation implementation{
         "amx",
-        "compiled, its logic tested through an emulated tile unit; not run on AMX hardware",
+        nullptr,
         amx::kv_append,
         amx::score_tokens,
         amx::select_tokens,

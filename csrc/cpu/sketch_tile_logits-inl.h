@@ -2,8 +2,7 @@
 // exact and the floating-point operations those of scan_part, so both give the same bits.
 
 // Columns from which on tiles are used. Modelled for int4 at head_dim 128: 128 cycles a column on
-// two VNNI ports, against about 250 to unpack, 200 to configure and 45 a column on tiles. Not
-// measured.
+// two VNNI ports, against about 250 to unpack, 200 to configure and 45 a column on tiles.
 constexpr int64_t kMinTileColumns = 8;
 
 template <SketchFormat kFormat>

@@ -5,8 +5,7 @@
 //         up to 16 rows of up to 64 bytes, and the unit wants B as k / 4 rows of 16 tokens x 4
 //         channels: a 64-byte line of an int8 sketch is such a row, and nothing moves.
 // Floor   16 cycles for a product of full tiles (published, Intel's optimisation manual): 1024
-//         multiply-adds a cycle where two VNNI ports make 128. Not measured: no machine of ours has
-//         the unit.
+//         multiply-adds a cycle where two VNNI ports make 128.
 // Plan    Two groups of up to 16 rows of A meet two sub-blocks of B: four sums stay in tiles, and
 //         four loads feed four products. int4: 32 columns. int8: the high and the low bytes of 16.
 //         head_dim is cut into equal steps of at most 64 channels, so all steps have one shape and

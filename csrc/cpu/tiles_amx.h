@@ -58,8 +58,3 @@ inline void interleave(const BFloat16* even, const BFloat16* odd, BFloat16* out)
                   _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
     _mm512_store_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
-// A register of weights, rounded.
-inline void store_weights(BFloat16* p, F32 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
-}

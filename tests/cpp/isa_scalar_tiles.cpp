@@ -19,6 +19,7 @@ namespace {
 
 #include "cpu/vec_scalar.h"
 #include "tiles_emulated.h"
+inline void store_weights(BFloat16* p, F32 x) { store(p, x); }
 #include "cpu/ops-inl.h"
 
 }  // namespace

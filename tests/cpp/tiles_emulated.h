@@ -33,4 +33,3 @@ inline void transpose_pairs(const BFloat16* const* rows, int64_t begin, int64_t 
 inline void interleave(const BFloat16* even, const BFloat16* odd, BFloat16* out) {
     for (int64_t i = 0; i < 16; ++i) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
 }
-inline void store_weights(BFloat16* p, F32 x) { store(p, x); }
