@@ -15,8 +15,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-import transformers
-from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts
+from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts, stored
 
 import kvselect
 from kvselect.eval.checkpoint import embedded_model_path
@@ -286,29 +285,6 @@ def test_half_precision(dtype: str) -> None:
     assert 0 < counts.tokens_attended < counts.tokens_visible
     exact = expected(ORIGINAL)[8:]
     assert sum(a == b[:3] for a, b in zip(found[ORIGINAL], exact)) >= len(exact) - 1
-
-
-def stored(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Options of an engine over random weights of this architecture."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.2,  # logits far apart: what is attended to decides
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(0)
-    made = getattr(transformers, f"{family}TextConfig", None)
-    made = (made or getattr(transformers, f"{family}Config"))(**sizes | config)
-    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))  # what it did not know too
-    return {"model": str(folder), "hf_overrides": {}, "max_model_len": 1024}
 
 
 WINDOW = {"sliding_window": 96}

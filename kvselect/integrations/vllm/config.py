@@ -13,6 +13,7 @@ import torch
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
 from kvselect.engine_block_statistics import require_whole_blocks
 from kvselect.engine_cache import require_page_block_size, sketch_share
+from kvselect.ops import build_info
 from kvselect.policies import Dense, Quest, StreamingLLM, TokenSelect
 from kvselect.policies.base import Policy, policy_from_dict
 from kvselect.policies.block_policy import BlockPolicy
@@ -25,9 +26,11 @@ __all__ = [
     "configured_policy",
     "extra_share",
     "require_attention",
+    "require_cuda",
     "require_layer",
     "require_memory",
     "require_pages",
+    "require_policy",
     "require_servable",
     "require_server",
 ]
@@ -115,6 +118,7 @@ class ServerFacts:
     tensor_parallel_size: int
     num_kv_heads: int
     num_layers: int
+    num_ubatches: int
 
 
 def require_server(policy: Policy, facts: ServerFacts) -> None:
@@ -156,6 +160,8 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
     if facts.pipeline_parallel_size > 1:
         allowed = "None in pipeline parallel (other requests run between two steps of one)"
         require(threshold is None, "similarity_threshold", threshold, allowed)
+    allowed = "1 under kvselect (no --enable-dbo, no --ubatch-size: a step comes in one piece)"
+    require(facts.num_ubatches == 1, "ubatches", facts.num_ubatches, allowed)
     bad = [index for index in policy.dense_layers if index >= facts.num_layers]
     allowed = f"indices of this model's layers, 0..{facts.num_layers - 1}"
     require(not bad, "dense_layers", bad, allowed)
@@ -231,7 +237,9 @@ def require_attention(kind: str, sees_later_tokens: bool) -> None:
     require(not sees_later_tokens, "attention", "tokens that attend to later ones", allowed)
 
 
-def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> None:
+def require_memory(
+    cache_bytes: int, extra_bytes: int, available_bytes: int, device_type: str = "cpu"
+) -> None:
     """Refuse to start where keys, values and what is kept beside them do not fit.
 
     Parameters
@@ -240,6 +248,8 @@ def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> 
         What vLLM will take for keys and values, and we beside them.
     available_bytes : int
         Before either is taken.
+    device_type : str
+        Whose memory it is: "cpu" or "cuda".
 
     Raises
     ------
@@ -253,7 +263,24 @@ def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> 
     )
     got = f"{cache_bytes / gib:.2f} GiB"
     fits = cache_bytes + extra_bytes <= available_bytes
-    require(fits, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
+    asked_by = {"cpu": "VLLM_CPU_KVCACHE_SPACE", "cuda": "--gpu-memory-utilization"}
+    require(fits, f"KV cache ({asked_by[device_type]})", got, allowed)
+
+
+def require_cuda() -> None:
+    """ValueError unless this kvselect has its CUDA kernels."""
+    info = build_info()
+    name, got = "kvselect's CUDA module", "none"
+    if info["cuda_archs"]:
+        got = f"one that torch {info['torch']} does not load"
+    allowed = "one beside a torch with CUDA (build it where nvcc is, KVSELECT_CUDA=on)"
+    require(info["cuda_loaded"] is True, name, got, allowed)
+
+
+def require_policy(policy: Policy | None) -> None:
+    """ValueError where there is none for a backend that only selects."""
+    allowed = f"one ({POLICY_VARIABLE}, or additional_config) with --attention-backend CUSTOM"
+    require(policy is not None, "policy", policy, allowed)
 
 
 def needs_rotation(policy: Policy) -> bool:
