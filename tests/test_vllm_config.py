@@ -97,6 +97,11 @@ def test_the_variable_is_read_from_the_process(monkeypatch: pytest.MonkeyPatch) 
             '{"policy": "TokenSelect", "layer_budget": "entropy_pool"}',
             r"^layer_budget: got 'entropy_pool', allowed: 'fixed' under vLLM",
         ),
+        ('{"policy": "ActQKV"}', r"^layer_budget: got 'entropy_pool', allowed: 'fixed' under vLLM"),
+        (
+            '{"policy": "ActQKV", "layer_budget": "fixed", "probe_statistics": "running"}',
+            r"^probe_statistics: got 'running', allowed: 'window' under vLLM \(what is remembered",
+        ),
     ],
 )
 def test_what_is_no_policy_of_a_server(text: str, message: str) -> None:
@@ -148,6 +153,16 @@ def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
 def test_a_server_that_cannot(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         require_server(POLICY, ServerFacts(**SERVER | change))
+
+
+def test_what_ranks_cannot_decide_together() -> None:
+    policy = kvselect.Landmark(scope="layer")
+    require_server(policy, ServerFacts(**SERVER | {"tensor_parallel_size": 1}))
+    message = (
+        r"^tensor_parallel_size: got 2, allowed: 1 \(scope='layer' takes maxima over all heads"
+    )
+    with pytest.raises(ValueError, match=message):
+        require_server(policy, ServerFacts(**SERVER))
 
 
 def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:

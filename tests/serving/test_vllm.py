@@ -30,6 +30,16 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
 REUSING = kvselect.TokenSelect(**SMALL, dense_prefill=True, similarity_threshold=0.6, max_age=6)
 QUEST = kvselect.Quest(token_budget=224, dense_layers=())  # prefill is dense
+BLOCKS: dict[str, Any] = {
+    "topk_blocks": 6,
+    "block_size": 16,
+    "num_sink_tokens": 16,
+    "num_recent_tokens": 64,
+    "q_block_size": 64,
+}
+LANDMARK = kvselect.Landmark(**BLOCKS, attention="residual")
+STINGY = kvselect.Landmark(**BLOCKS, positions="stingy")
+ACTQKV = kvselect.ActQKV(**BLOCKS, layer_budget="fixed")
 DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
@@ -114,8 +124,20 @@ def test_a_budget_that_covers_everything_equals_vllm() -> None:
         kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
         kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
         QUEST,
+        LANDMARK,
+        STINGY,
+        ACTQKV,
     ],
-    ids=["original", "compact", "layer-exact", "streaming", "quest"],
+    ids=[
+        "original",
+        "compact",
+        "layer-exact",
+        "streaming",
+        "quest",
+        "landmark",
+        "stingy",
+        "actqkv",
+    ],
 )
 def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     with engine(policy) as running:

@@ -14,7 +14,7 @@ from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
 from kvselect.engine_block_statistics import require_whole_blocks
 from kvselect.engine_cache import require_page_block_size, sketch_share
 from kvselect.ops import build_info
-from kvselect.policies import Dense, Quest, StreamingLLM, TokenSelect
+from kvselect.policies import ActQKV, Dense, Landmark, Quest, StreamingLLM, TokenSelect
 from kvselect.policies.base import Policy, policy_from_dict
 from kvselect.policies.block_policy import BlockPolicy
 
@@ -38,7 +38,7 @@ __all__ = [
 POLICY_VARIABLE = "KVSELECT_VLLM_POLICY"
 ADDITIONAL_CONFIG_KEY = "kvselect"
 
-SERVED = (TokenSelect, StreamingLLM, Quest, Dense)
+SERVED = (TokenSelect, StreamingLLM, Quest, Landmark, ActQKV, Dense)
 
 # Their attention rotates queries and keys by the model's one table, in every layer, as the last
 # thing before attention: what is rotated back here is what they had before.
@@ -97,7 +97,7 @@ def require_servable(policy: Policy) -> None:
     """
     names = " or ".join(served.__name__ for served in SERVED)
     require(type(policy) in SERVED, "policy", type(policy).__name__, f"{names} under vLLM")
-    remembered = {"num_segments": None, "layer_budget": "fixed"}
+    remembered = {"num_segments": None, "layer_budget": "fixed", "probe_statistics": "window"}
     for name, off in remembered.items():
         value = getattr(policy, name, off)
         allowed = f"{off!r} under vLLM (what is remembered between steps is not kept by its blocks)"
@@ -153,6 +153,8 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
         size, heads = facts.tensor_parallel_size, facts.num_kv_heads
         allowed = f"at most {heads}, the model's KV heads (each selects by all of its queries)"
         require(size <= heads, "tensor_parallel_size", size, allowed)
+    reason, ranks = policy.needs_all_heads, facts.tensor_parallel_size
+    require(reason is None or ranks == 1, "tensor_parallel_size", ranks, f"1 ({reason})")
     threshold = getattr(policy, "similarity_threshold", None)
     if policy.joins_heads and facts.tensor_parallel_size > 1:
         allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
