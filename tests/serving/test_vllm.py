@@ -51,10 +51,12 @@ def expected(policy: Policy) -> list[list[int]]:
 # ---- vLLM is where we think it is
 
 
+@pytest.mark.quick
 def test_this_version_was_tested() -> None:
     assert shim.version() in shim.TESTED_VERSIONS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", shim.PLACES)
 def test_every_name_is_there(name: str) -> None:
     if name in shim.NOT_IN.get(shim.version(), ()):
@@ -64,6 +66,7 @@ def test_every_name_is_there(name: str) -> None:
     assert getattr(shim, name) is not None
 
 
+@pytest.mark.quick
 def test_what_we_override_takes_what_we_think() -> None:
     def arguments(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)[1:]
@@ -95,6 +98,7 @@ def test_what_we_override_takes_what_we_think() -> None:
     assert {"num_reqs", "query_start_loc_cpu", "is_prefilling"} <= set(common.__dataclass_fields__)
 
 
+@pytest.mark.quick
 def test_the_entry_point_is_found() -> None:
     from importlib.metadata import entry_points
 
@@ -105,6 +109,7 @@ def test_the_entry_point_is_found() -> None:
 # ---- the same tokens
 
 
+@pytest.mark.quick
 def test_a_budget_that_covers_everything_equals_vllm() -> None:
     with engine(None) as running:
         assert all(layer._policy is None for layer in running.layers)
@@ -119,11 +124,11 @@ def test_a_budget_that_covers_everything_equals_vllm() -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        ORIGINAL,
+        pytest.param(ORIGINAL, marks=pytest.mark.quick),
         COMPACT,
         kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
         kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
-        QUEST,
+        pytest.param(QUEST, marks=pytest.mark.quick),
         LANDMARK,
         STINGY,
         ACTQKV,
@@ -151,7 +156,11 @@ def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     assert got == expected(policy)
 
 
-@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["tokens", "quest"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(UNCUT, marks=pytest.mark.quick), QUEST],
+    ids=["tokens", "quest"],
+)
 def test_chunked_prefill_among_decoding_requests(policy: Policy) -> None:
     with engine(policy, max_num_batched_tokens=192, max_num_seqs=6) as running:
         assert running.generate(ASKED) == expected(policy)
@@ -179,6 +188,7 @@ def test_where_a_prompt_is_cut_changes_nothing() -> None:
     assert (whole - cut).abs().max() < 2e-4
 
 
+@pytest.mark.quick
 def test_preempted_requests_start_again() -> None:
     with engine(UNCUT, num_gpu_blocks_override=22, max_model_len=1024) as running:
         preempted = 0
@@ -240,7 +250,11 @@ def test_preempted_requests_select_anew() -> None:
         assert tokens[:exact] == right[:exact], index
 
 
-@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["sketch", "bounds"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(UNCUT, marks=pytest.mark.quick), QUEST],
+    ids=["sketch", "bounds"],
+)
 def test_prefix_hits_find_what_lies_with_their_pages(policy: Policy) -> None:
     long, short = prompts((2047, 700))
     asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
@@ -347,6 +361,7 @@ def test_layers_with_a_window_run_vllms_own(
 # ---- refusals, before anything is served
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -37,6 +37,7 @@ WINDOW = {"sliding_window": 96, "layer_types": ["sliding_attention", "full_atten
 # ---- Triton's backend is what we think it is
 
 
+@pytest.mark.quick
 def test_what_we_override_takes_what_we_think() -> None:
     def arguments(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)[1:]
@@ -58,6 +59,7 @@ def test_what_we_override_takes_what_we_think() -> None:
     assert {name for name in vars(SelectingCudaBackend) if name[0] != "_"} <= offered
 
 
+@pytest.mark.quick
 def test_no_cuda_graph_holds_a_step() -> None:
     assert SelectingCudaBuilder._cudagraph_support is shim.AttentionCGSupport.NEVER
     assert SelectingCudaBackend.forward_includes_kv_cache_update is True
@@ -108,6 +110,7 @@ def test_requests_at_once_equal_attach(
     assert got == attached(policy, ASKED)
 
 
+@pytest.mark.quick
 def test_chunks_hits_and_preemption(cuda: None) -> None:
     asked = prompts((250, 380, 254, 383, 300, 511, 253, 640))
     options: dict[str, Any] = {
@@ -153,6 +156,88 @@ def test_layers_with_a_window_run_tritons(tmp_path: Path) -> None:
             assert (running.generate(asked) != own) == streams
             local, whole = ran(running.layers)
             assert local is None and whole is not None
+
+
+def step_of(work: list[tuple[int, int, list[int], bool]], padding: int) -> tuple[Any, int]:
+    """vLLM's metadata of requests (tokens before, new ones, blocks, of a prompt), and how many new
+    ones there are; ``padding`` requests and tokens more, as its runners have them."""
+    count, num_new = len(work), [new for _, new, _, _ in work]
+    starts = torch.tensor([0, *num_new], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    total = int(starts[-1])
+    starts = torch.cat((starts, starts[-1:].expand(padding)))
+    lengths = [before + new for before, new, _, _ in work]
+    seq_lens = torch.tensor([*lengths, *padding * [0]], dtype=torch.int32)
+    table = torch.zeros(count + padding, 8, dtype=torch.int32)
+    for row, (_, _, blocks, _) in enumerate(work):
+        table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    common = import_module("vllm.v1.attention.backend").CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=seq_lens,
+        num_reqs=count + padding,
+        num_actual_tokens=total + padding,
+        max_query_len=max(num_new),
+        max_seq_len=max(lengths),
+        block_table_tensor=table,
+        slot_mapping=torch.full((total + padding,), -1),
+        is_prefilling=torch.tensor([*(part[3] for part in work), *padding * [False]]),
+    )
+    return common, total
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["heads", "tokens"])
+def test_steps_equal_the_cpu_backends(order: tuple[int, ...], cuda: None) -> None:
+    """Padded steps over blocks of NaN: the same bits as the CPU backend's in its own layout."""
+    from vllm.config import set_current_vllm_config
+
+    from kvselect.integrations.vllm.cpu_backend import SelectingCPUImpl
+
+    num_blocks, size = 16, 128
+    with engine(UNCUT) as running:
+        vllm_config = running.llm.llm_engine.vllm_config
+        layers = vllm_config.compilation_config.static_forward_context
+        name, layer = next(iter(layers.items()))
+        builder = SelectingCudaBuilder(
+            layer.get_kv_cache_spec(vllm_config), [name], vllm_config, torch.device("cpu")
+        )
+        sizes = layer.num_heads, layer.head_size, layer.impl.scale, layer.num_kv_heads
+        with set_current_vllm_config(vllm_config):
+            ours = Impl(*sizes, None, None, "auto")
+            other = SelectingCPUImpl(*sizes, None, None, "auto")
+        shape = (num_blocks, layer.num_kv_heads, size, 2 * layer.head_size)
+        back = tuple(order.index(dim) for dim in range(4))
+        laid_out = torch.full(tuple(shape[dim] for dim in order), torch.nan).permute(back)
+        blocks = torch.full(shape, torch.nan)
+        generator = torch.Generator().manual_seed(0)
+        for work in (
+            [(0, 200, [3, 9], True), (0, 300, [7, 1, 12], True)],
+            [(300, 1, [7, 1, 12], False), (200, 130, [3, 9, 5], True)],  # a chunk beside a step
+            [(256, 60, [3, 9, 4], True), (301, 1, [7, 1, 12], False), (330, 1, [3, 9, 5], False)],
+            [(331, 1, [3, 9, 5], False), (316, 1, [3, 9, 4], False), (302, 3, [7, 1, 12], False)],
+        ):
+            common, total = step_of(work, padding=3)
+            metadata = builder.build(0, common)
+            parts = [
+                torch.randn(total + 3, heads, layer.head_size, generator=generator)
+                for heads in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
+            ]
+            for part in parts:
+                part[total:] = torch.nan
+            q, k, v = parts
+            out, wanted = torch.full_like(q, -7.0), torch.full_like(q, -7.0)
+            assert ours.forward(layer, q, k, v, laid_out, metadata, output=out) is out
+            other.store(metadata.step, k, v, blocks)
+            other.attend(q, blocks, metadata, wanted)
+            assert torch.equal(out, wanted) and (out[total:] == -7.0).all()
+            assert out[:total].isfinite().all()
+        counts = ours._served.state.decode
+        assert 0 < counts.tokens_attended < counts.tokens_visible
+        message = r"^output_scale: got 'a tensor', allowed: None under kvselect"
+        with pytest.raises(ValueError, match=message):
+            ours.forward(layer, q, k, v, laid_out, metadata, out, torch.ones(1))
+        warm = ours.forward(layer, q, k, v, laid_out, None, output=out)
+        assert not warm.any()
 
 
 def test_custom_without_a_policy_is_refused(cuda: None) -> None:
@@ -208,6 +293,7 @@ def picked(
     return shim.class_of(path)
 
 
+@pytest.mark.quick
 def test_the_user_picks_it(platform: Any) -> None:
     found = picked(platform, UNCUT, {"backend": "CUSTOM"})
     assert found is SelectingCudaBackend and found.get_impl_cls() is SelectingCudaImpl
@@ -239,6 +325,7 @@ def test_older_gpus_do_not_fit(platform: Any, monkeypatch: pytest.MonkeyPatch) -
         picked(platform, UNCUT, {"backend": "CUSTOM"})
 
 
+@pytest.mark.quick
 def test_without_a_policy_vllm_picks_its_own(platform: Any) -> None:
     registry = import_module("vllm.v1.attention.backends.registry").AttentionBackendEnum
     own = import_module("vllm.v1.attention.backends.triton_attn").TritonAttentionBackend
@@ -247,6 +334,7 @@ def test_without_a_policy_vllm_picks_its_own(platform: Any) -> None:
     assert picked(platform, None, {}).__module__.startswith("vllm.")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "attention",
     [{}, {"backend": "TRITON_ATTN"}],

@@ -116,8 +116,8 @@ def asked_backend(vllm_config: Any) -> str | None:
 
 
 def platform_name() -> str:
-    """ "cpu", "cuda", "rocm", ..."""
-    return str(import_module("vllm.platforms").current_platform.device_name)
+    """ "cpu", "cuda", "rocm", ...; "" where vLLM found none."""
+    return str(getattr(import_module("vllm.platforms").current_platform, "device_name", ""))
 
 
 def server_facts(vllm_config: Any) -> ServerFacts:
