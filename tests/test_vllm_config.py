@@ -173,7 +173,9 @@ def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
 
 def test_drafts_without_layers_of_their_own() -> None:
     drafts = {"speculative_method": "ngram", "num_speculative_tokens": 15}
-    for policy in (POLICY, kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest()):
+    act_qkv = kvselect.ActQKV(layer_budget="fixed")
+    others = (kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest(), kvselect.Landmark())
+    for policy in (POLICY, act_qkv, *others):
         require_server(policy, ServerFacts(**SERVER | drafts))
 
 

@@ -357,6 +357,9 @@ def test_others_stay_what_they_are_beside_it(platform: Any) -> None:
     )
     with set_current_vllm_config(asked):
         found = registry.FLASH_ATTN.get_class()
+        message = r"^attention backend: got 'FLASH_ATTN_DIFFKV', allowed: CUSTOM with a policy"
+        with pytest.raises(ValueError, match=message):  # which a model picks by itself
+            registry.FLASH_ATTN_DIFFKV.get_class()
     assert found.__module__ == "vllm.v1.attention.backends.flash_attn"
 
 

@@ -2,7 +2,8 @@
 
 vLLM finds a backend by the path of its class. The plug-in registers ``kvselect.integrations.vllm.
 cuda_choice.<name>``, so that a policy is not ignored in silence where another backend is picked.
-Without a policy, and beside ``CUSTOM``, the class is vLLM's own, untouched.
+Without a policy the class is vLLM's own, untouched; so are those of `BESIDE_CUSTOM` where the user
+picked ours.
 """
 
 from __future__ import annotations
@@ -13,6 +14,11 @@ from kvselect.checks import require
 from kvselect.integrations.vllm import shim
 from kvselect.integrations.vllm.config import configured_policy
 
+BESIDE_CUSTOM = ("FLASH_ATTN", "TRITON_ATTN", "FLASHINFER")
+"""For vision towers and for layers of other kinds. Models that pick one of the others themselves,
+as some do whose values are narrower than their keys, would have no layer that selects.
+"""
+
 
 def __getattr__(name: str) -> Any:
     path = None if name.startswith("__") else shim.backend_path(name)
@@ -21,7 +27,8 @@ def __getattr__(name: str) -> Any:
     vllm_config = shim.get_current_vllm_config_or_none()
     if vllm_config is not None:
         policy = configured_policy(additional_config=vllm_config.additional_config)
-        fits = policy is None or shim.asked_backend(vllm_config) == "CUSTOM"
+        beside = name in BESIDE_CUSTOM and shim.asked_backend(vllm_config) == "CUSTOM"
+        fits = policy is None or beside
         allowed = "CUSTOM with a policy of kvselect (--attention-backend CUSTOM)"
         require(fits, "attention backend", name, allowed)
     return shim.class_of(path)
