@@ -21,7 +21,7 @@ ifneq ($(VENV),)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 endif
 
-.PHONY: demo test test-long test-matrix test-vllm models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
+.PHONY: demo test test-long test-matrix test-vllm test-vllm-quick models bench lint style types format cpp-test cuda-check isa-check qemu-check wheel clean distclean
 
 demo: build/.built-$(KIND)
 	$(PY) -m kvselect demo
@@ -50,6 +50,11 @@ VLLM_VENV = build/vllm-venv-$(VLLM)
 test-vllm: $(VLLM_VENV)/.installed
 	cd tests/serving && for file in test_*.py; do \
 	    timeout 900 ../../$(VLLM_VENV)/bin/python -m pytest -q $$file || exit 1; done
+
+# The part of it that CI has time for, once the environment is there.
+test-vllm-quick: $(VLLM_VENV)/.installed
+	cd tests/serving && for file in test_vllm.py test_vllm_cuda.py; do \
+	    timeout 300 ../../$(VLLM_VENV)/bin/python -m pytest -q -m quick $$file || exit 1; done
 
 $(VLLM_VENV)/.ready: tests/serving/vllm_environment.py
 	$(PYTHON) tests/serving/vllm_environment.py $(VLLM_VENV) --vllm $(VLLM) --torch $(VLLM_TORCH)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvselect import ops  # noqa: F401  registers torch.ops.kvselect
+from kvselect.block_statistics import rows_of_pages
 from kvselect.checks import HEAD_DIMS
 from kvselect.sketch import op_format
 
@@ -94,6 +95,7 @@ def soft_votes(
     num_blocks: int,
     *,
     scale: float,
+    block_table: Tensor | None = None,
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
@@ -103,10 +105,13 @@ def soft_votes(
     ----------
     q : Tensor, [batch, n, num_q_heads, width], dtype of ``table``
     table : Tensor, [batch, num_kv_heads, at least num_blocks, width], contiguous
+        With a ``block_table``, pages of it: [num_pages, num_kv_heads, blocks of a page, width].
     num_visible : Tensor, [batch, n], int32
         Blocks that the softmax goes over, the first ones.
     num_blocks : int
         At least the largest of them.
+    block_table : Tensor, [batch, max_num_pages], int32, or None
+        Pages of each row.
     scale, softcap, sink_logits
         As `Queries` has them.
 
@@ -122,6 +127,8 @@ def soft_votes(
     """
     batch, n, _, width = q.shape
     if width not in HEAD_DIMS:
+        if block_table is not None:
+            table = rows_of_pages(table, block_table)
         logits = block_logits(q, table[:, :, :num_blocks], scale, softcap)
         beyond = torch.arange(num_blocks, device=q.device) >= num_visible[:, None, :, None, None]
         finite = logits.isfinite() & ~beyond
@@ -131,12 +138,13 @@ def soft_votes(
             lse = lse.logaddexp(sink_logits.view(1, table.shape[1], 1, -1, 1))
         weights = (kept - lse.nan_to_num(neginf=0.0)).exp().where(finite, torch.nan)
         return weights.masked_fill(beyond, 0.0).sum(3).transpose(1, 2)
-    rows = torch.arange(batch, dtype=torch.int32, device=q.device)
+    if block_table is None:
+        block_table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
     scores, _, _ = torch.ops.kvselect.score_tokens.default(
         q.flatten(0, 1)[:, None, None].contiguous(),
         None,
         table.transpose(1, 2),
-        rows.repeat_interleave(n)[:, None],
+        block_table.repeat_interleave(n, 0) if n > 1 else block_table,
         num_visible.flatten().contiguous(),
         None,
         None,

@@ -18,7 +18,7 @@ from kvselect.fixed_cache import FixedKVCache
 from kvselect.storage import grown
 from kvselect.tiered_cache import TieredKVCache
 
-__all__ = ["KINDS", "BlockStatistics"]
+__all__ = ["KINDS", "BlockStatistics", "rows_of_pages"]
 
 KINDS = ("min_max", "moments", "mean_value", "unit_mean")
 _TOKENS_AT_ONCE = 8192  # of a row whose keys are gathered: bounds what a long prompt takes
@@ -96,6 +96,11 @@ class BlockStatistics:
         NaN where a block has no finite key; as in the others, anything beyond the end of a row.
         """
         return self._table("min_max")
+
+    @property
+    def min_max_pages(self) -> tuple[Tensor, Tensor | None]:
+        """The same where it lies, and the pages of each row: as `soft_votes` takes them."""
+        return self.min_max, None
 
     @property
     def moments(self) -> Tensor:
@@ -386,6 +391,14 @@ def _keys_of(cache: KVCache, num_blocks: int) -> AbstractContextManager[None]:
     """
     absent = isinstance(cache, TieredKVCache) and not cache.has_whole_rows
     return cache.whole_rows() if num_blocks > 1 and absent else nullcontext()
+
+
+def rows_of_pages(pages: Tensor, block_table: Tensor) -> Tensor:
+    """``pages`` [num_pages, num_kv_heads, blocks of a page, width] of the rows of ``block_table``
+    [batch, n], as [batch, num_kv_heads, n times as many blocks, width].
+    """
+    found = pages[block_table.clamp(min=0).long()]
+    return found.transpose(1, 2).flatten(2, 3).contiguous()
 
 
 def stored(pages: Tensor, block_table: Tensor | None, position: Tensor, there: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvselect.block_statistics import BlockStatistics
+from kvselect.block_statistics import BlockStatistics, rows_of_pages
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.engine_cache import EngineKVCache
@@ -39,7 +39,8 @@ class EngineBlockStatistics(BlockStatistics):
 
     Notes
     -----
-    A step gathers the blocks of its rows, once; the tables are a small part of the keys.
+    A step reads bounds where they lie, and gathers once what it needs of the other tables of its
+    rows: which tokens count, a byte each, and moments and means where a policy has them.
     """
 
     def __init__(self, block_size: int, kinds: tuple[str, ...], cache: EngineKVCache) -> None:
@@ -85,19 +86,25 @@ class EngineBlockStatistics(BlockStatistics):
         values = values.transpose(1, 2)[there].to(self._in_pages[name].dtype)
         self._in_pages[name][page[there], :, slot[there]] = values
 
+    @property
+    def min_max_pages(self) -> tuple[Tensor, Tensor | None]:
+        """Read where they lie: bounds are most of what a step would gather."""
+        return self._in_pages["min_max"], self._pages_of_rows()
+
     def _table(self, name: str) -> Tensor:
         """Of the rows that are served; gathered once."""
         cache = self._cache_of_pages
         if self._rows_seen != cache.version:
             self._rows_seen, self._tables = cache.version, {}
         if name not in self._tables:
-            table = cache.block_table
-            assert table is not None
-            num_pages = -(-cache.max_seqlen // (self._per_page * self._block_size))
-            page = table[:, :num_pages].clamp(min=0).long()
-            found = self._in_pages[name][page].transpose(1, 2).flatten(2, 3)
-            self._tables[name] = found.contiguous()
+            self._tables[name] = rows_of_pages(self._in_pages[name], self._pages_of_rows())
         return self._tables[name]
+
+    def _pages_of_rows(self) -> Tensor:
+        cache = self._cache_of_pages
+        assert cache.block_table is not None
+        num_pages = -(-cache.max_seqlen // (self._per_page * self._block_size))
+        return cache.block_table[:, :num_pages]
 
 
 def require_whole_blocks(page_block_size: int, block_size: int) -> None:

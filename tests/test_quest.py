@@ -229,6 +229,24 @@ def test_heads_whose_bounds_no_scan_takes_are_scored_alike(dim: int) -> None:
         assert not votes[1, 0, :, 12:].any()
 
 
+@pytest.mark.parametrize("width", [128, 135], ids=["scan", "torch"])
+def test_bounds_are_read_by_pages(width: int) -> None:
+    """The same bits as of a gathered table; pages that are nobody's hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    in_pages = torch.randn(9, HEADS, 8, width, generator=generator)
+    in_pages[0] = torch.nan
+    rows = torch.tensor([[3, 8, 1], [5, -1, -1]], dtype=torch.int32)
+    q = torch.randn(2, 2, 2 * HEADS, width, generator=generator)
+    visible = torch.tensor([[19, 20], [7, 8]], dtype=torch.int32)
+    table = torch.zeros(2, HEADS, 24, width)
+    for row, pages in enumerate(((3, 8, 1), (5,))):
+        for place, page in enumerate(pages):
+            table[row, :, 8 * place : 8 * place + 8] = in_pages[page]
+    wanted = soft_votes(q, table, visible, 20, scale=0.1)
+    votes = soft_votes(q, in_pages, visible, 20, scale=0.1, block_table=rows)
+    assert torch.equal(votes, wanted) and votes.isfinite().all()
+
+
 def test_on_a_wide_head_by_torch() -> None:
     policy = Quest(token_budget=64)
     q, cache = filled((300,), dim=160)

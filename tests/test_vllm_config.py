@@ -13,7 +13,7 @@ import torch
 
 import kvselect
 from kvselect.engine_cache import sketch_share
-from kvselect.integrations.vllm import plugin, shim
+from kvselect.integrations.vllm import config, plugin, shim
 from kvselect.integrations.vllm.config import (
     LayerFacts,
     ServerFacts,
@@ -25,6 +25,7 @@ from kvselect.integrations.vllm.config import (
     require_attention,
     require_layer,
     require_memory,
+    require_policy,
     require_server,
 )
 from kvselect.policies.base import Policy
@@ -50,6 +51,7 @@ SERVER: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "num_kv_heads": 2,
     "num_layers": 4,
+    "num_ubatches": 1,
 }
 
 
@@ -95,6 +97,11 @@ def test_the_variable_is_read_from_the_process(monkeypatch: pytest.MonkeyPatch) 
             '{"policy": "TokenSelect", "layer_budget": "entropy_pool"}',
             r"^layer_budget: got 'entropy_pool', allowed: 'fixed' under vLLM",
         ),
+        ('{"policy": "ActQKV"}', r"^layer_budget: got 'entropy_pool', allowed: 'fixed' under vLLM"),
+        (
+            '{"policy": "ActQKV", "layer_budget": "fixed", "probe_statistics": "running"}',
+            r"^probe_statistics: got 'running', allowed: 'window' under vLLM \(what is remembered",
+        ),
     ],
 )
 def test_what_is_no_policy_of_a_server(text: str, message: str) -> None:
@@ -139,12 +146,23 @@ def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
         ),
         ({"kv_connector": "LMCache"}, r"^kv_connector: got 'LMCache', allowed: None"),
         ({"context_parallel_size": 2}, r"^context_parallel_size: got 2, allowed: 1"),
+        ({"num_ubatches": 2}, r"^ubatches: got 2, allowed: 1 under kvselect \(no --enable-dbo"),
         ({"tensor_parallel_size": 4}, r"^tensor_parallel_size: got 4, allowed: at most 2, the mo"),
     ],
 )
 def test_a_server_that_cannot(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         require_server(POLICY, ServerFacts(**SERVER | change))
+
+
+def test_what_ranks_cannot_decide_together() -> None:
+    policy = kvselect.Landmark(scope="layer")
+    require_server(policy, ServerFacts(**SERVER | {"tensor_parallel_size": 1}))
+    message = (
+        r"^tensor_parallel_size: got 2, allowed: 1 \(scope='layer' takes maxima over all heads"
+    )
+    with pytest.raises(ValueError, match=message):
+        require_server(policy, ServerFacts(**SERVER))
 
 
 def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
@@ -155,7 +173,9 @@ def test_ranks_that_share_a_kv_head_may_attend_by_no_query() -> None:
 
 def test_drafts_without_layers_of_their_own() -> None:
     drafts = {"speculative_method": "ngram", "num_speculative_tokens": 15}
-    for policy in (POLICY, kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest()):
+    act_qkv = kvselect.ActQKV(layer_budget="fixed")
+    others = (kvselect.Dense(), kvselect.StreamingLLM(), kvselect.Quest(), kvselect.Landmark())
+    for policy in (POLICY, act_qkv, *others):
         require_server(policy, ServerFacts(**SERVER | drafts))
 
 
@@ -235,22 +255,35 @@ def test_memory_is_asked_for_before_it_is_taken() -> None:
 def test_every_rank_of_a_machine_takes_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=100, available=70))
     monkeypatch.setitem(sys.modules, "psutil", psutil)  # vLLM brings it
-    assert shim.available_bytes() == 70
+    assert shim.available_bytes("cpu") == 70
     cache = SimpleNamespace(
         kv_cache_memory_bytes=8, num_gpu_blocks_override=None, num_gpu_blocks=None
     )
     ranks = SimpleNamespace(local_world_size=2)
     vllm_config = SimpleNamespace(cache_config=cache, parallel_config=ranks)
-    assert shim.asked_cache_bytes(vllm_config) == 16
+    assert shim.asked_cache_bytes(vllm_config, "cpu") == 16
+    assert shim.asked_cache_bytes(vllm_config, "cuda") == 8  # each rank has a GPU
     cache.kv_cache_memory_bytes = None  # a share of memory: known when weights have theirs
-    assert shim.asked_cache_bytes(vllm_config) is None
+    assert shim.asked_cache_bytes(vllm_config, "cpu") is None
     cache.kv_cache_memory_bytes, cache.num_gpu_blocks_override = 8, 5
-    assert shim.asked_cache_bytes(vllm_config) is None
+    assert shim.asked_cache_bytes(vllm_config, "cpu") is None
     spec = SimpleNamespace(page_size_bytes=10)
+    assert shim.allocated_cache_bytes(vllm_config, spec, 3, "cuda") is None  # vLLM measures
     with pytest.raises(ValueError, match=r"^num_gpu_blocks: got None, allowed: an int, before"):
-        shim.allocated_cache_bytes(vllm_config, spec, 3)
+        shim.allocated_cache_bytes(vllm_config, spec, 3, "cpu")
     cache.num_gpu_blocks = 5
-    assert shim.allocated_cache_bytes(vllm_config, spec, 3) == 5 * 10 * 3 * 2
+    assert shim.allocated_cache_bytes(vllm_config, spec, 3, "cpu") == 5 * 10 * 3 * 2
+    assert shim.allocated_cache_bytes(vllm_config, spec, 3, "cuda") == 5 * 10 * 3
+
+
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (50, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 4)
+    assert shim.available_bytes("cuda") == 53
+    message = r"^KV cache \(--gpu-memory-utilization\): got '0.00 GiB', allowed: at most 0.00 GiB"
+    with pytest.raises(ValueError, match=message):
+        require_memory(50, 5, 53, "cuda")
 
 
 def test_a_step_without_its_layer_is_no_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,9 +316,13 @@ class Platform:
 
     def __init__(self, patch: pytest.MonkeyPatch, kind: str) -> None:
         self.overrides: list[dict[str, str]] = []
-        patch.setattr(shim, "is_cpu_platform", lambda: kind == "cpu")
         patch.setattr(shim, "platform_name", lambda: kind)
-        patch.setattr(shim, "override_backends", self.overrides.append)
+        patch.setattr(shim, "vllm_backends", lambda: ["FLASH_ATTN"])
+        patch.setattr(shim, "override_backends", self.override)
+
+    def override(self, class_paths: dict[str, str], *, keep_others: bool = False) -> None:
+        self.overrides.append(class_paths)
+        self.keep_others = keep_others
 
 
 def test_the_plug_in_registers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,17 +330,89 @@ def test_the_plug_in_registers_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> No
     platform = Platform(monkeypatch, "cpu")
     plugin.register()
     plugin.register()
-    assert platform.overrides == [plugin.BACKENDS] * 2
+    assert platform.overrides == [plugin.CPU_BACKENDS] * 2
+
+
+def test_the_plug_in_registers_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVSELECT_VLLM_POLICY", raising=False)
+    platform = Platform(monkeypatch, "cuda")
+    wanted = {
+        "CUSTOM": "kvselect.integrations.vllm.cuda_backend.SelectingCudaBackend",
+        "FLASH_ATTN": "kvselect.integrations.vllm.cuda_choice.FLASH_ATTN",
+    }
+    plugin.register()  # additional_config may name a policy
+    assert platform.overrides == [wanted] and platform.keep_others
+    monkeypatch.setenv("KVSELECT_VLLM_POLICY", '{"policy": "Dense"}')
+    with_cuda = {"cuda_loaded": True, "cuda_archs": ["90a"], "torch": "2.13.0"}
+    monkeypatch.setattr(config, "build_info", lambda: with_cuda)
+    plugin.register()
+    assert platform.overrides == [wanted] * 2 and not platform.keep_others
+
+
+@pytest.mark.parametrize(
+    ("archs", "got"), [([], "none"), (["90a"], "one that torch 2.13.0 does not load")]
+)
+def test_the_plug_in_without_cuda_kernels(
+    archs: list[str], got: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = Platform(monkeypatch, "cuda")
+    without = {"cuda_loaded": False, "cuda_archs": archs, "torch": "2.13.0"}
+    monkeypatch.setattr(config, "build_info", lambda: without)
+    monkeypatch.setenv("KVSELECT_VLLM_POLICY", '{"policy": "Dense"}')
+    message = (
+        rf"^kvselect's CUDA module: got '{got}', allowed: one beside a torch with CUDA \(build"
+    )
+    with pytest.raises(ValueError, match=message):
+        plugin.register()
+    assert platform.overrides == []
 
 
 def test_the_plug_in_on_another_platform(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVSELECT_VLLM_POLICY", raising=False)
-    platform = Platform(monkeypatch, "cuda")
+    platform = Platform(monkeypatch, "rocm")
     plugin.register()
     assert platform.overrides == []
     monkeypatch.setenv("KVSELECT_VLLM_POLICY", '{"policy": "Dense"}')
-    with pytest.raises(ValueError, match=r"^vLLM platform: got 'cuda', allowed: cpu with KVSELECT"):
+    with pytest.raises(
+        ValueError, match=r"^vLLM platform: got 'rocm', allowed: cpu or cuda with K"
+    ):
         plugin.register()
+
+
+def test_custom_is_for_a_policy() -> None:
+    require_policy(POLICY)
+    message = (
+        r"^policy: got None, allowed: one \(KVSELECT_VLLM_POLICY, or additional_config\) with -"
+    )
+    with pytest.raises(ValueError, match=message):
+        require_policy(None)
+
+
+def test_lengths_are_read_where_nobody_waits() -> None:
+    class OnDevice:
+        device = torch.device("cuda")
+
+        def __getitem__(self, part: slice) -> torch.Tensor:
+            return torch.tensor([9, 8, 0])[part]
+
+    bound = torch.tensor([9, 10, 0])
+    common = SimpleNamespace(seq_lens=OnDevice(), seq_lens_cpu_upper_bound=bound, num_reqs=2)
+    assert shim.host_seq_lens(common, has_drafts=False) == [9, 10]
+    assert shim.host_seq_lens(common, has_drafts=True) == [9, 8]  # one draft was rejected
+    common.seq_lens_cpu_upper_bound = None
+    assert shim.host_seq_lens(common, has_drafts=False) == [9, 8]
+    common.seq_lens, common.seq_lens_cpu_upper_bound = torch.tensor([7, 6]), bound
+    assert shim.host_seq_lens(common, has_drafts=False) == [7, 6]
+
+
+def test_votes_are_summed_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(world_size=2, cpu_group="gloo", device_group="nccl")
+    place = SimpleNamespace(get_tp_group=lambda: group)
+    monkeypatch.setitem(sys.modules, shim.PLACES["get_tp_group"], place)
+    assert shim.tensor_parallel_group("cpu") == "gloo"
+    assert shim.tensor_parallel_group("cuda") == "nccl"
+    group.world_size = 1
+    assert shim.tensor_parallel_group("cuda") is None
 
 
 def test_the_plug_in_refuses_an_unknown_policy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +438,28 @@ def test_backends_that_a_release_does_without(monkeypatch: pytest.MonkeyPatch) -
         ImportError, match=r"^vllm: got 0.33.0 without the backend AMX_MLA, allowed"
     ):
         shim.override_backends({"AMX_MLA": "ours too"})
+
+
+def test_backends_that_somebody_else_registered_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[str] = []
+    taken = {"A": None, "B": "kvselect.b", "C": "other.c"}
+    members = {
+        name: SimpleNamespace(
+            name=name,
+            is_overridden=lambda path=path: path is not None,
+            get_path=lambda path=path: path,
+        )
+        for name, path in taken.items()
+    }
+    registry = SimpleNamespace(
+        AttentionBackendEnum=SimpleNamespace(__members__=members),
+        register_backend=lambda what, path: registered.append(what.name),
+    )
+    monkeypatch.setitem(sys.modules, shim.PLACES["register_backend"], registry)
+    shim.override_backends(dict.fromkeys("ABC", "kvselect.ours"), keep_others=True)
+    assert registered == ["A", "B"]
+    shim.override_backends(dict.fromkeys("ABC", "kvselect.ours"))
+    assert registered == ["A", "B", "A", "B", "C"]
 
 
 def test_a_vllm_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

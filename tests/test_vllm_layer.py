@@ -119,11 +119,29 @@ class Server:
         assert (out[starts[-1] :] == -7.0).all()
 
 
+BLOCKS: dict[str, Any] = {
+    "topk_blocks": 3,
+    "block_size": 16,
+    "num_sink_tokens": 16,
+    "num_recent_tokens": 64,
+    "q_block_size": 32,
+}
 POLICIES = {
     "original": kvselect.TokenSelect(**SMALL),
     "exact": kvselect.TokenSelect(**SMALL, sketch=None),
     "layer": kvselect.TokenSelect(**SMALL, scope="layer"),
     "quest": kvselect.Quest(token_budget=96, page_size=16, dense_layers=()),
+    "landmark": kvselect.Landmark(**BLOCKS),
+    "landmark residual": kvselect.Landmark(**BLOCKS, attention="residual", scope="layer", order=1),
+    "landmark stingy": kvselect.Landmark(**BLOCKS, positions="stingy"),
+    "actqkv": kvselect.ActQKV(**BLOCKS, layer_budget="fixed"),
+    "actqkv compact": kvselect.ActQKV(
+        **BLOCKS,
+        layer_budget="fixed",
+        positions="compact",
+        scope="kv_head",
+        question_weight=4.0,
+    ),
     "compact": kvselect.TokenSelect(**SMALL, positions="compact", q_block_size=64, max_age=1),
     "streaming": kvselect.StreamingLLM(num_recent_tokens=64, q_block_size=64),
     "dense": kvselect.Dense(),
@@ -140,6 +158,10 @@ def test_mixed_steps(name: str) -> None:
     server.step([(a, 1), (d, 100), (b, 1), (c, 130)], (c,))  # decoding rows apart from each other
     for _ in range(4):
         server.step([(d, 1), (a, 1), (b, 1), (c, 1)])
+    if name != "dense":
+        for counts in (server.layer.state.decode, server.layer.state.prefill):
+            selects = counts is server.layer.state.decode or name != "quest"
+            assert (counts.tokens_attended < counts.tokens_visible) == selects
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -214,8 +236,9 @@ def test_a_short_request_beside_a_long_one_stays_dense() -> None:
     assert server.layer.state.decode.tokens_attended > 301 * KV_HEADS
 
 
-def test_blocks_shared_within_a_step() -> None:
-    policy = POLICIES["original"]
+@pytest.mark.parametrize("name", ["original", "landmark residual", "actqkv"])
+def test_blocks_shared_within_a_step(name: str) -> None:
+    policy = POLICIES[name]
     server = Server(policy)
     first, second = Request(policy, 1), Request(policy, 1)
     q, k, v = first.tokens(256)

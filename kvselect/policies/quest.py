@@ -99,12 +99,14 @@ class Quest(BlockPolicy):
             statistics.record_dense(visible)
             return None
         windows = query_windows(queries, cache, self.page_size, 1)
+        bounds, block_table = state.blocks.min_max_pages
         votes = soft_votes(
             signed_parts(queries.q),
-            state.blocks.min_max,
+            bounds,
             windows.first_block,
             -(-queries.max_seqlen // self.page_size),
             scale=queries.softmax_scale,
+            block_table=block_table,
             softcap=queries.softcap,
             sink_logits=queries.sink_logits,
         )

@@ -15,8 +15,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-import transformers
-from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts
+from vllm_engine import NEW_TOKENS, SMALL, attached, engine, greedy, prompts, stored
 
 import kvselect
 from kvselect.eval.checkpoint import embedded_model_path
@@ -31,6 +30,16 @@ COMPACT = kvselect.TokenSelect(**SMALL, positions="compact")
 UNCUT = kvselect.TokenSelect(**SMALL, dense_prefill=True)
 REUSING = kvselect.TokenSelect(**SMALL, dense_prefill=True, similarity_threshold=0.6, max_age=6)
 QUEST = kvselect.Quest(token_budget=224, dense_layers=())  # prefill is dense
+BLOCKS: dict[str, Any] = {
+    "topk_blocks": 6,
+    "block_size": 16,
+    "num_sink_tokens": 16,
+    "num_recent_tokens": 64,
+    "q_block_size": 64,
+}
+LANDMARK = kvselect.Landmark(**BLOCKS, attention="residual")
+STINGY = kvselect.Landmark(**BLOCKS, positions="stingy")
+ACTQKV = kvselect.ActQKV(**BLOCKS, layer_budget="fixed")
 DENSE_THEN_COMPACT = kvselect.TokenSelect(**SMALL, dense_prefill=True, positions="compact")
 
 
@@ -42,10 +51,12 @@ def expected(policy: Policy) -> list[list[int]]:
 # ---- vLLM is where we think it is
 
 
+@pytest.mark.quick
 def test_this_version_was_tested() -> None:
     assert shim.version() in shim.TESTED_VERSIONS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", shim.PLACES)
 def test_every_name_is_there(name: str) -> None:
     if name in shim.NOT_IN.get(shim.version(), ()):
@@ -55,6 +66,7 @@ def test_every_name_is_there(name: str) -> None:
     assert getattr(shim, name) is not None
 
 
+@pytest.mark.quick
 def test_what_we_override_takes_what_we_think() -> None:
     def arguments(function: Any) -> list[str]:
         return list(inspect.signature(function).parameters)[1:]
@@ -86,6 +98,7 @@ def test_what_we_override_takes_what_we_think() -> None:
     assert {"num_reqs", "query_start_loc_cpu", "is_prefilling"} <= set(common.__dataclass_fields__)
 
 
+@pytest.mark.quick
 def test_the_entry_point_is_found() -> None:
     from importlib.metadata import entry_points
 
@@ -96,6 +109,7 @@ def test_the_entry_point_is_found() -> None:
 # ---- the same tokens
 
 
+@pytest.mark.quick
 def test_a_budget_that_covers_everything_equals_vllm() -> None:
     with engine(None) as running:
         assert all(layer._policy is None for layer in running.layers)
@@ -110,13 +124,25 @@ def test_a_budget_that_covers_everything_equals_vllm() -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        ORIGINAL,
+        pytest.param(ORIGINAL, marks=pytest.mark.quick),
         COMPACT,
         kvselect.TokenSelect(**SMALL, scope="layer", sketch=None, dense_layers=(0,)),
         kvselect.StreamingLLM(num_recent_tokens=160, q_block_size=64),
-        QUEST,
+        pytest.param(QUEST, marks=pytest.mark.quick),
+        LANDMARK,
+        STINGY,
+        ACTQKV,
     ],
-    ids=["original", "compact", "layer-exact", "streaming", "quest"],
+    ids=[
+        "original",
+        "compact",
+        "layer-exact",
+        "streaming",
+        "quest",
+        "landmark",
+        "stingy",
+        "actqkv",
+    ],
 )
 def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     with engine(policy) as running:
@@ -130,7 +156,11 @@ def test_sixteen_requests_at_once_equal_attach(policy: Policy) -> None:
     assert got == expected(policy)
 
 
-@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["tokens", "quest"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(UNCUT, marks=pytest.mark.quick), QUEST],
+    ids=["tokens", "quest"],
+)
 def test_chunked_prefill_among_decoding_requests(policy: Policy) -> None:
     with engine(policy, max_num_batched_tokens=192, max_num_seqs=6) as running:
         assert running.generate(ASKED) == expected(policy)
@@ -158,6 +188,7 @@ def test_where_a_prompt_is_cut_changes_nothing() -> None:
     assert (whole - cut).abs().max() < 2e-4
 
 
+@pytest.mark.quick
 def test_preempted_requests_start_again() -> None:
     with engine(UNCUT, num_gpu_blocks_override=22, max_model_len=1024) as running:
         preempted = 0
@@ -219,7 +250,11 @@ def test_preempted_requests_select_anew() -> None:
         assert tokens[:exact] == right[:exact], index
 
 
-@pytest.mark.parametrize("policy", [UNCUT, QUEST], ids=["sketch", "bounds"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(UNCUT, marks=pytest.mark.quick), QUEST],
+    ids=["sketch", "bounds"],
+)
 def test_prefix_hits_find_what_lies_with_their_pages(policy: Policy) -> None:
     long, short = prompts((2047, 700))
     asked = [long, short, [*long[:1500], *short[-80:]], long, [*short[:513], *long[-9:]]]
@@ -288,29 +323,6 @@ def test_half_precision(dtype: str) -> None:
     assert sum(a == b[:3] for a, b in zip(found[ORIGINAL], exact)) >= len(exact) - 1
 
 
-def stored(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Options of an engine over random weights of this architecture."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 1024,
-        "initializer_range": 0.2,  # logits far apart: what is attended to decides
-        "tie_word_embeddings": False,
-    }
-    torch.manual_seed(0)
-    made = getattr(transformers, f"{family}TextConfig", None)
-    made = (made or getattr(transformers, f"{family}Config"))(**sizes | config)
-    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | config))  # what it did not know too
-    return {"model": str(folder), "hf_overrides": {}, "max_model_len": 1024}
-
-
 WINDOW = {"sliding_window": 96}
 CHUNKS = {
     "intermediate_size_mlp": 128,
@@ -349,6 +361,7 @@ def test_layers_with_a_window_run_vllms_own(
 # ---- refusals, before anything is served
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import kvselect
 from kvselect.eval.checkpoint import embedded_model_path, load_checkpoint
@@ -131,6 +134,29 @@ def attached(
             if hits is not None:
                 hits.append(_hits(handle) - before)
     return found
+
+
+def stored(folder: Path, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Options of an engine over random weights of this architecture."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,  # logits far apart: what is attended to decides
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    made = getattr(transformers, f"{family}TextConfig", None)
+    made = (made or getattr(transformers, f"{family}Config"))(**sizes | config)
+    getattr(transformers, f"{family}ForCausalLM")(made).save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))  # what it did not know too
+    return {"model": str(folder), "hf_overrides": {}, "max_model_len": 1024}
 
 
 def _hits(handle: Any) -> int:

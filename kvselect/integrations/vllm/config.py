@@ -13,7 +13,8 @@ import torch
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
 from kvselect.engine_block_statistics import require_whole_blocks
 from kvselect.engine_cache import require_page_block_size, sketch_share
-from kvselect.policies import Dense, Quest, StreamingLLM, TokenSelect
+from kvselect.ops import build_info
+from kvselect.policies import ActQKV, Dense, Landmark, Quest, StreamingLLM, TokenSelect
 from kvselect.policies.base import Policy, policy_from_dict
 from kvselect.policies.block_policy import BlockPolicy
 
@@ -25,9 +26,11 @@ __all__ = [
     "configured_policy",
     "extra_share",
     "require_attention",
+    "require_cuda",
     "require_layer",
     "require_memory",
     "require_pages",
+    "require_policy",
     "require_servable",
     "require_server",
 ]
@@ -35,7 +38,7 @@ __all__ = [
 POLICY_VARIABLE = "KVSELECT_VLLM_POLICY"
 ADDITIONAL_CONFIG_KEY = "kvselect"
 
-SERVED = (TokenSelect, StreamingLLM, Quest, Dense)
+SERVED = (TokenSelect, StreamingLLM, Quest, Landmark, ActQKV, Dense)
 
 # Their attention rotates queries and keys by the model's one table, in every layer, as the last
 # thing before attention: what is rotated back here is what they had before.
@@ -94,7 +97,7 @@ def require_servable(policy: Policy) -> None:
     """
     names = " or ".join(served.__name__ for served in SERVED)
     require(type(policy) in SERVED, "policy", type(policy).__name__, f"{names} under vLLM")
-    remembered = {"num_segments": None, "layer_budget": "fixed"}
+    remembered = {"num_segments": None, "layer_budget": "fixed", "probe_statistics": "window"}
     for name, off in remembered.items():
         value = getattr(policy, name, off)
         allowed = f"{off!r} under vLLM (what is remembered between steps is not kept by its blocks)"
@@ -115,6 +118,7 @@ class ServerFacts:
     tensor_parallel_size: int
     num_kv_heads: int
     num_layers: int
+    num_ubatches: int
 
 
 def require_server(policy: Policy, facts: ServerFacts) -> None:
@@ -149,6 +153,8 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
         size, heads = facts.tensor_parallel_size, facts.num_kv_heads
         allowed = f"at most {heads}, the model's KV heads (each selects by all of its queries)"
         require(size <= heads, "tensor_parallel_size", size, allowed)
+    reason, ranks = policy.needs_all_heads, facts.tensor_parallel_size
+    require(reason is None or ranks == 1, "tensor_parallel_size", ranks, f"1 ({reason})")
     threshold = getattr(policy, "similarity_threshold", None)
     if policy.joins_heads and facts.tensor_parallel_size > 1:
         allowed = "None with scope='layer' in tensor parallel (ranks would have to agree), or scope"
@@ -156,6 +162,8 @@ def require_server(policy: Policy, facts: ServerFacts) -> None:
     if facts.pipeline_parallel_size > 1:
         allowed = "None in pipeline parallel (other requests run between two steps of one)"
         require(threshold is None, "similarity_threshold", threshold, allowed)
+    allowed = "1 under kvselect (no --enable-dbo, no --ubatch-size: a step comes in one piece)"
+    require(facts.num_ubatches == 1, "ubatches", facts.num_ubatches, allowed)
     bad = [index for index in policy.dense_layers if index >= facts.num_layers]
     allowed = f"indices of this model's layers, 0..{facts.num_layers - 1}"
     require(not bad, "dense_layers", bad, allowed)
@@ -231,7 +239,9 @@ def require_attention(kind: str, sees_later_tokens: bool) -> None:
     require(not sees_later_tokens, "attention", "tokens that attend to later ones", allowed)
 
 
-def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> None:
+def require_memory(
+    cache_bytes: int, extra_bytes: int, available_bytes: int, device_type: str = "cpu"
+) -> None:
     """Refuse to start where keys, values and what is kept beside them do not fit.
 
     Parameters
@@ -240,6 +250,8 @@ def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> 
         What vLLM will take for keys and values, and we beside them.
     available_bytes : int
         Before either is taken.
+    device_type : str
+        Whose memory it is: "cpu" or "cuda".
 
     Raises
     ------
@@ -253,7 +265,24 @@ def require_memory(cache_bytes: int, extra_bytes: int, available_bytes: int) -> 
     )
     got = f"{cache_bytes / gib:.2f} GiB"
     fits = cache_bytes + extra_bytes <= available_bytes
-    require(fits, "KV cache (VLLM_CPU_KVCACHE_SPACE)", got, allowed)
+    asked_by = {"cpu": "VLLM_CPU_KVCACHE_SPACE", "cuda": "--gpu-memory-utilization"}
+    require(fits, f"KV cache ({asked_by[device_type]})", got, allowed)
+
+
+def require_cuda() -> None:
+    """ValueError unless this kvselect has its CUDA kernels."""
+    info = build_info()
+    name, got = "kvselect's CUDA module", "none"
+    if info["cuda_archs"]:
+        got = f"one that torch {info['torch']} does not load"
+    allowed = "one beside a torch with CUDA (build it where nvcc is, KVSELECT_CUDA=on)"
+    require(info["cuda_loaded"] is True, name, got, allowed)
+
+
+def require_policy(policy: Policy | None) -> None:
+    """ValueError where there is none for a backend that only selects."""
+    allowed = f"one ({POLICY_VARIABLE}, or additional_config) with --attention-backend CUSTOM"
+    require(policy is not None, "policy", policy, allowed)
 
 
 def needs_rotation(policy: Policy) -> bool:

@@ -19,16 +19,23 @@ TESTED_VERSIONS = ("0.32.0", "0.28.0")
 
 PLACES = {
     "AMXMLABackend": "vllm.v1.attention.backends.mla.amx_mla",
+    "AttentionCGSupport": "vllm.v1.attention.backend",
     "CPUMLABackend": "vllm.v1.attention.backends.mla.cpu_mla",
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionMetadata": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionMetadataBuilder": "vllm.v1.attention.backends.cpu_attn",
+    "MultipleOf": "vllm.v1.attention.backend",
+    "TritonAttentionBackend": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionMetadata": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionMetadataBuilder": "vllm.v1.attention.backends.triton_attn",
     "_ROPE_DICT": "vllm.model_executor.layers.rotary_embedding",
     "current_platform": "vllm.platforms",
     "extract_layer_index": "vllm.model_executor.models.utils",
     "get_current_vllm_config": "vllm.config",
+    "get_current_vllm_config_or_none": "vllm.config.vllm",
     "get_forward_context": "vllm.forward_context",
     "get_tp_group": "vllm.distributed.parallel_state",
     "init_logger": "vllm.logger",
@@ -59,8 +66,11 @@ def version() -> str:
         return "none"
 
 
-def override_backends(class_paths: Mapping[str, str]) -> None:
-    """Have vLLM take these backends of its enum from these classes, found by path when needed."""
+def override_backends(class_paths: Mapping[str, str], *, keep_others: bool = False) -> None:
+    """Have vLLM take these backends of its enum from these classes, found by path when needed.
+
+    ``keep_others``: but for those that somebody else registered.
+    """
     place = import_module(PLACES["register_backend"])
     known = place.AttentionBackendEnum.__members__
     for name, class_path in class_paths.items():
@@ -71,15 +81,43 @@ def override_backends(class_paths: Mapping[str, str]) -> None:
                 f"vllm: got {version()} without the backend {name}, allowed: "
                 f"{' or '.join(TESTED_VERSIONS)}"
             )
-        place.register_backend(known[name], class_path)
+        if not (keep_others and _is_somebody_elses(known[name])):
+            place.register_backend(known[name], class_path)
 
 
-def is_cpu_platform() -> bool:
-    return bool(import_module("vllm.platforms").current_platform.is_cpu())
+def _is_somebody_elses(backend: Any) -> bool:
+    return bool(backend.is_overridden() and not backend.get_path().startswith("kvselect."))
+
+
+def backend_path(name: str) -> str | None:
+    """Of the class that vLLM itself has for the backend; None: it has no such backend."""
+    known = import_module(PLACES["AttentionBackendEnum"]).AttentionBackendEnum.__members__
+    path = known[name].value if name in known else None
+    return path if isinstance(path, str) and path.startswith("vllm.") else None
+
+
+def vllm_backends() -> list[str]:
+    """Names of all backends that vLLM has a class for."""
+    known = import_module(PLACES["AttentionBackendEnum"]).AttentionBackendEnum.__members__
+    return [name for name in known if backend_path(name) is not None]
+
+
+def class_of(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def asked_backend(vllm_config: Any) -> str | None:
+    """Name of the backend that the user picked for full attention; None: vLLM picks."""
+    config = vllm_config.attention_config
+    per_kind = getattr(config, "backend_per_kind", None) or {}
+    backend = per_kind.get("full_attention", config.backend)
+    return None if backend is None else str(backend.name)
 
 
 def platform_name() -> str:
-    return str(import_module("vllm.platforms").current_platform.device_type)
+    """ "cpu", "cuda", "rocm", ...; "" where vLLM found none."""
+    return str(getattr(import_module("vllm.platforms").current_platform, "device_name", ""))
 
 
 def server_facts(vllm_config: Any) -> ServerFacts:
@@ -99,13 +137,15 @@ def server_facts(vllm_config: Any) -> ServerFacts:
         * parallel.prefill_context_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
         tensor_parallel_size=parallel.tensor_parallel_size,
+        num_ubatches=parallel.num_ubatches if parallel.use_ubatching else 1,
         num_kv_heads=vllm_config.model_config.get_total_num_kv_heads(),
         num_layers=vllm_config.model_config.get_total_num_hidden_layers(),
     )
 
 
-def asked_cache_bytes(vllm_config: Any) -> int | None:
-    """What the user says that keys and values take on this machine, all ranks; None: he does not.
+def asked_cache_bytes(vllm_config: Any, device_type: str) -> int | None:
+    """What the user says that keys and values take of one memory: all ranks on the CPU, one on
+    CUDA; None: he does not.
 
     A share of memory is known when the weights have theirs: `allocated_cache_bytes`.
     """
@@ -113,23 +153,36 @@ def asked_cache_bytes(vllm_config: Any) -> int | None:
     asked = cache_config.kv_cache_memory_bytes
     if asked is None or cache_config.num_gpu_blocks_override is not None:
         return None
-    return int(asked * vllm_config.parallel_config.local_world_size)
+    return int(asked * _ranks(vllm_config, device_type))
 
 
-def allocated_cache_bytes(vllm_config: Any, kv_cache_spec: Any, num_layers: int) -> int:
-    """What vLLM is about to take on this machine for layers of this kind: all blocks, all ranks.
+def allocated_cache_bytes(
+    vllm_config: Any, kv_cache_spec: Any, num_layers: int, device_type: str
+) -> int | None:
+    """What vLLM is about to take of one memory for layers of this kind: all blocks, and ranks as
+    above; None: it only measures, over a few blocks, as it does before CUDA graphs are captured.
 
     Layers of other kinds share their blocks.
     """
     num_blocks = vllm_config.cache_config.num_gpu_blocks
+    if num_blocks is None and device_type == "cuda":
+        return None
     allowed = "an int, before blocks are made"
     require(isinstance(num_blocks, int), "num_gpu_blocks", num_blocks, allowed)
-    ranks = vllm_config.parallel_config.local_world_size
+    ranks = _ranks(vllm_config, device_type)
     return int(num_blocks * kv_cache_spec.page_size_bytes * num_layers * ranks)
 
 
-def available_bytes() -> int:
-    """Memory that is free on this machine."""
+def _ranks(vllm_config: Any, device_type: str) -> int:
+    """Ranks that share one memory."""
+    return 1 if device_type == "cuda" else int(vllm_config.parallel_config.local_world_size)
+
+
+def available_bytes(device_type: str) -> int:
+    """Memory that is free: of this machine, or of this process's GPU, what torch keeps included."""
+    if device_type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return int(import_module("psutil").virtual_memory().available)  # vLLM brings it
 
 
@@ -230,10 +283,24 @@ def step_metadata(layer_name: str) -> Any:
     return found
 
 
-def tensor_parallel_group() -> torch.distributed.ProcessGroup | None:
+def host_seq_lens(common: Any, has_drafts: bool) -> list[int]:
+    """Tokens that each request of a step holds after it, for the host.
+
+    ``common``: vLLM's CommonAttentionMetadata. Its bound on the host is exact but for drafts, which
+    the device may have rejected since; then, and without one, the device is waited for.
+    """
+    lengths, bound = common.seq_lens, common.seq_lens_cpu_upper_bound
+    if lengths.device.type != "cpu" and bound is not None and not has_drafts:
+        lengths = bound
+    return [int(length) for length in lengths[: common.num_reqs].tolist()]
+
+
+def tensor_parallel_group(device_type: str) -> torch.distributed.ProcessGroup | None:
     """Ranks with the other heads of this one's layers; None: it has them all."""
     group = import_module("vllm.distributed.parallel_state").get_tp_group()
-    return None if group.world_size == 1 else group.cpu_group
+    if group.world_size == 1:
+        return None
+    return group.cpu_group if device_type == "cpu" else group.device_group
 
 
 def layer_index(layer_name: str) -> int:

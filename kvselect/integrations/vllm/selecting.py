@@ -1,13 +1,13 @@
-"""vLLM's CPU attention with selecting layers; without a policy, vLLM's CPU attention.
+"""What the backends of vLLM's platforms share: which layers select, the checks, the engine's step.
 
-The plug-in puts `SelectingBackend` in the place of vLLM's ``CPU_ATTN``. Layers that do not select
-(sliding windows, ``policy.dense_layers``) keep vLLM's own storage and kernels, in the same blocks.
+`SelectingImpl` and `StepBuilder` stand before a backend's own classes among their bases. Layers
+that do not select (sliding windows, ``policy.dense_layers``) keep that backend's storage and
+kernels, in the same blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,15 +29,12 @@ from kvselect.integrations.vllm.config import (
 from kvselect.integrations.vllm.layer import Rotation, ServedLayer, rotation_from_table
 from kvselect.integrations.vllm.metrics import METER
 from kvselect.integrations.vllm.shim import (
-    CPUAttentionBackend,
-    CPUAttentionBackendImpl,
-    CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
     allocated_cache_bytes,
     asked_cache_bytes,
     attention_layers,
     available_bytes,
     get_current_vllm_config,
+    host_seq_lens,
     init_logger,
     is_local,
     layer_index,
@@ -45,48 +42,32 @@ from kvselect.integrations.vllm.shim import (
     rotary_table,
     sees_later_tokens,
     server_facts,
-    step_metadata,
     tensor_parallel_group,
     trained_length,
 )
 from kvselect.integrations.vllm.state import Step
 from kvselect.policies.base import Policy
 
-__all__ = ["SelectingBackend", "SelectingBuilder", "SelectingImpl", "SelectingMetadata"]
+__all__ = ["SelectingImpl", "StepBuilder"]
 
 logger = init_logger("vllm.kvselect")
 
 
-class SelectingBackend(CPUAttentionBackend):
-    """What vLLM asks for classes; its name stays ``CPU_ATTN``, by which vLLM finds it."""
-
-    @staticmethod
-    def get_impl_cls() -> type[SelectingImpl]:
-        return SelectingImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[SelectingBuilder]:
-        return SelectingBuilder
-
-
-@dataclass
-class SelectingMetadata(CPUAttentionMetadata):
-    """vLLM's, for layers that do not select, and the step as those that do see it."""
-
-    step: Step | None = None
-
-
-class SelectingBuilder(CPUAttentionMetadataBuilder):
-    """Adds the `Step`; one for all layers of a group.
+class StepBuilder:
+    """Adds the `Step` to a backend's metadata; one for all layers of a group.
 
     Made when weights are loaded and blocks are counted, but not taken: the last checks are here.
     """
 
+    with_step: ClassVar[Any]  # the backend's metadata and a field "step"
+
     def __init__(
         self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any, **options: Any
     ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **options)
+        parts = (kv_cache_spec, layer_names, vllm_config, device)
+        super().__init__(*parts, **options)  # type: ignore[call-arg]  # the backend's
         self._selects = False
+        self._has_drafts = vllm_config.speculative_config is not None
         policy = configured_policy(additional_config=vllm_config.additional_config)
         if policy is None:
             return
@@ -101,17 +82,19 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
         self._selects = True
         for layer in here:
             require_attention(type(layer).__name__, sees_later_tokens(layer))
-        spec = kv_cache_spec
+        spec, kind = kv_cache_spec, torch.device(device).type
         require_pages(policy, spec.block_size)
-        cache_bytes = allocated_cache_bytes(vllm_config, spec, len(layer_names))
+        cache_bytes = allocated_cache_bytes(vllm_config, spec, len(layer_names), kind)
         share = extra_share(policy, spec.block_size, spec.head_size, spec.dtype.itemsize)
         share *= len(selecting) / len(layer_names)
-        require_memory(cache_bytes, round(share * cache_bytes), available_bytes())
+        if cache_bytes is not None:
+            require_memory(cache_bytes, round(share * cache_bytes), available_bytes(kind), kind)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> Any:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        parts = (common_prefix_len, common_attn_metadata, fast_build)
+        metadata = super().build(*parts)  # type: ignore[misc]  # the backend's
         if not self._selects:
             return metadata
         METER.publish()
@@ -120,15 +103,23 @@ class SelectingBuilder(CPUAttentionMetadataBuilder):
         require(of_prompt is not None, "is_prefilling", of_prompt, "a tensor (vLLM's runner says)")
         step = Step(
             common_attn_metadata.query_start_loc_cpu[: count + 1].tolist(),
-            metadata.seq_lens[:count].tolist(),
-            metadata.block_table[:count],
+            host_seq_lens(common_attn_metadata, self._has_drafts),
+            common_attn_metadata.block_table_tensor[:count],
             of_prompt[:count].tolist(),
         )
-        return SelectingMetadata(**vars(metadata), step=step)
+        return self.with_step(**vars(metadata), step=step)
 
 
-class SelectingImpl(CPUAttentionBackendImpl):
+class SelectingImpl:
     """One attention layer: selects, or is what it would be without kvselect."""
+
+    device_type: ClassVar[str]
+
+    num_heads: int
+    head_size: int
+    scale: float
+    logits_soft_cap: float
+    sinks: Tensor | None
 
     def __init__(
         self,
@@ -143,9 +134,10 @@ class SelectingImpl(CPUAttentionBackendImpl):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
         sinks: Tensor | None = None,
+        **of_the_backend: Any,
     ) -> None:
         super().__init__(
-            num_heads,
+            num_heads,  # type: ignore[call-arg]  # the backend's
             head_size,
             scale,
             num_kv_heads,
@@ -156,11 +148,13 @@ class SelectingImpl(CPUAttentionBackendImpl):
             attn_type,
             kv_sharing_target_layer_name,
             sinks,
+            **of_the_backend,
         )
         self._vllm_config = vllm_config = get_current_vllm_config()
         self._policy = configured_policy(additional_config=vllm_config.additional_config)
         self._served: ServedLayer | None = None
         self._trained_length = 0
+        self.require_backend()
         if self._policy is None:
             return
         require_server(self._policy, server_facts(vllm_config))
@@ -174,18 +168,32 @@ class SelectingImpl(CPUAttentionBackendImpl):
             kv_cache_dtype=kv_cache_dtype,
             has_alibi=alibi_slopes is not None,
             shares_kv=kv_sharing_target_layer_name is not None,
-            page_block_size=vllm_config.cache_config.block_size,
+            page_block_size=self.page_block_size(vllm_config),
         )
         self._check(self._policy, facts, vllm_config)
+
+    def require_backend(self) -> None:
+        """ValueError if this backend cannot run here, or not without a policy."""
+
+    @staticmethod
+    def page_block_size(vllm_config: Any) -> int:
+        """Tokens of a block, as far as that is known before weights are loaded."""
+        return int(vllm_config.cache_config.block_size)
+
+    def pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of vLLM's blocks [num_blocks, num_kv_heads, page_block_size, ...], each
+        [num_blocks, page_block_size, num_kv_heads, head_dim].
+        """
+        raise NotImplementedError
 
     def _check(self, policy: Policy, facts: LayerFacts, vllm_config: Any) -> None:
         """Everything that can be known before weights are loaded and memory is taken."""
         require_layer(policy, facts)
-        asked = asked_cache_bytes(vllm_config)
+        asked = asked_cache_bytes(vllm_config, self.device_type)
         if asked is not None:
             sizes = facts.page_block_size, facts.head_dim, facts.dtype.itemsize
-            share = extra_share(policy, *sizes)
-            require_memory(asked, round(share * asked), available_bytes())
+            extra = round(extra_share(policy, *sizes) * asked)
+            require_memory(asked, extra, available_bytes(self.device_type), self.device_type)
         if needs_rotation(policy):
             self._trained_length = trained_length(vllm_config)
         if policy.caches_unrotated:
@@ -200,7 +208,7 @@ class SelectingImpl(CPUAttentionBackendImpl):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """The model is made: what it rotates by can be read."""
-        super().process_weights_after_loading(act_dtype)
+        super().process_weights_after_loading(act_dtype)  # type: ignore[misc]  # the backend's
         if self._policy is not None and needs_rotation(self._policy):
             self._rotation()
 
@@ -211,37 +219,16 @@ class SelectingImpl(CPUAttentionBackendImpl):
             return False
         return layer_index(layer.layer_name) not in policy.dense_layers
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Store the step's keys and values: row by row where the layer selects."""
-        if not self.selects(layer):
-            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-            return
-        metadata = step_metadata(layer.layer_name)
-        if metadata is not None:
-            self._serve(kv_cache).store(metadata.step, key, value)
+    def store(self, step: Step, key: Tensor, value: Tensor, kv_cache: Tensor) -> None:
+        """Keep the step's keys and values, row by row."""
+        self._serve(kv_cache).store(step, key, value)
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
+    def attend(
+        self, query: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor, *scales: Any
     ) -> Tensor:
         """Attention of the step; ``output`` is written to and returned."""
-        if attn_metadata is None or not self.selects(layer):
-            scales = (output_scale, output_block_scale)
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
         allowed = "None under kvselect (its kernels write no quantised output)"
-        require(output_scale is None, "output_scale", "a tensor", allowed)
+        require(all(scale is None for scale in scales), "output_scale", "a tensor", allowed)
         allowed = "True under kvselect (it serves decoders)"
         require(attn_metadata.causal is True, "causal", attn_metadata.causal, allowed)
         self._serve(kv_cache).attend(attn_metadata.step, query, output)
@@ -252,19 +239,16 @@ class SelectingImpl(CPUAttentionBackendImpl):
         if self._served is not None and self._served.is_over(kv_cache):
             return self._served
         assert self._policy is not None
-        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        heads_first = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1)
-        k, v = heads_first.chunk(2, dim=2)
+        joins_heads = self._policy.joins_heads
         self._served = ServedLayer(
             self._policy,
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+            *self.pages(kv_cache),
             num_q_heads=self.num_heads,
             softmax_scale=self.scale,
             rotation=self._rotation() if needs_rotation(self._policy) else None,
             softcap=self.logits_soft_cap or None,
             sink_logits=self.sinks,
-            process_group=tensor_parallel_group() if self._policy.joins_heads else None,
+            process_group=tensor_parallel_group(kv_cache.device.type) if joins_heads else None,
         )
         METER.add(self._served.state)
         return self._served
