@@ -20,6 +20,7 @@ KVSELECT_STAGES = {
     "kvselect.score_tokens": "scan",
     "kvselect.select_tokens": "select",
     "kvselect.list_blocks": "select",
+    "kvselect.gather_tokens": "gather",
     "kvselect.sparse_attention": "attention",
     "kvselect.merge_splits": "attention",
     "kvselect.rolling_sweep": "rolling sweep",
