@@ -295,6 +295,7 @@ KINDS = {
             "tokens attended": number("attended_tokens", 0),
             "kept mass": number("kept_mass", 4),
             "output error": number("output_error", 4),
+            "lists attended by": lambda row: row.get("attention") or "–",
             "graph": graph,
         }
     ),

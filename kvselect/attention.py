@@ -17,6 +17,7 @@ from kvselect.arguments import (
 )
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_bool, require_tensor, require_type
+from kvselect.dense_kernel import attend_gathered, dense_kernel, require_implementation
 from kvselect.evictable_cache import EvictableKVCache
 from kvselect.queries import Queries
 from kvselect.rope import Rope
@@ -36,6 +37,7 @@ def sparse_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     check_finite: bool = False,
+    implementation: str = "sparse_attention",
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of the last ``seqlen_q`` tokens over those that a Selection lists, causal.
 
@@ -62,6 +64,11 @@ def sparse_attention(
     check_finite : bool
         Raise if a query, or any token ever appended, holds NaN or inf (reads a flag back from the
         device).
+    implementation : "sparse_attention" or "dense_kernel"
+        "dense_kernel": listed keys and values are copied side by side, and a dense causal kernel
+        runs over the copies: flash-attn where it is installed on a GPU, torch's otherwise. For
+        blocks of queries whose lists end with all of their tokens, as those of `prefill` do. Reads
+        ``q_block_offsets`` back from the device.
 
     Returns
     -------
@@ -72,7 +79,7 @@ def sparse_attention(
     ------
     ValueError, TypeError
         If shapes, dtypes or devices do not agree, or ``rope`` has fewer positions than a list has
-        tokens.
+        tokens; if a dense kernel cannot do what it is asked for.
 
     Notes
     -----
@@ -86,8 +93,26 @@ def sparse_attention(
     if selection is not None:
         require_selection(selection, cache, q.shape[1])
     require_bool(check_finite, "check_finite")
+    require_implementation(implementation)
     if check_finite:
         raise_if_not_finite(q, cache)
+    if implementation == "dense_kernel":
+        allowed = "a Selection with implementation='dense_kernel' (it attends to lists)"
+        require(selection is not None, "selection", selection, allowed)
+        assert selection is not None
+        given = selection.q_block_offsets
+        queries = Queries(
+            q=q,
+            phase="prefill",
+            softmax_scale=scale,
+            cache_seqlens=cache.cache_seqlens,
+            max_seqlen=cache.max_seqlen,
+            offsets=(0, q.shape[1]) if given is None else tuple(given.tolist()),
+            q_block_offsets=given,
+            softcap=cap,
+            sink_logits=sink_logits,
+        )
+        return attend_queries(queries, cache, selection, rope, implementation)
     indices, topk_length, offsets = None, None, None
     if selection is not None:
         indices, topk_length = selection.with_blocks()
@@ -108,12 +133,23 @@ def sparse_attention(
 
 
 def attend_queries(
-    queries: Queries, cache: KVCache, selection: Selection | None, rope: Rope | None
+    queries: Queries,
+    cache: KVCache,
+    selection: Selection | None,
+    rope: Rope | None,
+    implementation: str = "sparse_attention",
 ) -> tuple[Tensor, Tensor]:
-    """`sparse_attention` of checked `Queries`, which may end before the cache does."""
+    """`sparse_attention` of checked `Queries`, which may end before the cache does.
+
+    ``implementation`` is for the lists of a prefill; decode steps, and calls that attend to
+    everything where it lies, stay with the op of this name.
+    """
     indices, topk_length = None, None
     if selection is not None:
         indices, topk_length = selection.with_blocks()
+        if implementation == "dense_kernel" and queries.phase == "prefill":
+            return _attend_copies(queries, cache, indices, topk_length, rope)
+    queries.kernels.append("sparse_attention")
     return _attend(
         queries.q,
         cache,
@@ -127,6 +163,31 @@ def attend_queries(
         queries.softcap,
         queries.sink_logits,
     )
+
+
+def _attend_copies(
+    queries: Queries, cache: KVCache, indices: Tensor, topk_length: Tensor, rope: Rope | None
+) -> tuple[Tensor, Tensor]:
+    """`attend_queries` by a dense kernel, over copies of what is listed."""
+    if isinstance(cache, EvictableKVCache):
+        allowed = "'sparse_attention' for a cache that drops tokens (it has no lists)"
+        require(False, "implementation", "dense_kernel", allowed)
+    q = queries.q
+    queries.kernels.append(dense_kernel(q.device, q.dtype, queries.softcap))
+    with cache.whole_rows():
+        out, lse = attend_gathered(
+            q,
+            cache,
+            queries.cache_seqlens,
+            indices,
+            topk_length,
+            queries.q_block_offsets,
+            queries.offsets,
+            queries.softmax_scale,
+            rope,
+            queries.softcap,
+        )
+    return (out, lse) if queries.sink_logits is None else with_sinks(out, lse, queries.sink_logits)
 
 
 def _attend(
@@ -240,7 +301,7 @@ def with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, T
 
     ``out`` [..., num_q_heads, head_dim], ``lse`` [..., num_q_heads].
     """
-    share = torch.sigmoid(lse - sink_logits)
+    share = torch.sigmoid(lse - sink_logits).masked_fill(lse == -torch.inf, 0.0)
     total = torch.where(lse > -torch.inf, torch.logaddexp(lse, sink_logits), lse)
     return (out * share[..., None]).to(out.dtype), total
 

@@ -200,6 +200,29 @@ def _list_blocks(
     return picked.new_empty((*lists, width)), picked.new_empty(lists)
 
 
+@_fake("gather_tokens")
+def _gather_tokens(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    indices: Tensor,
+    topk_length: Tensor,
+    q_block_offsets: Tensor | None,
+    seqlen_q: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rope_start: int,
+    rope_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_blocks, num_kv_heads, width = indices.shape
+    num_lists = batch * num_blocks * num_kv_heads
+    shape = (num_lists * width, k_cache.shape[-1])
+    cu_seqlens = indices.new_empty(num_lists + 1)
+    return k_cache.new_empty(shape), k_cache.new_empty(shape), cu_seqlens
+
+
 @_fake("merge_splits")
 def _merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     return partial_out.new_empty(partial_out.shape[1:]), partial_out.new_empty(

@@ -149,6 +149,8 @@ def prefill(
             )
             selection = policy.select(state, queries, cache)
             out, lse = policy.attend(queries, cache, selection)
+            if phase == "prefill":
+                state.prefill.record_kernels(queries.kernels)
             outs.append(out)
             lses.append(lse)
     state.invalidate()

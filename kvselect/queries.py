@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -53,6 +53,8 @@ class Queries:
     question : Tensor, [batch, n, num_q_heads, head_dim], or None
         Prefill, for policies with ``num_question_tokens``: the last queries of the whole call,
         before RoPE where those are known.
+    kernels : list of str
+        Attention appends the name of each kernel that it runs.
     """
 
     q: Tensor
@@ -69,6 +71,7 @@ class Queries:
     sink_logits: Tensor | None = None
     process_group: ProcessGroup | None = None
     question: Tensor | None = None
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def seqlen_q(self) -> int:

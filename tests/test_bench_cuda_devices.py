@@ -19,7 +19,14 @@ from kvselect.bench import decode, entrants, prefill, single_ops
 from kvselect.bench.contenders import TORCH_TOKEN_SELECT
 from kvselect.bench.decode import DecodeRequest
 from kvselect.bench.dense_peers import PACKAGES
-from kvselect.bench.entrants import OUR_DENSE, QUEST, SELECT_EXACT, SELECT_INT4, STREAMING
+from kvselect.bench.entrants import (
+    DENSE_KERNEL,
+    OUR_DENSE,
+    QUEST,
+    SELECT_EXACT,
+    SELECT_INT4,
+    STREAMING,
+)
 from kvselect.bench.layer import Shape
 from kvselect.bench.prefill import PrefillRequest
 
@@ -92,7 +99,7 @@ def test_prefill_contenders(noted: FakeCuda) -> None:
     )
     bench = prefill._Bench(request, TOKENS, lambda *_: None, lambda _: None, 1.0)
     chunks = bench.chunks()
-    assert {OUR_DENSE, SELECT_INT4} <= chunks.keys()
+    assert {OUR_DENSE, SELECT_INT4, DENSE_KERNEL} <= chunks.keys()
     for name, one in chunks.items():
         if one.prepare is not None:
             one.prepare()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvselect.bench import prefill
 from kvselect.bench.contenders import DisagreementError
-from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.entrants import DENSE_KERNEL, OUR_DENSE, SELECT_INT4
 from kvselect.bench.prefill import MASKED, MATMUL, TORCH, UNMASKED, PrefillRequest, PrefillRow
 from kvselect.bench.watch import REST
 
@@ -35,9 +35,10 @@ def rows() -> dict[str, PrefillRow]:
 def test_everybody_takes_part_and_says_how_many_heads_were_timed(
     rows: dict[str, PrefillRow],
 ) -> None:
-    assert set(rows) == {MASKED, UNMASKED, MATMUL, OUR_DENSE, SELECT_INT4}
+    assert set(rows) == {MASKED, UNMASKED, MATMUL, OUR_DENSE, SELECT_INT4, DENSE_KERNEL}
     for name, row in rows.items():
-        assert (row.timed_kv_heads, row.num_kv_heads) == ((2 if name == SELECT_INT4 else 1), 2)
+        ours = name in (SELECT_INT4, DENSE_KERNEL)
+        assert (row.timed_kv_heads, row.num_kv_heads) == ((2 if ours else 1), 2)
         assert row.output_error <= 1e-5 and row.chunk_tokens == CHUNK
 
 
@@ -51,7 +52,7 @@ def test_dense_forms_keep_everything_and_ours_says_what(rows: dict[str, PrefillR
 
 def test_bytes_and_ratios_are_arithmetic(rows: dict[str, PrefillRow]) -> None:
     for name, row in rows.items():
-        if name != SELECT_INT4:
+        if name not in (SELECT_INT4, DENSE_KERNEL):
             assert row.timing.bytes_must_read == 2 * ROW_BYTES * TOKENS
             pairs = sum(range(TOKENS - CHUNK + 1, TOKENS + 1))
             gmac = 2 * pairs * SHAPE.num_q_heads * SHAPE.head_dim / row.timing.median_ms / 1e6
@@ -72,6 +73,15 @@ def test_our_stages_are_named(rows: dict[str, PrefillRow]) -> None:
     assert {"append and sketch", "scan", "select", "attention", REST} <= set(stages)
     assert all(ms >= 0 for ms in stages.values())
     assert not rows[OUR_DENSE].stages_ms
+    assert stages.keys() | {"gather"} == rows[DENSE_KERNEL].stages_ms.keys()
+
+
+def test_both_ways_to_attend_lists_take_part_and_are_named(rows: dict[str, PrefillRow]) -> None:
+    ours, copying = rows[SELECT_INT4], rows[DENSE_KERNEL]
+    assert (ours.attention, copying.attention) == ("sparse_attention", "sdpa")
+    assert rows[OUR_DENSE].attention is None
+    assert ours.attended_tokens == copying.attended_tokens
+    assert ours.kept_mass == copying.kept_mass
 
 
 def test_all_heads_threads_and_progress() -> None:

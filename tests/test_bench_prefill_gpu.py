@@ -15,7 +15,7 @@ from test_bench_prefill import request as cpu_request
 
 from kvselect.bench import dense_peers, expected, prefill
 from kvselect.bench.dense_peers import gpu_chunk_peers
-from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.entrants import DENSE_KERNEL, OUR_DENSE, SELECT_INT4
 from kvselect.bench.layer import Shape
 from kvselect.bench.prefill import PrefillRequest, PrefillRow
 from kvselect.bench.results import Skipped, load
@@ -39,8 +39,9 @@ def run(**settings: object) -> tuple[dict[str, PrefillRow], dict[str, str]]:
 
 def test_everybody_takes_part_or_says_why_not() -> None:
     rows, skipped = run()
-    assert rows.keys() == {CAUSAL, UNMASKED, OUR_DENSE, SELECT_INT4}
-    assert rows.keys() | skipped.keys() == {*gpu_chunk_peers(), OUR_DENSE, SELECT_INT4}
+    ours = {OUR_DENSE, SELECT_INT4, DENSE_KERNEL}
+    assert rows.keys() == {CAUSAL, UNMASKED} | ours
+    assert rows.keys() | skipped.keys() == gpu_chunk_peers().keys() | ours
     assert skipped["flashinfer"] == "ModuleNotFoundError: No module named 'flashinfer'"
     best = min(rows[name].timing.median_ms for name in (CAUSAL, UNMASKED))
     for row in rows.values():
@@ -70,8 +71,8 @@ def test_calls_may_come_in_any_order() -> None:
             one.prepare()  # as before a capture and before its first replay
         return one.call()
 
-    first = {name: run(name).clone() for name in (SELECT_INT4, OUR_DENSE)}
-    for name in (OUR_DENSE, SELECT_INT4, SELECT_INT4, OUR_DENSE):
+    first = {name: run(name).clone() for name in (SELECT_INT4, DENSE_KERNEL, OUR_DENSE)}
+    for name in (OUR_DENSE, SELECT_INT4, DENSE_KERNEL, SELECT_INT4, DENSE_KERNEL, OUR_DENSE):
         assert torch.equal(run(name), first[name])
 
 

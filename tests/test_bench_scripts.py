@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from kvselect import TokenSelect, crossovers, ops
 from kvselect.bench import decode, policies, prefill
 from kvselect.bench.contenders import DisagreementError
-from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.entrants import DENSE_KERNEL, OUR_DENSE, SELECT_INT4
 from kvselect.bench.layer import Shape
 from kvselect.bench.results import load, save
 from kvselect.cli import main
@@ -127,7 +127,8 @@ def test_prefill_chunk(tmp_path: Path) -> None:
     rows = quick("prefill_chunk", tmp_path, *SIZES, "--dense-kv-heads", "2")
     assert {row["chunk_tokens"] for row in rows} == {256}
     assert {row["timed_kv_heads"] for row in rows} == {2}
-    assert {row["contender"] for row in rows} == {*prefill.TORCH, OUR_DENSE, SELECT_INT4}
+    ours = {OUR_DENSE, SELECT_INT4, DENSE_KERNEL}
+    assert {row["contender"] for row in rows} == {*prefill.TORCH, *ours}
 
 
 def test_cascade(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ SCHEMAS = {
     "score_tokens",
     "select_tokens",
     "sparse_attention",
+    "gather_tokens",
     "list_blocks",
     "merge_splits",
     "recovered_mass",
@@ -136,6 +137,20 @@ def attention_arguments(*, seqlen_q: int = 1, **cache: Any) -> dict[str, Any]:
     }
 
 
+def gather_arguments(**cache: Any) -> dict[str, Any]:
+    """Lists without room to spare, of tokens that end with both queries' own."""
+    arguments = attention_arguments(**cache) | {"seqlen_q": 2}
+    for name in ("q", "softmax_scale"):
+        del arguments[name]
+    ends = arguments["cache_seqlens"].view(2, 1, 1, 1)
+    before = lists()["indices"]
+    own = (ends + torch.arange(-2, 0)).expand(2, 1, 2, 2).to(torch.int32)
+    return arguments | {
+        "indices": torch.cat([before, own], dim=-1),
+        "topk_length": torch.full((2, 1, 2), 12, dtype=torch.int32),
+    }
+
+
 def mass_arguments() -> dict[str, Any]:
     arguments = attention_arguments(seqlen_q=2) | {"max_seqlen_k": 150}
     for name in ("v_cache", "cos", "sin", "rope_start", "rope_interleaved"):
@@ -243,6 +258,11 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_window_blocks": 2,
             "width": 64,
         },
+    ),
+    "gather_tokens": ("gather_tokens", gather_arguments()),
+    "gather_tokens paged bf16": (
+        "gather_tokens",
+        gather_arguments(paged=True, dtype=torch.bfloat16),
     ),
     "merge_splits": (
         "merge_splits",

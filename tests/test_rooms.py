@@ -29,6 +29,7 @@ FLOORS = (
         "block_scores",
         "block_sparse",
         "block_statistics",
+        "dense_kernel",
         "fixed_cache",
         "local_mass",
         "block_masks",

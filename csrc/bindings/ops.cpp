@@ -35,6 +35,11 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
     m.def(
         "list_blocks(Tensor picked, Tensor first_block, Tensor end, Tensor? starts, Tensor finite, "
         "SymInt num_window_blocks, SymInt width) -> (Tensor indices, Tensor count)");
+    m.def(
+        "gather_tokens(Tensor k_cache, Tensor v_cache, Tensor? block_table, Tensor cache_seqlens, "
+        "Tensor? starts, Tensor indices, Tensor topk_length, Tensor? q_block_offsets, "
+        "SymInt seqlen_q, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved) "
+        "-> (Tensor k, Tensor v, Tensor cu_seqlens)");
     m.def("merge_splits(Tensor partial_out, Tensor partial_lse) -> (Tensor out, Tensor lse)");
     m.def(
         "recovered_mass(Tensor q, Tensor k_cache, Tensor? block_table, Tensor cache_seqlens, "
@@ -78,6 +83,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CPU, m) {
     m.impl("score_tokens", TORCH_BOX(&score_tokens));
     m.impl("select_tokens", TORCH_BOX(&select_tokens));
     m.impl("sparse_attention", TORCH_BOX(&sparse_attention));
+    m.impl("gather_tokens", TORCH_BOX(&gather_tokens));
     m.impl("list_blocks", TORCH_BOX(&list_blocks));
     m.impl("merge_splits", TORCH_BOX(&merge_splits));
     m.impl("recovered_mass", TORCH_BOX(&recovered_mass));

@@ -33,6 +33,14 @@ std::tuple<Tensor, Tensor> sparse_attention(
     OptionalTensor q_block_offsets, double softmax_scale, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, double softcap, OptionalTensor sink_logits);
 
+std::tuple<Tensor, Tensor, Tensor> gather_tokens(Tensor k_cache, Tensor v_cache,
+                                                 OptionalTensor block_table, Tensor cache_seqlens,
+                                                 OptionalTensor starts, Tensor indices,
+                                                 Tensor topk_length, OptionalTensor q_block_offsets,
+                                                 int64_t seqlen_q, OptionalTensor cos,
+                                                 OptionalTensor sin, int64_t rope_start,
+                                                 bool rope_interleaved);
+
 std::tuple<Tensor, Tensor> list_blocks(Tensor picked, Tensor first_block, Tensor end,
                                        OptionalTensor starts, Tensor finite,
                                        int64_t num_window_blocks, int64_t width);

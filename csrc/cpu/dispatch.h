@@ -6,6 +6,7 @@
 
 #include "kvselect/block_mass.h"
 #include "kvselect/block_sparse_attention.h"
+#include "kvselect/gather_tokens.h"
 #include "kvselect/kv_append.h"
 #include "kvselect/list_blocks.h"
 #include "kvselect/merge_splits.h"
@@ -33,6 +34,7 @@ struct Implementation {
     BlockSparseAttentionFn block_sparse_attention;
     BlockMassFn block_mass;
     ListBlocksFn list_blocks;
+    GatherTokensFn gather_tokens;
 };
 
 // Each isa_<isa>.cpp defines one of these; the x86 ones exist on x86-64 only.

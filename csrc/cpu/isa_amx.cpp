@@ -48,7 +48,8 @@ const Implementation& amx_implementation() {
         amx::rolling_sweep,
         amx::block_sparse_attention,
         amx::block_mass,
-        amx::list_blocks};
+        amx::list_blocks,
+        amx::gather_tokens};
     return implementation;
 }
 

@@ -41,7 +41,8 @@ const Implementation& avx2_implementation() {
                                                    avx2::rolling_sweep,
                                                    avx2::block_sparse_attention,
                                                    avx2::block_mass,
-                                                   avx2::list_blocks};
+                                                   avx2::list_blocks,
+                                                   avx2::gather_tokens};
     return implementation;
 }
 

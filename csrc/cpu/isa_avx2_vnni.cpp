@@ -42,7 +42,8 @@ const Implementation& avx2_vnni_implementation() {
                                                    avx2_vnni::rolling_sweep,
                                                    avx2_vnni::block_sparse_attention,
                                                    avx2_vnni::block_mass,
-                                                   avx2_vnni::list_blocks};
+                                                   avx2_vnni::list_blocks,
+                                                   avx2_vnni::gather_tokens};
     return implementation;
 }
 

@@ -43,7 +43,8 @@ const Implementation& avx512_implementation() {
                                                    avx512::rolling_sweep,
                                                    avx512::block_sparse_attention,
                                                    avx512::block_mass,
-                                                   avx512::list_blocks};
+                                                   avx512::list_blocks,
+                                                   avx512::gather_tokens};
     return implementation;
 }
 

@@ -44,7 +44,8 @@ const Implementation& avx512_bf16_implementation() {
                                                    avx512_bf16::rolling_sweep,
                                                    avx512_bf16::block_sparse_attention,
                                                    avx512_bf16::block_mass,
-                                                   avx512_bf16::list_blocks};
+                                                   avx512_bf16::list_blocks,
+                                                   avx512_bf16::gather_tokens};
     return implementation;
 }
 

@@ -37,7 +37,8 @@ const Implementation& scalar_implementation() {
                                                    scalar::rolling_sweep,
                                                    scalar::block_sparse_attention,
                                                    scalar::block_mass,
-                                                   scalar::list_blocks};
+                                                   scalar::list_blocks,
+                                                   scalar::gather_tokens};
     return implementation;
 }
 

@@ -6,6 +6,7 @@
 #if KVS_HAS_BF16_DOT
 #include "cpu/key_logits_bf16-inl.h"
 #endif
+#include "cpu/gather_tokens-inl.h"
 #include "cpu/kv_append-inl.h"
 #include "cpu/list_blocks-inl.h"
 #include "cpu/merge_splits-inl.h"

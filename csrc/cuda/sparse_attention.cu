@@ -160,15 +160,7 @@ template <typename T>
 __device__ __forceinline__ uint4 load_key(const SparseAttentionParams& p, const T* row, int d,
                                           int64_t place) {
     if (p.rope.cos == nullptr) return *reinterpret_cast<const uint4*>(row + d);
-    T elements[kElementsPerChunk<T>];
-#pragma unroll
-    for (int i = 0; i < kElementsPerChunk<T>; ++i)
-        from_float(rotated(row, rope_pair(p.rope, d + i), p.rope.cos + place * p.rope.num_pairs,
-                           p.rope.sin + place * p.rope.num_pairs, d + i),
-                   &elements[i]);
-    uint4 chunk;
-    memcpy(&chunk, elements, sizeof chunk);
-    return chunk;
+    return rotated_chunk(p.rope, row, d, place);
 }
 
 // The rows' queries as operands: step s of a chunk takes the chunk's elements 4 s' .. as keys have

@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 SELECT_INT4 = "kvselect TokenSelect int4"
+DENSE_KERNEL = "kvselect TokenSelect int4, dense kernel"  # attends prefill lists
 SELECT_INT8 = "kvselect TokenSelect int8"
 SELECT_EXACT = "kvselect TokenSelect exact keys"
 STREAMING = "kvselect StreamingLLM"

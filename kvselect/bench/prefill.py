@@ -8,6 +8,7 @@ contender can be captured.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kvselect.attention import sparse_attention
 from kvselect.bench.contenders import BOUND, exact_dtype, require_agreement
 from kvselect.bench.dense_peers import gpu_chunk_peers
-from kvselect.bench.entrants import OUR_DENSE, SELECT_INT4
+from kvselect.bench.entrants import DENSE_KERNEL, OUR_DENSE, SELECT_INT4
 from kvselect.bench.expected import expected_chunk_us
 from kvselect.bench.graphs import (
     ColdL2,
@@ -56,6 +57,7 @@ from kvselect.bench.results import Skipped, Timing, timing
 from kvselect.bench.watch import AttendedLists, OpWatch, stage_ms
 from kvselect.cache import KVCache
 from kvselect.fixed_cache import FixedKVCache
+from kvselect.policies.base import PolicyState
 from kvselect.policies.token_select import TokenSelect
 from kvselect.prefill import prefill
 from kvselect.rope import Rope
@@ -76,6 +78,7 @@ __all__ = [
 ]
 
 DRIFT = 0.95  # cosine of neighbouring queries
+DENSE_KERNELS = {"aten._scaled_dot_product_flash_attention_for_cpu": "attention"}
 
 
 def run(
@@ -116,6 +119,7 @@ class _Chunk:
     selects: bool = False
     sdpa: bool = False
     dense_peer: bool = False
+    state: PolicyState | None = None  # of contenders that select
 
 
 class _Bench:
@@ -159,6 +163,8 @@ class _Bench:
         self.dense_heads, q_heads = heads, heads * shape.group_size
         self.policy = TokenSelect(topk=request.topk, dense_below_tokens=0)
         self.state = self.policy.new_state(self.cache)
+        self.copying = dataclasses.replace(self.policy, prefill_attention="dense_kernel")
+        self.copying_state = self.copying.new_state(self.cache)
         self.dense_q, self.dense_cache = self.q, self.cache
         if request.gpu_peers:
             self.k, self.v = self.cache.k.transpose(1, 2), self.cache.v.transpose(1, 2)
@@ -185,17 +191,33 @@ class _Bench:
         """Of a cache with all lengths on the device: the same after every call of a contender."""
         self.cache.cache_seqlens.fill_(tokens)
 
-    def _ours(self) -> Tensor:
+    def _ours(self, policy: TokenSelect, state: PolicyState) -> Tensor:
         self.cache.append(self.new_k, self.new_v)
         out, _ = prefill(
             self.q,
             self.cache,
-            self.policy,
-            self.state,
+            policy,
+            state,
             q_unrotated=self.q_unrotated,
             rope=self.rope,
         )
         return out[0]
+
+    def _our_chunks(self, kv_heads: int, prepare: Callable[[], object]) -> dict[str, _Chunk]:
+        """Selection, its lists attended by our kernel and by a dense one."""
+        return {
+            name: _Chunk(
+                call=partial(self._ours, policy, state),
+                kv_heads=kv_heads,
+                prepare=prepare,
+                selects=True,
+                state=state,
+            )
+            for name, policy, state in (
+                (SELECT_INT4, self.policy, self.state),
+                (DENSE_KERNEL, self.copying, self.copying_state),
+            )
+        }
 
     def _our_dense(self) -> Tensor:
         return sparse_attention(self.dense_q, self.dense_cache)[0][0]
@@ -216,13 +238,7 @@ class _Bench:
         found[OUR_DENSE] = _Chunk(
             call=self._our_dense, kv_heads=heads, prepare=partial(self._set_length, whole)
         )
-        found[SELECT_INT4] = _Chunk(
-            call=self._ours,
-            kv_heads=heads,
-            prepare=partial(self._set_length, shorter),
-            selects=True,
-        )
-        return found
+        return found | self._our_chunks(heads, partial(self._set_length, shorter))
 
     def _cpu_chunks(self) -> dict[str, _Chunk]:
         chunk, heads = self.request.chunk_tokens, self.dense_heads
@@ -263,12 +279,7 @@ class _Bench:
             ),
             MATMUL: _Chunk(call=matmul, kv_heads=heads, dense_peer=True),
             OUR_DENSE: _Chunk(call=self._our_dense, kv_heads=heads),
-            SELECT_INT4: _Chunk(
-                call=self._ours,
-                kv_heads=self.request.shape.num_kv_heads,
-                prepare=partial(self.cache.crop, chunk),
-                selects=True,
-            ),
+            **self._our_chunks(self.request.shape.num_kv_heads, partial(self.cache.crop, chunk)),
         }
 
     def rows(self) -> list[PrefillRow]:
@@ -328,6 +339,7 @@ class _Bench:
                         gmac_per_s=None if one.selects else macs / ms / 1e6,
                         stages_ms=stages[name],
                         timing=timed[name],
+                        attention=_kernels(one.state),
                         expected_us=(us := self._expected_us(one, attended, bandwidth)),
                         over_expected=None if us is None else 1e3 * ms / us,
                     )
@@ -392,7 +404,7 @@ class _Bench:
             return {}
         assert one.prepare is not None
         one.prepare()
-        return stage_ms(one.call, timed.median_ms)
+        return stage_ms(one.call, timed.median_ms, DENSE_KERNELS)
 
     def _compare(self, name: str, one: _Chunk) -> tuple[float, float, float]:
         """Kept mass, tokens attended, error of the output on the sampled queries."""
@@ -429,6 +441,11 @@ class _Bench:
         return sum(masses) / len(masses), attended, error
 
 
+def _kernels(state: PolicyState | None) -> str | None:
+    """What attended the lists, by the policy's own count."""
+    return None if state is None else ", ".join(sorted(state.prefill.attention_kernels))
+
+
 def chunk_queries(layer: StructuredLayer, cache: KVCache, count: int) -> tuple[Tensor, Tensor]:
     """A chunk of drifting queries at the end of ``cache``, rotated and before RoPE."""
     q = layer.draw_query()
@@ -450,10 +467,10 @@ def _lists_of(attended: Sequence[AttendedLists], sampled: Tensor) -> list[Tensor
     for index in sampled.tolist():
         begin = 0
         for call in attended:
-            if index < begin + call.q.shape[1]:
+            if index < begin + call.num_queries:
                 found.append(_lists_in(call, index - begin))
                 break
-            begin += call.q.shape[1]
+            begin += call.num_queries
     return found
 
 

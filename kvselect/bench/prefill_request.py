@@ -84,6 +84,9 @@ class PrefillRow:
         Per query and KV head; the mass on sampled queries, causal, in float32.
     stages_ms : dict
         Of contenders of kvselect, on a CPU; empty for others.
+    attention : str or None
+        The kernel that attended the lists, of contenders that select: "sparse_attention",
+        "flash_attn" or "sdpa".
     expected_us, over_expected : float or None
         Of the step model (`kvselect.bench.expected`) at this run's bandwidth, and time over it;
         among a GPU's peers only.
@@ -103,6 +106,7 @@ class PrefillRow:
     gmac_per_s: float | None
     stages_ms: dict[str, float]
     timing: Timing
+    attention: str | None = None
     expected_us: float | None = None
     over_expected: float | None = None
 

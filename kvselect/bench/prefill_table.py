@@ -22,6 +22,7 @@ COLUMNS = (
     "tokens\nattended",
     "kept\nmass",
     "output\nerror",
+    "lists\nattended by",
 )
 
 
@@ -66,6 +67,7 @@ GPU_COLUMNS = (
     "tokens\nattended",
     "kept\nmass",
     "output\nerror",
+    "lists\nattended by",
     "graph",
 )
 
@@ -85,6 +87,7 @@ def _gpu_cells(row: PrefillRow) -> list[str]:
         f"{row.attended_tokens:.0f}",
         f"{row.kept_mass:.3f}",
         f"{row.output_error:.3f}",
+        row.attention or "–",
         {None: "–", "": "yes"}.get(found.not_captured, "no"),
     ]
 
@@ -102,4 +105,5 @@ def _cells(row: PrefillRow) -> list[str]:
         f"{row.attended_tokens:.0f}",
         f"{row.kept_mass:.3f}",
         f"{row.output_error:.3f}",
+        row.attention or "–",
     ]

@@ -20,6 +20,7 @@ KVSELECT_STAGES = {
     "kvselect.score_tokens": "scan",
     "kvselect.select_tokens": "select",
     "kvselect.list_blocks": "select",
+    "kvselect.gather_tokens": "gather",
     "kvselect.sparse_attention": "attention",
     "kvselect.merge_splits": "attention",
     "kvselect.rolling_sweep": "rolling sweep",
@@ -32,9 +33,9 @@ REST = "rest (Python, small torch ops)"
 
 
 class AttendedLists(NamedTuple):
-    """What one call of `sparse_attention` was asked to read, in the form of the op."""
+    """What a call of `sparse_attention` or `gather_tokens` was asked to read, in the ops' form."""
 
-    q: Tensor  # [batch, seqlen_q, num_q_heads, head_dim]
+    num_queries: int
     cache_seqlens: Tensor  # [batch]; with the last of these queries
     indices: Tensor | None  # [batch, num_blocks, num_kv_heads, width]; None: everything
     topk_length: Tensor | None  # [batch, num_blocks, num_kv_heads]
@@ -49,7 +50,7 @@ class OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ms : dict
         "namespace.name" of an op -> milliseconds of all its calls.
     attended : list of AttendedLists
-        One for each call of `sparse_attention`; the lists are copies.
+        One for each call of `sparse_attention` or `gather_tokens`; the lists are copies.
     """
 
     def __init__(self, others: Mapping[str, str] | None = None) -> None:
@@ -70,11 +71,17 @@ class OpWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = ".".join(str(func).split(".")[:2])
         if not name.startswith("kvselect.") and name not in self._others:
             return func(*args, **kwargs)
-        if name == "kvselect.sparse_attention":
+        if name in ("kvselect.sparse_attention", "kvselect.gather_tokens"):
             named = dict(zip((argument.name for argument in func._schema.arguments), args))
             lists = (named[field] for field in AttendedLists._fields[1:])
-            copies = (None if x is None else x.clone() for x in lists)
-            self.attended.append(AttendedLists(named["q"], *copies))  # type: ignore[arg-type]
+            copies = [None if x is None else x.clone() for x in lists]
+            num_queries, offsets = named.get("seqlen_q"), copies[-1]
+            if num_queries is None:
+                num_queries = named["q"].shape[1]
+            elif offsets is not None:  # some of a call's blocks, counted from its first query
+                offsets -= offsets[0].clone()
+                num_queries = int(offsets[-1])
+            self.attended.append(AttendedLists(num_queries, *copies))  # type: ignore[arg-type]
         before = self._now()
         out = func(*args, **kwargs)
         self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (self._now() - before)

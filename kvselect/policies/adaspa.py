@@ -196,6 +196,7 @@ class AdaSpa(Policy):
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(selection, BlockMask):
             return attend_queries(queries, cache, selection, None)
+        queries.kernels.append("block_sparse_attention")
         k, v, seqlens = _without_padding(queries, cache)
         out, lse = block_sparse_attention(
             queries.q, k, v, selection.unpack(), cache_seqlens=seqlens, **self._options(queries)

@@ -220,6 +220,11 @@ class Policy:
         return 0
 
     @property
+    def prefill_attention(self) -> Literal["sparse_attention", "dense_kernel"]:
+        """What attends the lists of prefill blocks: `sparse_attention`'s ``implementation``."""
+        return "sparse_attention"
+
+    @property
     def required_sketch(self) -> str | None:
         """Sketch format that the cache must have; None: any, or none."""
         return None
@@ -360,7 +365,7 @@ class Policy:
         """Attention over what was selected: ``(out, lse)`` as `sparse_attention` gives them."""
         assert not isinstance(selection, BlockMask)
         rope = queries.rope if self.caches_unrotated else None
-        return attend_queries(queries, cache, selection, rope)
+        return attend_queries(queries, cache, selection, rope, self.prefill_attention)
 
     def audit(
         self, state: PolicyState, queries: Queries, cache: KVCache, selection: Selection

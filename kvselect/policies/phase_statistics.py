@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,11 +48,16 @@ class PhaseStatistics:
         Calls among them that attended to everything.
     tokens_visible : int
         What dense attention would have read.
+    attention_kernels : dict
+        Attention calls of a prefill by the kernel that ran: "sparse_attention",
+        "block_sparse_attention", "flash_attn", "sdpa". Decode steps have no choice, and are not
+        counted.
     """
 
     num_calls: int = 0
     num_dense_calls: int = 0
     tokens_visible: int = 0
+    attention_kernels: dict[str, int] = field(default_factory=dict)
     _attended_densely: int = 0
     _scanned: int = 0
     _looked_up: int = 0
@@ -110,6 +116,11 @@ class PhaseStatistics:
         )
         if len(self._recorded) == _CALLS_AT_ONCE:
             self._add_up()
+
+    def record_kernels(self, names: Iterable[str]) -> None:
+        """The kernels that a prefill's call attended with."""
+        for name in names:
+            self.attention_kernels[name] = self.attention_kernels.get(name, 0) + 1
 
     def add(
         self,
@@ -358,6 +369,7 @@ class PhaseStatistics:
             "picked_for_mass": self.picked_for_mass,
             "num_short_of_mass": self.num_short_of_mass,
             "num_nonfinite": self.num_nonfinite,
+            "attention_kernels": dict(self.attention_kernels) or None,
         }
 
 

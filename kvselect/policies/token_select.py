@@ -120,6 +120,10 @@ class TokenSelect(Policy):
     rolling_audit_interval : int or None
         Rolling sweep: steps from one audit to the next, each of which scores all keys; the first is
         due ``num_segments`` steps after the pools are filled. None: no audits.
+    prefill_attention : "sparse_attention" or "dense_kernel"
+        What attends the lists of prefill blocks: kvselect's own kernel, which reads the cache where
+        it lies, or a dense one over copies of what is listed (`sparse_attention`'s
+        ``implementation``). Reports name the kernel that ran.
 
     Raises
     ------
@@ -169,6 +173,7 @@ class TokenSelect(Policy):
     pool_factor: float = 2.0
     rolling_floor: float = 0.98
     rolling_audit_interval: int | None = 64
+    prefill_attention: Literal["sparse_attention", "dense_kernel"] = "sparse_attention"
 
     def __post_init__(self) -> None:
         require_token_settings(self)

@@ -13,6 +13,7 @@ from kvselect.checks import (
     require_scale,
     require_type,
 )
+from kvselect.dense_kernel import IMPLEMENTATIONS
 from kvselect.queries import Phase
 from kvselect.rolling_pools import MAX_SEGMENTS
 from kvselect.rope import Rope
@@ -116,6 +117,8 @@ class TokenSettings(ListSettings, Protocol):
     def rolling_floor(self) -> float: ...
     @property
     def rolling_audit_interval(self) -> int | None: ...
+    @property
+    def prefill_attention(self) -> Literal["sparse_attention", "dense_kernel"]: ...
 
 
 def window_rule(settings: VoteSettings, phase: Phase) -> str:
@@ -147,6 +150,7 @@ def require_token_settings(settings: TokenSettings) -> None:
     require_choice(settings.similarity, "similarity", ("min", "q10", "flat", None))
     require_choice(settings.similarity_on, "similarity_on", ("unrotated", "rotated"))
     require_pool_width(settings.pool_width)
+    require_choice(settings.prefill_attention, "prefill_attention", IMPLEMENTATIONS)
     require_bool(settings.dense_prefill, "dense_prefill")
     overselect = require_float(settings.overselect, "overselect", "a float >= 1")
     require(overselect >= 1.0, "overselect", settings.overselect, "a float >= 1")

@@ -6,7 +6,12 @@ queries, window rules, several scoring vectors, compact positions, reused lists.
 take any cache that has the attributes of `CacheLike`: a KVCache, or a PlainCache of two tensors.
 """
 
-from kvselect.reference.attention import merge_splits, recovered_mass, sparse_attention
+from kvselect.reference.attention import (
+    gather_tokens,
+    merge_splits,
+    recovered_mass,
+    sparse_attention,
+)
 from kvselect.reference.block_scores import (
     block_lse,
     blocks_of_row,
@@ -74,6 +79,7 @@ __all__ = [
     "decode_step",
     "encode_block",
     "finite_keys",
+    "gather_tokens",
     "heaviest",
     "kv_append",
     "list_blocks",

@@ -99,6 +99,61 @@ def sparse_attention(
     return out, lse
 
 
+def gather_tokens(
+    cache: CacheLike, selection: Selection, seqlen_q: int, *, rope: RopeTable | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Listed keys and values side by side, list after list: for KV head, row, block in this order.
+
+    Parameters
+    ----------
+    cache : CacheLike
+    selection : Selection
+    seqlen_q : int
+        Queries of the call; each list must end with all tokens of its block.
+    rope : RopeTable or None
+        Given, the key of rank r in its list rotates to r.
+
+    Returns
+    -------
+    k, v : Tensor, [num_tokens, head_dim], float64
+    cu_seqlens : Tensor, [num_lists + 1], int32
+        Where each list begins, and where the last one ends.
+
+    Raises
+    ------
+    ValueError
+        If a list does not end with the tokens of its block, or holds others where the block begins
+        before its row.
+    """
+    blocks = QueryBlocks(
+        cache_seqlens=cache.cache_seqlens,
+        seqlen_q=seqlen_q,
+        starts=cache.starts,
+        offsets=selection.q_block_offsets,
+    )
+    keys, values, ends = [], [], [0]
+    for g in range(cache.k.shape[2]):
+        for row in range(blocks.batch):
+            for block in range(blocks.num_blocks):
+                entries = _entries(selection, row, block, g)
+                own = blocks.range(row, block)
+                tail = list(range(own.begin, own.end))
+                if len(blocks.queries(block)):
+                    whole = len(tail) == len(blocks.queries(block))
+                    listed = entries.tolist()
+                    if listed[len(listed) - len(tail) if whole else 0 :] != tail:
+                        raise ValueError(f"list [{row}, {block}, {g}] does not end with its block")
+                key = cache.k[row, entries, g].double()
+                if rope is not None:
+                    key = rotate(key, torch.arange(len(entries)), rope)
+                keys.append(key)
+                values.append(cache.v[row, entries, g].double())
+                ends.append(ends[-1] + len(entries))
+    empty = torch.zeros(0, cache.k.shape[-1], dtype=torch.float64)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    return torch.cat([empty, *keys]), torch.cat([empty, *values]), cu_seqlens
+
+
 def merge_splits(partial_out: Tensor, partial_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge attention computed over disjoint parts of the context.
 

@@ -24,6 +24,11 @@ void list_blocks(const ListBlocksParams& p, int64_t, int64_t end) {
     if (end == p.num_rows * p.num_lists) cuda::list_blocks(p, kLaunch);
 }
 
+void gather_tokens(const GatherTokensParams& p, int64_t begin, int64_t end) {
+    if (p.head_dim > kMostChannels) return kScalar.gather_tokens(p, begin, end);
+    if (end == gather_tokens_lists(p)) cuda::gather_tokens(p, kLaunch);
+}
+
 void merge_splits(const MergeSplitsParams& p, int64_t, int64_t end) {
     if (end == p.num_rows) cuda::merge_splits(p, kLaunch);
 }
@@ -115,6 +120,7 @@ const cpu::Implementation& cuda_emulated_implementation() {
         table.name = "cuda";
         table.block_mass = block_mass;
         table.block_sparse_attention = block_sparse_attention;
+        table.gather_tokens = gather_tokens;
         table.kv_append = kv_append;
         table.list_blocks = list_blocks;
         table.merge_splits = merge_splits;

@@ -41,7 +41,8 @@ const cpu::Implementation& scalar_tiles_implementation() {
                                                         cpu::scalar_tiles::rolling_sweep,
                                                         cpu::scalar_tiles::block_sparse_attention,
                                                         cpu::scalar_tiles::block_mass,
-                                                        cpu::scalar_tiles::list_blocks};
+                                                        cpu::scalar_tiles::list_blocks,
+                                                        cpu::scalar_tiles::gather_tokens};
     return implementation;
 }
 

@@ -63,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     m.impl("select_tokens", TORCH_BOX(&cuda::select_tokens));
     m.impl("selection_cache_step", TORCH_BOX(&cuda::selection_cache_step));
     m.impl("sparse_attention", TORCH_BOX(&cuda::sparse_attention));
+    m.impl("gather_tokens", TORCH_BOX(&cuda::gather_tokens));
     m.impl("list_blocks", TORCH_BOX(&cuda::list_blocks));
     m.impl("merge_splits", TORCH_BOX(&cuda::merge_splits));
     m.impl("recovered_mass", TORCH_BOX(&cuda::recovered_mass));

@@ -31,6 +31,14 @@ void kv_append(Tensor k, Tensor v, OptionalTensor num_valid, Tensor k_cache, Ten
                StringArg sketch_format, Tensor num_nonfinite, OptionalTensor starts,
                bool sketch_in_pages);
 
+std::tuple<Tensor, Tensor, Tensor> gather_tokens(Tensor k_cache, Tensor v_cache,
+                                                 OptionalTensor block_table, Tensor cache_seqlens,
+                                                 OptionalTensor starts, Tensor indices,
+                                                 Tensor topk_length, OptionalTensor q_block_offsets,
+                                                 int64_t seqlen_q, OptionalTensor cos,
+                                                 OptionalTensor sin, int64_t rope_start,
+                                                 bool rope_interleaved);
+
 std::tuple<Tensor, Tensor> list_blocks(Tensor picked, Tensor first_block, Tensor end,
                                        OptionalTensor starts, Tensor finite,
                                        int64_t num_window_blocks, int64_t width);

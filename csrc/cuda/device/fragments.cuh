@@ -192,6 +192,20 @@ __device__ __forceinline__ float rotated(const T* row, const RopePair& at, const
     if (at.pair < 0) return own;
     return own * __ldg(cos + at.pair) + at.factor * to_float(row[at.other]) * __ldg(sin + at.pair);
 }
+// 16 bytes of `row` from channel d on, rotated to `place`.
+template <typename T>
+__device__ __forceinline__ uint4 rotated_chunk(const RopeView& rope, const T* row, int d,
+                                               int64_t place) {
+    T elements[kElementsPerChunk<T>];
+#pragma unroll
+    for (int i = 0; i < kElementsPerChunk<T>; ++i)
+        from_float(rotated(row, rope_pair(rope, d + i), rope.cos + place * rope.num_pairs,
+                           rope.sin + place * rope.num_pairs, d + i),
+                   &elements[i]);
+    uint4 chunk;
+    memcpy(&chunk, elements, sizeof chunk);
+    return chunk;
+}
 
 // --- the sketch
 

@@ -149,6 +149,7 @@ class Report:
             + (", question-aware: yes" if self.question_aware else ""),
         ]
         words += _border_lines(self.layers)
+        words += _kernel_lines(self.layers)
         words += _audit_lines(self.layers)
         words += _tier_lines(self.layers)
         words += _prefix_lines(self.layers)
@@ -272,6 +273,17 @@ def _border_lines(layers: tuple[LayerReport, ...]) -> list[str]:
         + f" ({source})"
         for (tokens, source), indices in borders.items()
     ]
+
+
+def _kernel_lines(layers: tuple[LayerReport, ...]) -> list[str]:
+    """One line if a prefill attended by something else than `sparse_attention` alone."""
+    calls: dict[str, int] = {}
+    for layer in layers:
+        for name, count in (layer.prefill["attention_kernels"] or {}).items():
+            calls[name] = calls.get(name, 0) + count
+    if not set(calls) - {"sparse_attention"}:
+        return []
+    return ["prefill attention: " + ", ".join(f"{name} ({calls[name]})" for name in sorted(calls))]
 
 
 def _audit_lines(layers: tuple[LayerReport, ...]) -> list[str]:
