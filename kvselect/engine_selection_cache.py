@@ -16,7 +16,7 @@ from torch import Tensor
 from kvselect.cache import KVCache
 from kvselect.checks import require
 from kvselect.selection import Lists
-from kvselect.selection_cache import SelectionCache, Similarity
+from kvselect.selection_cache import ReuseStep, SelectionCache, Similarity
 
 __all__ = ["EngineSelectionCache"]
 
@@ -66,7 +66,7 @@ class EngineSelectionCache(SelectionCache):
         room: int,
         dense_limit: int,
         reuse_counts: Tensor,
-    ) -> Tensor | None:
+    ) -> ReuseStep:
         """As SelectionCache; rows that have no list miss where any row has one.
 
         ``cache.num_nonfinite`` counts the defects of the newest tokens alone.
@@ -82,8 +82,7 @@ class EngineSelectionCache(SelectionCache):
             self.lists = None
             self._allocate(q.shape[0], q.shape[2], q.shape[3], num_lists, q.device)
         self.known_nonfinite.zero_()
-        hit = self._decide(q, cache, dense_limit, reuse_counts)
-        return hit if usable else None
+        return self._reuse_step(q, cache, dense_limit, reuse_counts, usable)
 
     def store(self, lists: Lists, cache: KVCache) -> None:
         """As SelectionCache."""

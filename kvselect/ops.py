@@ -133,6 +133,17 @@ def _score_tokens(
     sink_logits: Tensor | None = None,
     ranking: Tensor | None = None,
     sketch_in_pages: bool = False,
+    compared_q: Tensor | None = None,
+    cache_nonfinite: Tensor | None = None,
+    similarity: str = "min",
+    similarity_threshold: float = 1.0,
+    max_age: int = 1,
+    dense_limit: int = 0,
+    anchor_query: Tensor | None = None,
+    age: Tensor | None = None,
+    expected_seqlens: Tensor | None = None,
+    known_nonfinite: Tensor | None = None,
+    reuse_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]

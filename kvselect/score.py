@@ -18,6 +18,7 @@ from kvselect.arguments import (
 from kvselect.cache import KVCache
 from kvselect.checks import require, require_bool, require_choice, require_int
 from kvselect.rope import Rope
+from kvselect.selection_cache import ReuseStep
 from kvselect.sketch import op_format
 
 __all__ = ["new_ranking", "score_tokens"]
@@ -173,6 +174,7 @@ def score_blocks(
     softcap: float = 0.0,
     sink_logits: Tensor | None = None,
     ranking: Tensor | None = None,
+    reuse: ReuseStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all query blocks of a call in one scan; the op itself, with checked arguments.
 
@@ -185,13 +187,16 @@ def score_blocks(
         Format to scan; None: the keys.
     rope : Rope or None
         Given: "compact" positions, see csrc/include/kvselect/score_tokens.h.
-    hit : Tensor, [batch, num_kv_heads], int32, or None
-        Non-zero: this list is reused, its scores are left as they are.
+    hit : Tensor, [batch, num_lists], int32, or None
+        Non-zero: this list is reused, its scores are left as they are. One list may serve all
+        heads.
     softcap, sink_logits : float, Tensor [num_q_heads] or None
         As `Queries` has them.
     ranking : Tensor or None
         From `new_ranking`: filled for `select_blocks` to pick ``keep`` tokens per KV head from;
         not with ``window_rule="block_end"``.
+    reuse : ReuseStep or None
+        Given, the call first decides which lists are reused, into ``hit``.
 
     Returns
     -------
@@ -230,5 +235,6 @@ def score_blocks(
         sink_logits,
         ranking,
         sketch is not None and cache.sketch_in_pages,
+        *(() if reuse is None else reuse[:-1]),
     )
     return scores, num_nonfinite

@@ -8,7 +8,7 @@ window is lost.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,36 @@ from kvselect.checks import require
 from kvselect.fixed_cache import FixedKVCache
 from kvselect.selection import Lists
 
-__all__ = ["CapturedSelectionCache", "SelectionCache", "Similarity"]
+__all__ = ["CapturedSelectionCache", "ReuseStep", "SelectionCache", "Similarity"]
 
 Similarity = Literal["min", "q10", "flat"]
+
+
+class ReuseStep(NamedTuple):
+    """What decides which lists a decode step reuses, and what the decision changes in place.
+
+    `score_blocks` decides on its way; a step that scans nothing asks `decide`.
+    """
+
+    q: Tensor  # [batch, 1, num_q_heads, head_dim], what is compared
+    num_nonfinite: Tensor  # [batch, num_kv_heads], of the cache
+    similarity: Similarity
+    similarity_threshold: float
+    max_age: int
+    dense_limit: int
+    anchor_query: Tensor
+    age: Tensor
+    expected_seqlens: Tensor
+    known_nonfinite: Tensor
+    reuse_counts: Tensor
+    is_filled: bool  # whether anything is stored that could be reused
+
+    def decide(self, cache: KVCache) -> Tensor:
+        """Which lists are reused, [batch, num_lists], int32, 1 = hit; on the CPU."""
+        hit: Tensor = torch.ops.kvselect.selection_cache_step.default(
+            self.q, cache.cache_seqlens, cache.starts, *self[1:-1]
+        )
+        return hit
 
 
 class SelectionCache:
@@ -40,7 +67,7 @@ class SelectionCache:
 
     Notes
     -----
-    `lookup` decides for every list by itself; a vector of zeros and one that is not finite miss.
+    Every list is decided by itself; a vector of zeros and one that is not finite miss.
     The host only knows of changes that it made itself: another cache version or batch, or more than
     one token at once, make every list miss. Source: TokenSelect, arXiv:2411.02886, section on the
     selection cache; window and forced misses are ours. Cost of a step whose lists all hit: that of
@@ -68,8 +95,8 @@ class SelectionCache:
         room: int,
         dense_limit: int,
         reuse_counts: Tensor,
-    ) -> Tensor | None:
-        """Which lists this step may reuse; the others take its query as their anchor.
+    ) -> ReuseStep:
+        """What decides which lists this step reuses; the others take its query as their anchor.
 
         Until `store` gives the lists that the step ended with, nothing is reusable.
 
@@ -92,7 +119,8 @@ class SelectionCache:
 
         Returns
         -------
-        Tensor, [batch, num_lists], int32, 1 = hit; or None: nothing is stored that could hit
+        ReuseStep
+            To be decided once.
         """
         anchor = self.anchor_query
         usable = (
@@ -109,16 +137,14 @@ class SelectionCache:
             # Anew: sizes may differ. Tensors made under inference_mode are no reason: the op writes
             # to them, in and outside of it.
             self._allocate(q.shape[0], q.shape[2], q.shape[3], num_lists, q.device)
-        hit = self._decide(q, cache, dense_limit, reuse_counts)
-        return hit if usable else None
+        return self._reuse_step(q, cache, dense_limit, reuse_counts, usable)
 
-    def _decide(self, q: Tensor, cache: KVCache, dense_limit: int, reuse_counts: Tensor) -> Tensor:
-        """The op: what may be reused, and the anchors of what may not."""
+    def _reuse_step(
+        self, q: Tensor, cache: KVCache, dense_limit: int, reuse_counts: Tensor, is_filled: bool
+    ) -> ReuseStep:
         assert self.anchor_query is not None
-        hit: Tensor = torch.ops.kvselect.selection_cache_step.default(
+        return ReuseStep(
             q,
-            cache.cache_seqlens,
-            cache.starts,
             cache.num_nonfinite,
             self.similarity,
             self.similarity_threshold,
@@ -129,8 +155,8 @@ class SelectionCache:
             self.expected_seqlens,
             self.known_nonfinite,
             reuse_counts,
+            is_filled,
         )
-        return hit
 
     def store(self, lists: Lists, cache: KVCache) -> None:
         """Keep the lists of the step that `lookup` began; the next hit extends them in place."""
@@ -215,11 +241,11 @@ class CapturedSelectionCache(SelectionCache):
         room: int,
         dense_limit: int,
         reuse_counts: Tensor,
-    ) -> Tensor:
-        """As SelectionCache, but always a tensor."""
+    ) -> ReuseStep:
+        """As SelectionCache, but always filled."""
         assert isinstance(cache, FixedKVCache)
         self.prepare(cache, q.shape[2], num_lists, room)
-        return self._decide(q, cache, dense_limit, reuse_counts)
+        return self._reuse_step(q, cache, dense_limit, reuse_counts, True)
 
     def store(self, lists: Lists, cache: KVCache) -> None:
         """As SelectionCache, in place."""

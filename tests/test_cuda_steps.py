@@ -55,9 +55,10 @@ POLICIES: dict[str, tuple[Any, list[str]]] = {
     "layer scope": (TokenSelect(**SMALL, scope="layer"), STEP),
     "compact": (TokenSelect(**SMALL, positions="compact"), STEP),
     "exact keys": (TokenSelect(**SMALL, sketch=None), STEP),
-    "selection cache": (
-        TokenSelect(**SMALL, similarity_threshold=0.9),
-        ["selection_cache_step", *STEP],
+    "selection cache": (TokenSelect(**SMALL, similarity_threshold=0.9), STEP),
+    "selection cache, layer scope": (
+        TokenSelect(**SMALL, similarity_threshold=0.9, scope="layer"),
+        STEP,
     ),
     "mass floor": (TokenSelect(**SMALL, mass_target=0.9, topk_max=128), STEP),
     "streaming": (StreamingLLM(num_sink_tokens=16, num_recent_tokens=128), ["sparse_attention"]),
@@ -108,6 +109,8 @@ def test_a_decode_step_waits_for_nothing_and_copies_nothing(
                 assert not noted.reads and not noted.copies
             missing = [op for op in expected if op not in noted.ops]
             assert not missing
+            # What decides which lists are reused is no op of its own.
+            assert "selection_cache_step" not in noted.ops
 
 
 def decode_steps(model: Any, cache: Any, ids: Any, noted: FakeCuda) -> None:

@@ -177,6 +177,21 @@ def cache_step_arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     }
 
 
+def reusing_arguments() -> dict[str, Any]:
+    """Scores of a step whose selection cache decides on the way: all lists miss.
+
+    Scores of one that hits are whatever the memory held.
+    """
+    cache = cache_step_arguments()
+    renamed = {"q": "compared_q", "num_nonfinite": "cache_nonfinite"}
+    for name in ("cache_seqlens", "starts"):
+        del cache[name]
+    reuse = {renamed.get(name, name): value for name, value in cache.items()}
+    reuse["age"] = torch.full((2, 2), 64, dtype=torch.int32)
+    hit = torch.full((2, 2), 7, dtype=torch.int32)
+    return score_arguments() | reuse | {"starts": int32(0, 3), "hit": hit}
+
+
 def sweep_arguments(**cache: Any) -> dict[str, Any]:
     """Row 0 rolls over its two blocks, row 1 is reused."""
     arguments = score_arguments(**cache)
@@ -233,6 +248,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "score_tokens": ("score_tokens", score_arguments()),
     "score_tokens paged fp16": ("score_tokens", score_arguments(paged=True, dtype=torch.float16)),
+    "score_tokens with a selection cache": ("score_tokens", reusing_arguments()),
     "select_tokens": ("select_tokens", select_arguments()),
     "select_tokens hit": (
         "select_tokens",

@@ -704,5 +704,96 @@ def test_errors_of_the_sketch_and_hit() -> None:
         case.plain.sketch_data = case.plain.sketch_data[:, :, :0]
         blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1)
         score(case, queries(1, 1, 1, 2, 64, seed=30), blocks, sketch=True)
-    with pytest.raises(ValueError, match=r"hit: got shape \[2, 4\], allowed: \[batch=2, num_kv_he"):
+    with pytest.raises(ValueError, match="hit: got 4 lists, allowed: 1 or num_kv_heads = 2"):
         bad_call(hit=torch.zeros(2, 4, dtype=torch.int32))
+    with pytest.raises(
+        ValueError, match=r"hit: got shape \[3, 2\], allowed: \[batch=2, num_lists\]"
+    ):
+        bad_call(hit=torch.zeros(3, 2, dtype=torch.int32))
+
+
+def reuse_arguments(q: Tensor, num_kv_heads: int, num_lists: int) -> dict[str, Any]:
+    """A selection cache whose lists all hit: the query is its own anchor."""
+    batch = q.shape[0]
+    return {
+        "hit": torch.full((batch, num_lists), 7, dtype=torch.int32),
+        "compared_q": q,
+        "cache_nonfinite": torch.zeros(batch, num_kv_heads, dtype=torch.int64),
+        "similarity": "min",
+        "similarity_threshold": 0.9,
+        "max_age": 4,
+        "dense_limit": 0,
+        "anchor_query": q[:, 0].float().clone(),
+        "age": torch.zeros(batch, num_lists, dtype=torch.int32),
+        "expected_seqlens": torch.full((batch,), -1, dtype=torch.int32),
+        "known_nonfinite": torch.zeros(batch, num_lists, dtype=torch.int64),
+        "reuse_counts": torch.zeros(2, dtype=torch.int64),
+    }
+
+
+@pytest.mark.parametrize("num_lists", [1, 2])
+def test_a_scan_decides_which_lists_it_leaves_alone(num_lists: int) -> None:
+    """The rule is that of selection_cache_step, whose tests ask both."""
+    seqlens = int32(80, 61, 33)
+    case = case_of(seqlens)
+    q = queries(3, 1, 1, 4, 64, seed=28)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=1)
+    every = score(case, q, blocks)
+    reuse = reuse_arguments(q[:, 0], 2, num_lists)
+    reuse["expected_seqlens"] = seqlens - int32(0, 0, 1)  # the last row's lists are void
+    reuse["anchor_query"][1, 3] *= -1.0  # a head of row 1 turned away
+    reuse["age"][0, -1] = 4 * (num_lists - 1)  # too old: the second list of row 0
+    some = score(case, q, blocks, **reuse)
+    want = [[1], [0], [0]] if num_lists == 1 else [[1, 0], [1, 0], [0, 0]]
+    assert reuse["hit"].tolist() == want
+    assert reuse["reuse_counts"].tolist() == ([1, 160] if num_lists == 1 else [2, 80 + 61])
+    assert reuse["expected_seqlens"].tolist() == [81, 62, 34]
+    for row in range(3):
+        for head in range(2):
+            heads = slice(2 * head, 2 * head + 2)
+            if want[row][head % num_lists]:
+                assert (some[1][row, 0, 0, heads] == -torch.inf).all()
+                assert some[2][row, 0, head] == 0
+            else:
+                assert torch.equal(some[0][row, 0, head], every[0][row, 0, head])
+                assert torch.equal(some[1][row, 0, 0, heads], every[1][row, 0, 0, heads])
+
+
+SCORED = queries(2, 1, 1, 4, 64, seed=29)
+REUSE_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"hit": None}, "hit: got None, allowed: a tensor, which receives the decisions"),
+    ({"age": None}, "age: got None, allowed: a tensor, like anchor_query"),
+    ({"compared_q": None}, "compared_q: got None, allowed: a tensor, like anchor_query"),
+    ({"cache_nonfinite": None}, "cache_nonfinite: got None, allowed: a tensor, like anchor_que"),
+    ({"reuse_counts": None}, "reuse_counts: got None, allowed: a tensor, like anchor_query"),
+    ({"anchor_query": None}, "compared_q: got a tensor, allowed: None, like anchor_query"),
+    (
+        {"compared_q": SCORED[:, 0].half(), "anchor_query": SCORED[:, 0, 0]},
+        "compared_q: got float16, allowed: float32",
+    ),
+    (
+        {"age": torch.zeros(2, 1).int(), "known_nonfinite": torch.zeros(2, 1).long()},
+        "age: got 1 lists, allowed: as many as hit, 2",
+    ),
+    (
+        {"cache_nonfinite": torch.zeros(2, 1).long(), "age": torch.zeros(2, 1).int()}
+        | {"known_nonfinite": torch.zeros(2, 1).long()},
+        r"cache_nonfinite: got shape \[2, 1\], allowed: \[batch=2, num_kv_heads=2\]",
+    ),
+    ({"max_age": 0}, "max_age: got 0, allowed: an int >= 1"),
+    ({"blocks": 2}, "anchor_query: got a tensor with 2 blocks of queries, allowed: None"),
+]
+
+
+@ONE_IMPLEMENTATION
+@pytest.mark.parametrize("change, message", REUSE_ERRORS, ids=[e[1][:44] for e in REUSE_ERRORS])
+def test_errors_of_the_selection_cache(change: dict[str, Any], message: str) -> None:
+    seqlens = int32(130, 20)
+    reuse = reuse_arguments(SCORED[:, 0], 2, 2) | change
+    num_blocks = reuse.pop("blocks", 1)
+    offsets = None if num_blocks == 1 else int32(0, 1, 2)
+    blocks = QueryBlocks(cache_seqlens=seqlens, seqlen_q=num_blocks, offsets=offsets)
+    before = {name: value.clone() for name, value in reuse.items() if isinstance(value, Tensor)}
+    with pytest.raises(ValueError, match=message):
+        score(case_of(seqlens), SCORED.repeat(1, num_blocks, 1, 1, 1), blocks, **reuse)
+    assert all(torch.equal(reuse[name], value) for name, value in before.items())

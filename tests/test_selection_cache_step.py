@@ -1,21 +1,26 @@
-"""selection_cache_step: the reference's decisions, and the same bits from every implementation."""
+"""selection_cache_step: the reference's decisions, and the same bits from every implementation.
+
+By the op, and by a scan that decides on its way: the only one of the two on CUDA.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_calls import ONE_IMPLEMENTATION, int32
+from op_calls import NONE, ONE_IMPLEMENTATION, int32
 from torch import Tensor
 
 from kvselect import reference
 from kvselect.testing import non_contiguous
 
-pytestmark = pytest.mark.usefixtures("implementation")
+pytestmark = pytest.mark.usefixtures("decide")
 
 STATE = ("anchor_query", "age", "expected_seqlens", "known_nonfinite", "reuse_counts")
 
@@ -45,11 +50,67 @@ def make_step(
     return arguments | change
 
 
+def by_op(arguments: dict[str, Any]) -> Tensor:
+    hit: Tensor = torch.ops.kvselect.selection_cache_step(**arguments)
+    return hit
+
+
+def by_scan(arguments: dict[str, Any]) -> Tensor:
+    """Of keys that are all zeros."""
+    step = dict(arguments)
+    q, num_nonfinite = step.pop("q"), step.pop("num_nonfinite")
+    batch, num_q_heads, head_dim = q.shape[0], *q.shape[-2:]
+    num_kv_heads = num_nonfinite.shape[1]
+    longest = int(step["cache_seqlens"].max()) if batch else 0
+    num_lists = 1 if step["age"].shape[1] == 1 else num_kv_heads
+    hit = torch.full((batch, num_lists), 7, dtype=torch.int32)
+    dtype = torch.float32 if q.dtype == torch.float64 else q.dtype
+    torch.ops.kvselect.score_tokens(
+        q=torch.zeros(batch, 1, 1, num_q_heads, head_dim),
+        q_local=None,
+        k_cache=torch.zeros(batch, longest, num_kv_heads, head_dim, dtype=dtype),
+        block_table=None,
+        sketch=None,
+        sketch_format=NONE,
+        q_block_offsets=None,
+        seqlen_q=1,
+        window_rule="decode",
+        num_sink_tokens=0,
+        num_recent_tokens=0,
+        keep=0,
+        scale=1.0,
+        normalise_candidates_only=False,
+        max_vote=False,
+        cos=None,
+        sin=None,
+        rope_start=0,
+        rope_interleaved=False,
+        hit=hit,
+        max_seqlen_k=longest,
+        compared_q=q,
+        cache_nonfinite=num_nonfinite,
+        **step,
+    )
+    return hit
+
+
+WAYS: dict[str, Callable[[dict[str, Any]], Tensor]] = {"op": by_op, "scan": by_scan}
+way = by_op
+
+
+@pytest.fixture(params=list(WAYS))
+def decide(
+    request: pytest.FixtureRequest, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "cuda" and request.param == "op":
+        pytest.skip("on CUDA the scan decides")
+    monkeypatch.setitem(globals(), "way", WAYS[request.param])
+
+
 def run(arguments: dict[str, Any]) -> reference.CacheStep:
-    """The op on copies of the state."""
+    """On copies of the state."""
     own = {name: arguments[name].clone() for name in STATE}
-    hit = torch.ops.kvselect.selection_cache_step(**(arguments | own))
-    return reference.CacheStep(hit, **own)
+    return reference.CacheStep(way(arguments | own), **own)
 
 
 def assert_equals_reference(arguments: dict[str, Any]) -> reference.CacheStep:
@@ -278,8 +339,7 @@ def test_decisions_are_those_of_float32_cosines_away_from_the_threshold() -> Non
 def test_state_of_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
         step = make_step(randn(1, 1, 4, 32), 2)
-    hit = torch.ops.kvselect.selection_cache_step(**step)
-    assert hit.tolist() == [[1, 1]] and step["age"].tolist() == [[1, 1]]
+    assert way(step).tolist() == [[1, 1]] and step["age"].tolist() == [[1, 1]]
 
 
 Q = randn(2, 1, 4, 32)
@@ -328,6 +388,9 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 def test_error_messages(change: dict[str, Any], message: str) -> None:
     step = make_step(Q, 2) | change
     before = {name: step[name].clone() for name in STATE}
+    if way is by_scan:  # which has a query and defects of its own
+        message = re.sub("^q:", "compared_q:", message)
+        message = re.sub("^num_nonfinite:", "cache_nonfinite:", message)
     with pytest.raises(ValueError, match=message):
-        torch.ops.kvselect.selection_cache_step(**step)
+        way(step)
     assert all(torch.equal(step[name], value) for name, value in before.items())

@@ -18,9 +18,12 @@ STABLE_TORCH_LIBRARY(kvselect, m) {
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "
         "int num_recent_tokens, SymInt keep, float scale, bool normalise_candidates_only, "
         "bool max_vote, Tensor? cos, Tensor? sin, int rope_start, bool rope_interleaved, "
-        "Tensor? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None, "
-        "Tensor(a!)? ranking=None, bool sketch_in_pages=False) -> (Tensor scores, Tensor lse, "
-        "Tensor num_nonfinite)");
+        "Tensor(a!)? hit, SymInt max_seqlen_k, float softcap=0.0, Tensor? sink_logits=None, "
+        "Tensor(b!)? ranking=None, bool sketch_in_pages=False, Tensor? compared_q=None, "
+        "Tensor? cache_nonfinite=None, str similarity='min', float similarity_threshold=1.0, "
+        "int max_age=1, SymInt dense_limit=0, Tensor(c!)? anchor_query=None, Tensor(d!)? age=None, "
+        "Tensor(e!)? expected_seqlens=None, Tensor(f!)? known_nonfinite=None, "
+        "Tensor(g!)? reuse_counts=None) -> (Tensor scores, Tensor lse, Tensor num_nonfinite)");
     m.def(
         "select_tokens(Tensor scores, Tensor cache_seqlens, Tensor? starts, "
         "Tensor? q_block_offsets, SymInt seqlen_q, str window_rule, int num_sink_tokens, "

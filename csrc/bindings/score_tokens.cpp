@@ -39,13 +39,38 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages,
+    OptionalTensor compared_q, OptionalTensor cache_nonfinite, StringArg similarity,
+    double similarity_threshold, int64_t max_age, int64_t dense_limit, OptionalTensor anchor_query,
+    OptionalTensor age, OptionalTensor expected_seqlens, OptionalTensor known_nonfinite,
+    OptionalTensor reuse_counts) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
-    ScoreTokensParams p = read_score_tokens(
+    const ReuseArgs reuse{compared_q,
+                          cache_nonfinite,
+                          take_string(similarity),
+                          similarity_threshold,
+                          max_age,
+                          dense_limit,
+                          anchor_query,
+                          age,
+                          expected_seqlens,
+                          known_nonfinite,
+                          reuse_counts};
+    ScoreTokensCall call = read_score_tokens(
         q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
         seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
         max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
-        ranking, sketch_in_pages, Place{});
+        ranking, sketch_in_pages, reuse, Place{});
+    ScoreTokensParams& p = call.params;
+    const cpu::Implementation& kernels = cpu::current_implementation();
+    if (p.reuse.anchor_query)
+        run_parallel(p.reuse.batch, 0, [&](int64_t begin, int64_t end, float*) {
+            kernels.selection_cache_step(p.reuse, begin, end);
+        });
+    // Where every list is reused no key is read, and nothing grows with the length of a row: so
+    // pages are checked after the decision is written.
+    const int32_t* const last = p.hit ? p.hit + p.blocks.batch * p.num_hit_lists : nullptr;
+    if (!p.hit || std::find(p.hit, last, 0) != last) require_stored_pages(call.keys, p.blocks);
     p.q = as_float(TensorArg("q", q));
     const int64_t num_blocks = p.blocks.num_blocks, num_items = p.blocks.batch * p.num_kv_heads;
     Tensor new_scores = new_long_output({p.blocks.batch, num_blocks, p.num_kv_heads, max_seqlen_k},
@@ -56,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
 
     // Blocks that nothing is kept for share the codes of a part while these are in cache. Items are
     // numbered with the block last for that; the kernel numbers them with the KV head last.
-    const auto kernel = cpu::current_implementation().score_tokens;
+    const auto kernel = kernels.score_tokens;
     const int64_t parts = score_tokens_parts(p);
     const auto run = [&](ScoreStage stage, int64_t index, int64_t part_begin, int64_t part_end,
                          float* workspace, float* scratch) {

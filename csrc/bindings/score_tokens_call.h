@@ -9,6 +9,7 @@
 #include "bindings/aligned_rows.h"
 #include "bindings/checks.h"
 #include "bindings/outputs.h"
+#include "bindings/selection_cache_step_call.h"
 #include "kvselect/score_tokens.h"
 
 namespace kvselect::bindings {
@@ -27,8 +28,67 @@ inline int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
     return needed;
 }
 
-// All but the queries (`q` is any kernel dtype; the kernels take float32) and the outputs.
-inline ScoreTokensParams read_score_tokens(
+// Tensors and settings of a selection cache, with which the call first decides which lists are
+// reused: all tensors or none.
+struct ReuseArgs {
+    const OptionalTensor &compared_q, &cache_nonfinite;
+    std::string similarity;
+    double similarity_threshold;
+    int64_t max_age, dense_limit;
+    const OptionalTensor &anchor_query, &age, &expected_seqlens, &known_nonfinite, &reuse_counts;
+};
+
+// `hit` and `reuse` of the params.
+inline void read_reuse(const ReuseArgs& args, const OptionalTensor& hit,
+                       const Tensor& cache_seqlens, const OptionalTensor& starts,
+                       const CacheArg& keys, ScoreTokensParams* p, Place place) {
+    const bool decides = args.anchor_query.has_value();
+    const std::pair<const char*, const OptionalTensor*> others[] = {
+        {"compared_q", &args.compared_q},
+        {"cache_nonfinite", &args.cache_nonfinite},
+        {"age", &args.age},
+        {"expected_seqlens", &args.expected_seqlens},
+        {"known_nonfinite", &args.known_nonfinite},
+        {"reuse_counts", &args.reuse_counts}};
+    for (const auto& [name, tensor] : others)
+        KVS_CHECK(tensor->has_value() == decides, name, ": got ", decides ? "None" : "a tensor",
+                  ", allowed: ", decides ? "a tensor" : "None", ", like anchor_query");
+    KVS_CHECK(hit || !decides, "hit: got None, allowed: a tensor, which receives the decisions");
+    if (!hit) return;
+    const TensorArg hit_arg("hit", *hit, place);
+    hit_arg.require_dtype(ScalarType::Int)
+        .require_shape({{"batch", p->blocks.batch}, {"num_lists"}})
+        .require_contiguous();
+    p->num_hit_lists = hit_arg.size(1);
+    KVS_CHECK(p->num_hit_lists == 1 || p->num_hit_lists == p->num_kv_heads, "hit: got ",
+              p->num_hit_lists, " lists, allowed: 1 or num_kv_heads = ", p->num_kv_heads);
+    p->hit = hit_arg.data<int32_t>();
+    if (!decides) return;
+    KVS_CHECK(p->blocks.num_blocks == 1, "anchor_query: got a tensor with ", p->blocks.num_blocks,
+              " blocks of queries, allowed: None (a decode step has one)");
+    SelectionCacheStepParams& reuse = p->reuse;
+    reuse = read_selection_cache_step({"compared_q", "cache_nonfinite"}, *args.compared_q,
+                                      cache_seqlens, starts, *args.cache_nonfinite, args.similarity,
+                                      args.similarity_threshold, args.max_age, args.dense_limit,
+                                      *args.anchor_query, *args.age, *args.expected_seqlens,
+                                      *args.known_nonfinite, *args.reuse_counts, place);
+    KVS_CHECK(reuse.batch == p->blocks.batch && reuse.num_kv_heads == p->num_kv_heads,
+              "cache_nonfinite: got shape [", reuse.batch, ", ", reuse.num_kv_heads,
+              "], allowed: [batch=", p->blocks.batch, ", num_kv_heads=", p->num_kv_heads, "]");
+    TensorArg("compared_q", *args.compared_q, place).require_dtype(keys.scalar_type);
+    KVS_CHECK(reuse.num_lists == p->num_hit_lists, "age: got ", reuse.num_lists,
+              " lists, allowed: as many as hit, ", p->num_hit_lists);
+    reuse.hit = hit_arg.mutable_data<int32_t>();
+}
+
+struct ScoreTokensCall {
+    ScoreTokensParams params;
+    CacheArg keys;
+};
+
+// All but the queries (`q` is any kernel dtype; the kernels take float32) and the outputs, and but
+// for the pages of stored tokens: which of them are read the selection cache may say.
+inline ScoreTokensCall read_score_tokens(
     const Tensor& q, const OptionalTensor& q_local, const Tensor& k_cache,
     const OptionalTensor& block_table, const Tensor& cache_seqlens, const OptionalTensor& starts,
     const OptionalTensor& sketch, const std::string& format, const OptionalTensor& q_block_offsets,
@@ -37,7 +97,7 @@ inline ScoreTokensParams read_score_tokens(
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t rope_start, bool rope_interleaved,
     const OptionalTensor& hit, int64_t max_seqlen_k, double softcap,
     const OptionalTensor& sink_logits, const OptionalTensor& ranking, bool sketch_in_pages,
-    Place place) {
+    const ReuseArgs& reuse, Place place) {
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);
@@ -95,18 +155,6 @@ inline ScoreTokensParams read_score_tokens(
     p.rope = read_rope(cos, sin, rope_start, rope_interleaved, keys.head_dim, place);
     if (p.rope.cos && place.host_readable())
         require_rope_positions(p.rope, compact_positions(p.blocks, keep));
-    if (hit) {
-        const TensorArg hit_arg("hit", *hit, place);
-        hit_arg.require_dtype(ScalarType::Int)
-            .require_shape({{"batch", batch}, {"num_kv_heads", keys.num_kv_heads}})
-            .require_contiguous();
-        p.hit = hit_arg.data<int32_t>();
-    }
-    if (place.host_readable()) {
-        // Where every list is reused, no key is read: nothing then grows with the length of a row.
-        const int32_t* const end = p.hit ? p.hit + batch * keys.num_kv_heads : nullptr;
-        if (!p.hit || std::find(p.hit, end, 0) != end) require_stored_pages(keys, p.blocks);
-    }
     p.dtype = keys.dtype;
     p.num_q_heads = num_q_heads;
     p.num_kv_heads = keys.num_kv_heads;
@@ -124,7 +172,8 @@ inline ScoreTokensParams read_score_tokens(
     KVS_CHECK(!p.ranking || p.blocks.rule != WindowRule::kBlockEnd,
               "window_rule: got 'block_end', allowed: decode, block_start with a ranking (which "
               "counts no candidates among a block's own tokens)");
-    return p;
+    read_reuse(reuse, hit, cache_seqlens, starts, keys, &p, place);
+    return {p, keys};
 }
 
 // The op's results, which `p` writes to.

@@ -1,11 +1,10 @@
-// What the CPU and the CUDA op have in common: the arguments checked, the output allocated, the
-// params filled.
+// The arguments of a selection cache's step, checked: of the op itself, and of score_tokens, which
+// decides on its way. All params but `hit`.
 #pragma once
 
 #include <string>
 
 #include "bindings/checks.h"
-#include "bindings/outputs.h"
 #include "kvselect/selection_cache_step.h"
 
 namespace kvselect::bindings {
@@ -17,17 +16,17 @@ inline Similarity similarity_of(const std::string& name) {
     return Similarity::kFlat;
 }
 
-struct SelectionCacheStepCall {
-    Tensor hit;
-    SelectionCacheStepParams params;
+// The two ops call what is compared, and the defects ever appended, by other names.
+struct StepNames {
+    const char *q, *num_nonfinite;
 };
 
-inline SelectionCacheStepCall read_selection_cache_step(
-    const Tensor& q, const Tensor& cache_seqlens, const OptionalTensor& starts,
-    const Tensor& num_nonfinite, const std::string& similarity, double similarity_threshold,
-    int64_t max_age, int64_t dense_limit, const Tensor& anchor_query, const Tensor& age,
-    const Tensor& expected_seqlens, const Tensor& known_nonfinite, const Tensor& reuse_counts,
-    Place place) {
+inline SelectionCacheStepParams read_selection_cache_step(
+    const StepNames& names, const Tensor& q, const Tensor& cache_seqlens,
+    const OptionalTensor& starts, const Tensor& num_nonfinite, const std::string& similarity,
+    double similarity_threshold, int64_t max_age, int64_t dense_limit, const Tensor& anchor_query,
+    const Tensor& age, const Tensor& expected_seqlens, const Tensor& known_nonfinite,
+    const Tensor& reuse_counts, Place place) {
     SelectionCacheStepParams p{};
     p.similarity = similarity_of(similarity);
     KVS_CHECK(similarity_threshold > 0.0 && similarity_threshold <= 1.0,
@@ -35,8 +34,8 @@ inline SelectionCacheStepCall read_selection_cache_step(
     require_count("max_age", max_age, 1);
     require_count("dense_limit", dense_limit, 0);
 
-    const TensorArg q_arg("q", q, place), age_arg("age", age, place),
-        nonfinite_arg("num_nonfinite", num_nonfinite, place),
+    const TensorArg q_arg(names.q, q, place), age_arg("age", age, place),
+        nonfinite_arg(names.num_nonfinite, num_nonfinite, place),
         anchor_arg("anchor_query", anchor_query, place),
         expected_arg("expected_seqlens", expected_seqlens, place),
         known_arg("known_nonfinite", known_nonfinite, place),
@@ -68,7 +67,6 @@ inline SelectionCacheStepCall read_selection_cache_step(
         .require_contiguous();
     counts_arg.require_dtype(ScalarType::Long).require_shape({{"counts", 2}}).require_contiguous();
 
-    Tensor hit = new_output({p.batch, p.num_lists}, ScalarType::Int, place);
     p.q = q_arg.data<void>();
     p.q_strides[0] = q_arg.stride(0);
     p.q_strides[1] = q_arg.stride(2);
@@ -83,8 +81,7 @@ inline SelectionCacheStepCall read_selection_cache_step(
     p.expected_seqlens = expected_arg.mutable_data<int32_t>();
     p.known_nonfinite = known_arg.mutable_data<int64_t>();
     p.reuse_counts = counts_arg.mutable_data<int64_t>();
-    p.hit = static_cast<int32_t*>(hit.mutable_data_ptr());
-    return {hit, p};
+    return p;
 }
 
 }  // namespace kvselect::bindings

@@ -439,7 +439,7 @@ void score_tokens_of(const ScoreTokensParams& p, ScoreStage stage, int64_t item,
                      int64_t part_end, float* workspace, float* scratch) {
     const int64_t kv_head = item % p.num_kv_heads;
     const int64_t row = item / p.num_kv_heads / p.blocks.num_blocks;
-    if (p.hit && p.hit[row * p.num_kv_heads + kv_head]) return;
+    if (is_reused(p, row, kv_head)) return;
     ScoreItem s;
     const int64_t nonfinite_queries = prepare_item(p, item, workspace, scratch, &s);
     const int64_t first = part_begin * kScorePartTiles, stop = part_end * kScorePartTiles;

@@ -17,12 +17,15 @@
 //                 third kernel); then the sum over columns of 2^(s - lse), from the logits kept
 //                 or, with many columns (prefill), from logits made again: they would be twice
 //                 what the keys are.
+//          With a selection cache every thread block of weigh first decides whether its list is
+//          reused (device/selection_cache.cuh) and leaves if so; vote writes what is remembered.
 //          Tiles count from the row's first real token, so no bit depends on the grid. Lengths are
 //          read on the device: the grid follows max_seqlen_k; tiles past a row's end leave at once.
 #include "kvselect/score_tokens.h"
 
 #include "cuda/device/fragments.cuh"
 #include "cuda/device/ranking.cuh"
+#include "cuda/device/selection_cache.cuh"
 #include "cuda/device/soft_cap.cuh"
 #include "cuda/device/warp_reduce.cuh"
 
@@ -92,8 +95,13 @@ struct Item {  // in shared memory: registers are for operands
         cand_end = range.window_start < visible_end ? range.window_start : visible_end;
         begin = range.start + tile * kTileTokens;
     }
-    __device__ bool is_hit(const ScoreTokensParams& p) const {
-        return p.hit && p.hit[row * p.num_kv_heads + kv_head] != 0;
+    __device__ bool is_hit(const ScoreTokensParams& p) const { return is_reused(p, row, kv_head); }
+    // Of a selection cache: the list of the item's head, which its first head speaks for.
+    __device__ int64_t list(const SelectionCacheStepParams& p) const {
+        return p.num_lists == 1 ? 0 : kv_head;
+    }
+    __device__ bool speaks_for_list(const SelectionCacheStepParams& p) const {
+        return tile == 0 && (p.num_lists > 1 || kv_head == 0);
     }
     // Of the tile's block `index`; nullptr: it is not whole, or there is no sketch.
     __device__ const uint8_t* record(const ScoreTokensParams& p, int64_t index) const {
@@ -582,6 +590,22 @@ __device__ __forceinline__ void write_scores(const ScoreTokensParams& p, const I
     counts.finish(all[item.number], num_tiles, p.keep);
 }
 
+// --- which lists are reused
+
+// By the first kernel, of a selection cache; the flag that it leaves is for the kernels that
+// follow. The answer comes through shared memory, so that nothing of its making stays in registers.
+template <typename T>
+__device__ __forceinline__ void decide_reuse(const ScoreTokensParams& p, const Item& item,
+                                             bool* reused) {
+    const int64_t list = item.list(p.reuse);
+    const bool hit = may_reuse<T, kWarps>(p.reuse, item.row, list);
+    if (threadIdx.x == 0) {
+        *reused = hit;
+        if (item.speaks_for_list(p.reuse)) p.reuse.hit[item.row * p.reuse.num_lists + list] = hit;
+    }
+    __syncthreads();
+}
+
 // --- kernels
 
 // Columns whose logits are kept: what a decode step has. More of them, and making logits again
@@ -593,6 +617,7 @@ struct Shared {
     const uint8_t* records[kWarps];  // found here once: through a page table it takes registers
     Queries queries;
     // weigh
+    bool reused;
     float peak[kWarps][kQueriesPerProduct], total[kWarps][kQueriesPerProduct];
     uint8_t dropped[kTileTokens];
     int any_dropped;
@@ -621,7 +646,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
     const int64_t num_tiles = ceil_div(item.visible_end - item.range.start, int64_t{kTileTokens});
     if (voting && item.tile == 0) finish_item<T>(p, w, item, num_tiles, scores);
     if (!voting) clear_ranking(p, item);
-    if (item.begin >= item.visible_end || item.is_hit(p)) return;
+    if (!voting && p.reuse.anchor_query) {
+        if (item.begin >= item.visible_end && item.tile != 0) return;
+        decide_reuse<T>(p, item, &shared.reused);
+        if (item.begin >= item.visible_end || shared.reused) return;
+    } else {
+        if (item.begin >= item.visible_end || item.is_hit(p)) return;
+    }
     const LanePlace at;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
     for (int i = thread; i < kTileTokens; i += kThreads) {
@@ -751,6 +782,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     float* scores = p.scores + item.number * p.max_seqlen_k;
     const int64_t num_tiles = ceil_div(item.visible_end - item.range.start, int64_t{kTileTokens});
     if (item.tile == 0) finish_item<T>(p, w, item, num_tiles, scores);
+    if (p.reuse.anchor_query && item.speaks_for_list(p.reuse))
+        remember_step<T, kWarps>(p.reuse, item.row, item.list(p.reuse), item.is_hit(p));
     if (item.begin >= item.visible_end || item.is_hit(p)) return;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
     const int64_t padded = w.columns.padded();
@@ -781,6 +814,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     });
 }
 
+// Where another kernel votes, which has no registers left for it: a block per row and list.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) remember_kernel(const SelectionCacheStepParams p) {
+    ptx::wait_for_previous_kernel();
+    ptx::allow_next_kernel();
+    const int64_t row = blockIdx.x, list = blockIdx.y;
+    remember_step<T, kWarps>(p, row, list, p.hit[row * p.num_lists + list] != 0);
+}
+
 // --- launcher
 
 struct Sizes {
@@ -804,10 +846,10 @@ void launch_both(const ScoreTokensParams& p, const Workspace& w, const Sizes& si
     const int64_t grid = sizes.items * sizes.tiles;
     const auto kernel = logits_kernel<T, kFormat, kHeadDim32>;
     launch(where, kernel, grid, 1, kThreads, 0, p, w, false);
-    if (sizes.kept)
-        launch(where, vote_kernel<T>, grid, 1, kThreads, 0, p, w);
-    else
-        launch(where, kernel, grid, 1, kThreads, 0, p, w, true);
+    if (sizes.kept) return launch(where, vote_kernel<T>, grid, 1, kThreads, 0, p, w);
+    launch(where, kernel, grid, 1, kThreads, 0, p, w, true);
+    if (p.reuse.anchor_query)
+        launch(where, remember_kernel<T>, p.reuse.batch, p.reuse.num_lists, kThreads, 0, p.reuse);
 }
 
 // Operands in registers are padded with zeros: three lengths serve every head_dim.

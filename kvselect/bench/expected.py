@@ -2,9 +2,9 @@
 
 ``microseconds = bytes / copy bandwidth + fixed``. Bytes are those of a method's own plan; the fixed
 times are a model's, of nodes that follow each other: weigh 4, vote (which counts for the border) 3,
-border and write 3, attention with the memset of its tickets and its merge 6. That is six nodes; a
-seventh, the decision, comes where lists may be reused, and a hit is modelled as decision and
-attention alone. At 4.3 TB/s (copy, H200) they give a dense step of 135 us at 128K tokens.
+border and write 3, attention with the memset of its tickets and its merge 6. That is six nodes,
+where lists may be reused too; a hit is modelled as a decision and attention alone. At 4.3 TB/s
+(copy, H200) they give a dense step of 135 us at 128K tokens.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from kvselect.queries import Queries
 from kvselect.rolling_pools import RollingPools, SweepCounts
 from kvselect.rope import Rope
 from kvselect.selection import Lists, list_width, num_kept
-from kvselect.selection_cache import CapturedSelectionCache, SelectionCache
+from kvselect.selection_cache import CapturedSelectionCache, ReuseStep, SelectionCache
 
 __all__ = ["StepLists", "lists_of_call", "prepare_memory", "remember"]
 
@@ -140,12 +140,17 @@ def _lists_with_memory(
     reuse, rolling = state.selection_cache, state.rolling_pools
     statistics = state.statistics(queries.phase)
     longest = longest_list(settings, queries, cache)
+    decided: Tensor | None = None
     hit: Tensor | None = None
+    asked: ReuseStep | None = None
     reused: Lists | None = None
     width = list_width(min(longest, queries.max_seqlen))
+    if rolling is not None:
+        rolling.follow(cache, num_lists(settings, cache))
+    sweeps = rolling is not None and not rolling.all_stopped
     if reuse is not None:
         most = room(settings, longest, queries.max_seqlen)
-        hit = reuse.lookup(
+        asked = reuse.lookup(
             _similarity_queries(settings, queries),
             cache,
             num_lists=num_lists(settings, cache),
@@ -154,11 +159,13 @@ def _lists_with_memory(
             dense_limit=settings.dense_limit(queries.rope),
             reuse_counts=statistics.reuse_counts(cache.device),
         )
-        reused = None if hit is None else reuse.lists
+        # A scan decides on its way.
+        decided = asked.decide(cache) if sweeps else torch.empty_like(asked.age)
+        if asked.is_filled:
+            hit, reused = decided, reuse.lists
         width = most
-    if rolling is not None:
-        rolling.follow(cache, num_lists(settings, cache))
-    if rolling is not None and not rolling.all_stopped:
+    if sweeps:
+        assert rolling is not None
         swept = sweep_step(settings, rolling, parts[0], queries, cache, width, hit, reused)
         lists, rolled = swept.lists, swept.counts.rolled
         audit_rolling(settings, rolling, parts, lists, rolled, queries, cache, statistics)
@@ -169,7 +176,8 @@ def _lists_with_memory(
         lists = with_dense_rows(settings, lists, queries, cache)
         made = StepLists(lists, total, swept.num_nonfinite, hit, swept.counts)
     else:
-        vote = soft_vote(settings, parts, queries, cache, hit, rank=_picks_best(settings))
+        rank = _picks_best(settings)
+        vote = soft_vote(settings, parts, queries, cache, decided, rank=rank, reuse=asked)
         lists = pick_tokens(
             settings, vote, queries, cache, width, hit, reused, statistics=statistics
         )

@@ -12,6 +12,7 @@ from kvselect.policies.scoring_vectors import BlockVectors
 from kvselect.policies.token_settings import VoteSettings, window_rule
 from kvselect.queries import Queries
 from kvselect.score import new_ranking, score_blocks
+from kvselect.selection_cache import ReuseStep
 from kvselect.tensor_parallel import num_ranks, sum_over_ranks
 
 __all__ = ["Vote", "num_lists", "scores_are_mass", "soft_vote", "vote_scale"]
@@ -45,6 +46,7 @@ def soft_vote(
     hit: Tensor | None = None,
     exact: bool = False,
     rank: bool = False,
+    reuse: ReuseStep | None = None,
 ) -> Vote:
     """``scores[g, i] = sum over vectors and heads h of g of exp(s[h, i] - lse[h])``.
 
@@ -58,6 +60,8 @@ def soft_vote(
         From the keys, whatever the sketch.
     rank : bool
         Count on the way what picking ``settings.keep`` tokens starts from, where that can be done.
+    reuse : ReuseStep or None
+        Of a decode step: decide on the way which lists are reused, into ``hit``.
 
     Notes
     -----
@@ -65,8 +69,7 @@ def soft_vote(
     ``parts``; one all-reduce with scope "layer" under tensor parallelism.
     """
     num_kv_heads, shared = cache.num_kv_heads, settings.scope == "layer"
-    if hit is not None and shared:
-        hit = hit.expand(-1, num_kv_heads).contiguous()
+    assert reuse is None or len(parts) == 1
     rule = window_rule(settings, queries.phase)
     ranking = None
     # With "block_end" tokens that a block does not see may be candidates: the vote counts none.
@@ -98,6 +101,7 @@ def soft_vote(
             softcap=queries.softcap,
             sink_logits=queries.sink_logits,
             ranking=ranking,
+            reuse=reuse,
         )
         scores.append(part_scores)
         counts.append(num_nonfinite)

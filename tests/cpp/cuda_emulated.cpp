@@ -49,7 +49,8 @@ void select_tokens(const SelectTokensParams& p, int64_t begin, int64_t, float*) 
     cuda::select_tokens(p, workspace.data(), kLaunch);
 }
 
-// Rows are independent, so some of them are a call of their own.
+// On CUDA the scan decides; over rows without a token it does nothing else. Rows are independent,
+// so some of them are a call of their own.
 void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, int64_t end) {
     SelectionCacheStepParams p = all;
     const int64_t element_bytes = p.dtype == DType::kFloat32 ? 4 : 2;
@@ -63,7 +64,25 @@ void selection_cache_step(const SelectionCacheStepParams& all, int64_t begin, in
     p.expected_seqlens += begin;
     p.known_nonfinite += begin * p.num_lists;
     p.hit += begin * p.num_lists;
-    cuda::selection_cache_step(p, kLaunch);
+    const std::vector<int32_t> no_tokens(p.batch, 0);
+    const std::vector<float> q(p.batch * p.num_q_heads * p.head_dim);
+    std::vector<float> lse(p.batch * p.num_q_heads);
+    std::vector<int64_t> num_nonfinite(p.batch * p.num_kv_heads);
+    ScoreTokensParams scan{};
+    scan.dtype = p.dtype;
+    scan.num_q_heads = p.num_q_heads;
+    scan.num_kv_heads = p.num_kv_heads;
+    scan.head_dim = p.head_dim;
+    scan.blocks = QueryBlocks{p.batch, 1, 1, nullptr, no_tokens.data(), nullptr, {}, 0, 0};
+    scan.num_vectors = 1;
+    scan.q = q.data();
+    scan.hit = p.hit;
+    scan.num_hit_lists = p.num_lists;
+    scan.reuse = p;
+    scan.lse = lse.data();
+    scan.num_nonfinite = num_nonfinite.data();
+    std::vector<uint8_t> workspace(cuda::score_tokens_workspace_bytes(scan), 0xff);
+    cuda::score_tokens(scan, workspace.data(), kLaunch);
 }
 
 void sparse_attention(const SparseAttentionParams& p, AttentionStage stage, int64_t item,

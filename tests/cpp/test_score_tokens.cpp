@@ -349,6 +349,7 @@ TEST(score_tokens_leaves_hits_alone) {
     const std::vector<int32_t> hit{0, 1, 1, 0};
     Scored some(ops, c, cache, nullptr);
     some.p.hit = hit.data();
+    some.p.num_hit_lists = 2;
     std::fill(some.scores.begin(), some.scores.end(), -3.f);
     some.run(ops);
     for (int64_t list = 0; list < 4; ++list)

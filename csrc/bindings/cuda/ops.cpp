@@ -61,7 +61,6 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     m.impl("kv_append", TORCH_BOX(&cuda::kv_append));
     m.impl("score_tokens", TORCH_BOX(&cuda::score_tokens));
     m.impl("select_tokens", TORCH_BOX(&cuda::select_tokens));
-    m.impl("selection_cache_step", TORCH_BOX(&cuda::selection_cache_step));
     m.impl("sparse_attention", TORCH_BOX(&cuda::sparse_attention));
     m.impl("gather_tokens", TORCH_BOX(&cuda::gather_tokens));
     m.impl("list_blocks", TORCH_BOX(&cuda::list_blocks));

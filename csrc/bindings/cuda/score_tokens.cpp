@@ -13,15 +13,32 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages,
+    OptionalTensor compared_q, OptionalTensor cache_nonfinite, StringArg similarity,
+    double similarity_threshold, int64_t max_age, int64_t dense_limit, OptionalTensor anchor_query,
+    OptionalTensor age, OptionalTensor expected_seqlens, OptionalTensor known_nonfinite,
+    OptionalTensor reuse_counts) {
     const std::string format = take_string(sketch_format), rule = take_string(window_rule);
     const OnDevice device("q", q);
     const Place place = device.place();
-    ScoreTokensParams p = read_score_tokens(
-        q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
-        seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
-        max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
-        ranking, sketch_in_pages, place);
+    const ReuseArgs reuse{compared_q,
+                          cache_nonfinite,
+                          take_string(similarity),
+                          similarity_threshold,
+                          max_age,
+                          dense_limit,
+                          anchor_query,
+                          age,
+                          expected_seqlens,
+                          known_nonfinite,
+                          reuse_counts};
+    ScoreTokensParams p =
+        read_score_tokens(q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format,
+                          q_block_offsets, seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep,
+                          scale, normalise_candidates_only, max_vote, cos, sin, rope_start,
+                          rope_interleaved, hit, max_seqlen_k, softcap, sink_logits, ranking,
+                          sketch_in_pages, reuse, place)
+            .params;
     // A decode step brings its queries as the model made them.
     if (q.scalar_type() != ScalarType::Float) q = torch::stable::to(q, ScalarType::Float);
     p.q = TensorArg("q", q, place).data<float>();

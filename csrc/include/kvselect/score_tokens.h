@@ -6,6 +6,7 @@
 #include "kvselect/query_blocks.h"
 #include "kvselect/ranking.h"
 #include "kvselect/rope.h"
+#include "kvselect/selection_cache_step.h"
 #include "kvselect/sketch.h"
 
 namespace kvselect {
@@ -31,8 +32,12 @@ struct ScoreTokensParams {
                                // that is the candidates' alone; or nullptr
     bool normalise_candidates_only;  // published TokenSelect; otherwise over all visible tokens
     bool max_vote;                   // maximum over the vectors instead of the sum
-    const int32_t*
-        hit;  // [batch, num_kv_heads] non-zero: leave this list's scores alone; or nullptr
+    const int32_t* hit;     // [batch, num_hit_lists] non-zero: this list is reused, leave its
+                            // scores alone; or nullptr
+    int64_t num_hit_lists;  // 1 (all heads share it) or num_kv_heads
+    // anchor_query != nullptr: the call first decides which lists are reused, and `hit` is this
+    // one's. Only with num_blocks 1; queries of the keys' dtype.
+    SelectionCacheStepParams reuse;
 
     // Outputs. A token whose key makes a finite query's logit NaN or infinite gets score NaN and
     // weight 0.
@@ -64,6 +69,12 @@ enum class ScoreStage : int32_t {
     kWeigh = 0,  // logits of the parts, and for each tile their maximum and sum of exponentials
     kVote = 1,   // all parts of the item are weighed: lse, votes
 };
+
+KVS_HOST_DEVICE inline bool is_reused(const ScoreTokensParams& p, int64_t row, int64_t kv_head) {
+    if (p.hit == nullptr) return false;
+    const int64_t list = p.num_hit_lists == 1 ? 0 : kv_head;
+    return p.hit[row * p.num_hit_lists + list] != 0;
+}
 
 inline int64_t score_tokens_columns(const ScoreTokensParams& p) {
     return p.num_vectors * (p.num_q_heads / p.num_kv_heads);

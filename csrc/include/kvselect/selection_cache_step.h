@@ -15,7 +15,7 @@
 
 #include <cstdint>
 
-#include "kvselect/cuda_launch.h"
+#include "kvselect/host_device.h"
 #include "kvselect/kv_view.h"
 
 namespace kvselect {
@@ -49,16 +49,12 @@ struct SelectionCacheStepParams {
 };
 
 // Vectors of a list that may be less similar than the threshold.
-inline int64_t may_differ(const SelectionCacheStepParams& p) {
+KVS_HOST_DEVICE inline int64_t may_differ(const SelectionCacheStepParams& p) {
     const int64_t num_heads = p.num_q_heads / p.num_lists;
     return p.similarity == Similarity::kQ10 ? (num_heads - 1) / 10 : 0;
 }
 
 // Work items are rows: [0, batch).
 using SelectionCacheStepFn = void (*)(const SelectionCacheStepParams&, int64_t begin, int64_t end);
-
-namespace cuda {
-void selection_cache_step(const SelectionCacheStepParams&, const CudaLaunch&);
-}
 
 }  // namespace kvselect

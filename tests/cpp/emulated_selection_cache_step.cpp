@@ -1,1 +1,0 @@
-#include "cuda/selection_cache_step.cu"
