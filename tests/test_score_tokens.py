@@ -765,11 +765,17 @@ REUSE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"age": None}, "age: got None, allowed: a tensor, like anchor_query"),
     ({"compared_q": None}, "compared_q: got None, allowed: a tensor, like anchor_query"),
     ({"cache_nonfinite": None}, "cache_nonfinite: got None, allowed: a tensor, like anchor_que"),
+    ({"expected_seqlens": None}, "expected_seqlens: got None, allowed: a tensor, like anchor_qu"),
+    ({"known_nonfinite": None}, "known_nonfinite: got None, allowed: a tensor, like anchor_que"),
     ({"reuse_counts": None}, "reuse_counts: got None, allowed: a tensor, like anchor_query"),
     ({"anchor_query": None}, "compared_q: got a tensor, allowed: None, like anchor_query"),
     (
         {"compared_q": SCORED[:, 0].half(), "anchor_query": SCORED[:, 0, 0]},
         "compared_q: got float16, allowed: float32",
+    ),
+    (
+        {"compared_q": SCORED[:, 0, :, :2], "anchor_query": SCORED[:, 0, 0, :2].contiguous()},
+        r"compared_q: got shape \[2, 1, 2, 64\], allowed: \[batch=2, seqlen_q=1, num_q_heads=4, h",
     ),
     (
         {"age": torch.zeros(2, 1).int(), "known_nonfinite": torch.zeros(2, 1).long()},

@@ -75,7 +75,12 @@ inline void read_reuse(const ReuseArgs& args, const OptionalTensor& hit,
     KVS_CHECK(reuse.batch == p->blocks.batch && reuse.num_kv_heads == p->num_kv_heads,
               "cache_nonfinite: got shape [", reuse.batch, ", ", reuse.num_kv_heads,
               "], allowed: [batch=", p->blocks.batch, ", num_kv_heads=", p->num_kv_heads, "]");
-    TensorArg("compared_q", *args.compared_q, place).require_dtype(keys.scalar_type);
+    TensorArg("compared_q", *args.compared_q, place)
+        .require_dtype(keys.scalar_type)
+        .require_shape({{"batch", p->blocks.batch},
+                        {"seqlen_q", 1},
+                        {"num_q_heads", p->num_q_heads},
+                        {"head_dim", p->head_dim}});
     KVS_CHECK(reuse.num_lists == p->num_hit_lists, "age: got ", reuse.num_lists,
               " lists, allowed: as many as hit, ", p->num_hit_lists);
     reuse.hit = hit_arg.mutable_data<int32_t>();
