@@ -16,7 +16,7 @@ using namespace kvselect::test;
 namespace {
 
 constexpr CudaLaunch kLaunch{nullptr, false};
-constexpr int64_t kBatch = 3, kWidth = 64, kKeep = 24;
+constexpr int64_t kBatch = 4, kWidth = 64, kKeep = 24;
 constexpr int32_t kLongest = 1056;  // two tiles
 
 struct Setting {
@@ -99,10 +99,11 @@ struct Hits {
 Hits compare_steps(const Setting& s, int64_t head_dim, int32_t first_row, int num_steps) {
     const int64_t heads = s.num_heads(), row_stride = (heads + 1) * head_dim;
     Random random(static_cast<uint64_t>(100 * head_dim + 10 * s.num_lists + s.group));
-    Cache cache(s.dtype, Layout::kPaged, {kLongest, 80, 130}, s.num_kv_heads, head_dim, kLongest);
+    Cache cache(s.dtype, Layout::kPaged, {kLongest, 80, 130, 30}, s.num_kv_heads, head_dim,
+                kLongest);
     cache.fill(random);
-    std::vector<int32_t> seqlens{first_row, 57, 110};
-    const std::vector<int32_t> starts{7, 0, 30};
+    std::vector<int32_t> seqlens{first_row, 57, 110, 0};
+    const std::vector<int32_t> starts{7, 0, 30, 25};  // the last row: padding alone
     std::vector<int64_t> defects(kBatch * s.num_kv_heads, 0);
     Elements compared(s.dtype, kBatch * row_stride);  // a head of padding behind each row
     std::vector<float> q(kBatch * heads * head_dim);
@@ -194,6 +195,9 @@ TEST(a_scan_decides_step_by_step_as_the_cpu_does) {
         EXPECT(found.hits > 2 && found.misses > 6, found.hits, " ", found.misses);
     }
     // More columns than logits are kept for: another kernel votes and remembers.
-    const Hits found = compare_steps({DType::kBFloat16, 1, 21, 1, Similarity::kQ10}, 32, 180, 8);
-    EXPECT(found.hits > 2 && found.misses > 2, found.hits, " ", found.misses);
+    for (const int64_t num_lists : {1, 2}) {
+        const Setting setting{DType::kBFloat16, 2, 17, num_lists, Similarity::kQ10};
+        const Hits found = compare_steps(setting, 32, num_lists > 1 ? 1028 : 180, 7);
+        EXPECT(found.hits > 2 && found.misses > 6, found.hits, " ", found.misses);
+    }
 }

@@ -27,8 +27,7 @@ __device__ __forceinline__ double in_order(double sum) {
     return sum + __shfl_xor_sync(kAllLanes, sum, 1);
 }
 
-// The definition, bit for bit, of heads laid end to end; by a whole warp. A call, since few come
-// here and the scan has no registers to spare.
+// The definition, bit for bit, of heads laid end to end; by a whole warp.
 template <typename T>
 __device__ __forceinline__ bool reaches_exactly(const T* q, int64_t q_stride, const float* anchor,
                                                 int num_heads, int head_dim, double threshold) {
