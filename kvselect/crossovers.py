@@ -66,6 +66,7 @@ NOT_IN_DECODE = frozenset(
         "dense_layers",
         "dense_prefill",
         "num_tail_tokens",
+        "prefill_attention",
         "q_block_size",
         "query_groups",
         "tail_q_block_size",

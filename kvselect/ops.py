@@ -133,17 +133,56 @@ def _score_tokens(
     sink_logits: Tensor | None = None,
     ranking: Tensor | None = None,
     sketch_in_pages: bool = False,
-    compared_q: Tensor | None = None,
-    cache_nonfinite: Tensor | None = None,
-    similarity: str = "min",
-    similarity_threshold: float = 1.0,
-    max_age: int = 1,
-    dense_limit: int = 0,
-    anchor_query: Tensor | None = None,
-    age: Tensor | None = None,
-    expected_seqlens: Tensor | None = None,
-    known_nonfinite: Tensor | None = None,
-    reuse_counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
+    num_kv_heads = k_cache.shape[2]
+    return (
+        q.new_empty((batch, num_blocks, num_kv_heads, max_seqlen_k), dtype=torch.float32),
+        q.new_empty((batch, num_blocks, num_vectors, num_q_heads), dtype=torch.float32),
+        q.new_empty((batch, num_blocks, num_kv_heads), dtype=torch.int64),
+    )
+
+
+@_fake("score_tokens.reuse")
+def _score_tokens_reuse(
+    q: Tensor,
+    q_local: Tensor | None,
+    k_cache: Tensor,
+    block_table: Tensor | None,
+    cache_seqlens: Tensor,
+    starts: Tensor | None,
+    sketch: Tensor | None,
+    sketch_format: str,
+    q_block_offsets: Tensor | None,
+    seqlen_q: int,
+    window_rule: str,
+    num_sink_tokens: int,
+    num_recent_tokens: int,
+    keep: int,
+    scale: float,
+    normalise_candidates_only: bool,
+    max_vote: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    rope_start: int,
+    rope_interleaved: bool,
+    hit: Tensor,
+    max_seqlen_k: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    ranking: Tensor | None,
+    sketch_in_pages: bool,
+    compared_q: Tensor,
+    cache_nonfinite: Tensor,
+    similarity: str,
+    similarity_threshold: float,
+    max_age: int,
+    dense_limit: int,
+    anchor_query: Tensor,
+    age: Tensor,
+    expected_seqlens: Tensor,
+    known_nonfinite: Tensor,
+    reuse_counts: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, num_blocks, num_vectors, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[2]

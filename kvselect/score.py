@@ -207,7 +207,8 @@ def score_blocks(
     cos, sin, start, interleaved = None, None, 0, False
     if rope is not None:
         cos, sin, start, interleaved = rope.cos, rope.sin, rope.start, rope.interleaved
-    scores, _, num_nonfinite = torch.ops.kvselect.score_tokens.default(
+    op = torch.ops.kvselect.score_tokens
+    scores, _, num_nonfinite = (op.default if reuse is None else op.reuse)(
         q,
         q_local,
         cache.k_pages if sketch is None else cache.scored_k_pages,

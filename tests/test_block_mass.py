@@ -148,6 +148,15 @@ def test_error_messages(change: dict[str, Any], error: type[Exception], message:
         block_mass(**(arguments | change))
 
 
+def test_the_largest_stride_counts_the_last_query_of_a_block() -> None:
+    q, k, _ = make_qkv(1, 20, 40, 4, 2, 32)
+    blocks = (None, None, None, 16, 16, True)
+    want, got = (
+        torch.ops.kvselect.block_mass(q, k, *blocks, stride, 1.0) for stride in (16, 2**63 - 1)
+    )
+    assert torch.equal(got, want)
+
+
 @ONE
 def test_the_op_itself_checks() -> None:
     q, k, _ = make_qkv(1, 20, 40, 4, 2, 32)

@@ -141,7 +141,12 @@ def test_every_setting_counts_or_is_known_not_to() -> None:
     assert kept == {"policy", *names} - crossovers.NOT_IN_DECODE
     assert names > crossovers.NOT_IN_DECODE
     prefill_only = TokenSelect(
-        chunk_size=64, q_block_size=64, num_tail_tokens=1, tail_q_block_size=3, query_groups=2
+        chunk_size=64,
+        q_block_size=64,
+        num_tail_tokens=1,
+        tail_q_block_size=3,
+        query_groups=2,
+        prefill_attention="dense_kernel",
     )
     assert Workload.of(prefill_only.to_dict(), *SIZES) == workload()
     for settings in ({"topk": 7}, {"sketch": "int8"}, {"similarity_threshold": 0.9}):

@@ -327,6 +327,12 @@ def test_diversity_serves_questions_that_were_not_asked() -> None:
         ),
         (
             Dilated,
+            {"inner": TokenSelect(prefill_attention="dense_kernel")},
+            ValueError,
+            r"inner.prefill_attention: got 'dense_kernel', allowed: 'sparse_attention' \(neigh",
+        ),
+        (
+            Dilated,
             {"inner": TokenSelect(similarity_threshold=0.9)},
             ValueError,
             r"inner.similarity_threshold: got 0.9, allowed: None",

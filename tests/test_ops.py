@@ -189,7 +189,8 @@ def reusing_arguments() -> dict[str, Any]:
     reuse = {renamed.get(name, name): value for name, value in cache.items()}
     reuse["age"] = torch.full((2, 2), 64, dtype=torch.int32)
     hit = torch.full((2, 2), 7, dtype=torch.int32)
-    return score_arguments() | reuse | {"starts": int32(0, 3), "hit": hit}
+    plain = {"softcap": 0.0, "sink_logits": None, "ranking": None, "sketch_in_pages": False}
+    return score_arguments() | plain | reuse | {"starts": int32(0, 3), "hit": hit}
 
 
 def sweep_arguments(**cache: Any) -> dict[str, Any]:
@@ -248,7 +249,7 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "score_tokens": ("score_tokens", score_arguments()),
     "score_tokens paged fp16": ("score_tokens", score_arguments(paged=True, dtype=torch.float16)),
-    "score_tokens with a selection cache": ("score_tokens", reusing_arguments()),
+    "score_tokens with a selection cache": ("score_tokens.reuse", reusing_arguments()),
     "select_tokens": ("select_tokens", select_arguments()),
     "select_tokens hit": (
         "select_tokens",
@@ -309,23 +310,26 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck(call: str) -> None:
     name, arguments = CALLS[call]
-    torch.library.opcheck(getattr(torch.ops.kvselect, name).default, (), arguments)
+    name, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.kvselect, name), overload or "default")
+    torch.library.opcheck(op, (), arguments)
 
 
 def test_every_computing_op_is_opchecked() -> None:
-    assert {name for name, _ in CALLS.values()} == SCHEMAS
+    overloads = {"score_tokens.reuse"}
+    assert {name for name, _ in CALLS.values()} == SCHEMAS | overloads
     schemas = (ROOT / "csrc/bindings/ops.cpp").read_text()
-    defined = set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas))
+    defined = set(re.findall(r'm\.def\(\s*"([\w.]+)\(', schemas))
     machine = {"build_info", "cpu_implementations", "cpu_implementation", "set_cpu_implementation"}
     machine |= {"advise_huge_pages", "set_cuda_overlap"}
-    assert defined == SCHEMAS | machine
+    assert defined == SCHEMAS | overloads | machine
 
 
 def test_fakes_give_the_shapes_strides_and_dtypes_of_the_ops() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     for name, arguments in CALLS.values():
-        op = getattr(torch.ops.kvselect, name)
+        op = getattr(torch.ops.kvselect, name.partition(".")[0])
         real = op(**{key: _copy(value) for key, value in arguments.items()})
         with FakeTensorMode() as mode:
             fake = op(

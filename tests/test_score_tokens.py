@@ -716,6 +716,10 @@ def reuse_arguments(q: Tensor, num_kv_heads: int, num_lists: int) -> dict[str, A
     """A selection cache whose lists all hit: the query is its own anchor."""
     batch = q.shape[0]
     return {
+        "softcap": 0.0,
+        "sink_logits": None,
+        "ranking": None,
+        "sketch_in_pages": False,
         "hit": torch.full((batch, num_lists), 7, dtype=torch.int32),
         "compared_q": q,
         "cache_nonfinite": torch.zeros(batch, num_kv_heads, dtype=torch.int64),
@@ -761,14 +765,6 @@ def test_a_scan_decides_which_lists_it_leaves_alone(num_lists: int) -> None:
 
 SCORED = queries(2, 1, 1, 4, 64, seed=29)
 REUSE_ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"hit": None}, "hit: got None, allowed: a tensor, which receives the decisions"),
-    ({"age": None}, "age: got None, allowed: a tensor, like anchor_query"),
-    ({"compared_q": None}, "compared_q: got None, allowed: a tensor, like anchor_query"),
-    ({"cache_nonfinite": None}, "cache_nonfinite: got None, allowed: a tensor, like anchor_que"),
-    ({"expected_seqlens": None}, "expected_seqlens: got None, allowed: a tensor, like anchor_qu"),
-    ({"known_nonfinite": None}, "known_nonfinite: got None, allowed: a tensor, like anchor_que"),
-    ({"reuse_counts": None}, "reuse_counts: got None, allowed: a tensor, like anchor_query"),
-    ({"anchor_query": None}, "compared_q: got a tensor, allowed: None, like anchor_query"),
     (
         {"compared_q": SCORED[:, 0].half(), "anchor_query": SCORED[:, 0, 0]},
         "compared_q: got float16, allowed: float32",
@@ -787,7 +783,7 @@ REUSE_ERRORS: list[tuple[dict[str, Any], str]] = [
         r"cache_nonfinite: got shape \[2, 1\], allowed: \[batch=2, num_kv_heads=2\]",
     ),
     ({"max_age": 0}, "max_age: got 0, allowed: an int >= 1"),
-    ({"blocks": 2}, "anchor_query: got a tensor with 2 blocks of queries, allowed: None"),
+    ({"blocks": 2}, "q: got 2 blocks of queries, allowed: 1 with a selection cache"),
 ]
 
 

@@ -2,6 +2,8 @@
 // output.
 #pragma once
 
+#include <algorithm>
+
 #include "bindings/block_mask_call.h"
 #include "bindings/outputs.h"
 #include "kvselect/block_mass.h"
@@ -24,7 +26,9 @@ inline BlockMassCall read_block_mass(const Tensor& q, const Tensor& k, const Opt
     p.grid = read_block_grid(q_arg, k_arg, seqlens_q, cache_seqlens, q_block_size, kv_block_size,
                              causal, softmax_scale, softcap, place);
     const BlockGrid& g = p.grid;
-    p.row_stride = row_stride;
+    // A stride beyond the block counts its last query only, and so does the block's size, with
+    // which nobody's sums overflow.
+    p.row_stride = std::min(row_stride, g.q_block_size);
     if (lse) {
         const TensorArg lse_arg("lse", *lse, place);
         lse_arg.require_dtype(ScalarType::Float)

@@ -19,11 +19,18 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
     bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
     int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages,
-    OptionalTensor compared_q, OptionalTensor cache_nonfinite, StringArg similarity,
-    double similarity_threshold, int64_t max_age, int64_t dense_limit, OptionalTensor anchor_query,
-    OptionalTensor age, OptionalTensor expected_seqlens, OptionalTensor known_nonfinite,
-    OptionalTensor reuse_counts);
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages);
+std::tuple<Tensor, Tensor, Tensor> score_tokens_reuse(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, Tensor hit, int64_t max_seqlen_k, double softcap,
+    OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages, Tensor compared_q,
+    Tensor cache_nonfinite, StringArg similarity, double similarity_threshold, int64_t max_age,
+    int64_t dense_limit, Tensor anchor_query, Tensor age, Tensor expected_seqlens,
+    Tensor known_nonfinite, Tensor reuse_counts);
 
 void select_tokens(Tensor scores, Tensor cache_seqlens, OptionalTensor starts,
                    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,

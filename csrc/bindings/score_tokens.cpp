@@ -28,39 +28,9 @@ const float* as_float(const TensorArg& q) {
     return out;
 }
 
-}  // namespace
-
 // Lists that `hit` skips keep whatever the fresh memory of `scores` held (nobody reads it:
 // select_tokens skips the same lists); their lse is -inf and their num_nonfinite 0.
-std::tuple<Tensor, Tensor, Tensor> score_tokens(
-    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
-    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
-    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
-    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
-    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
-    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
-    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages,
-    OptionalTensor compared_q, OptionalTensor cache_nonfinite, StringArg similarity,
-    double similarity_threshold, int64_t max_age, int64_t dense_limit, OptionalTensor anchor_query,
-    OptionalTensor age, OptionalTensor expected_seqlens, OptionalTensor known_nonfinite,
-    OptionalTensor reuse_counts) {
-    const std::string format = take_string(sketch_format), rule = take_string(window_rule);
-    const ReuseArgs reuse{compared_q,
-                          cache_nonfinite,
-                          take_string(similarity),
-                          similarity_threshold,
-                          max_age,
-                          dense_limit,
-                          anchor_query,
-                          age,
-                          expected_seqlens,
-                          known_nonfinite,
-                          reuse_counts};
-    ScoreTokensCall call = read_score_tokens(
-        q, q_local, k_cache, block_table, cache_seqlens, starts, sketch, format, q_block_offsets,
-        seqlen_q, rule, num_sink_tokens, num_recent_tokens, keep, scale, normalise_candidates_only,
-        max_vote, cos, sin, rope_start, rope_interleaved, hit, max_seqlen_k, softcap, sink_logits,
-        ranking, sketch_in_pages, reuse, Place{});
+std::tuple<Tensor, Tensor, Tensor> score(const Tensor& q, ScoreTokensCall call) {
     ScoreTokensParams& p = call.params;
     const cpu::Implementation& kernels = cpu::current_implementation();
     if (p.reuse.anchor_query)
@@ -73,8 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
     if (!p.hit || std::find(p.hit, last, 0) != last) require_stored_pages(call.keys, p.blocks);
     p.q = as_float(TensorArg("q", q));
     const int64_t num_blocks = p.blocks.num_blocks, num_items = p.blocks.batch * p.num_kv_heads;
-    Tensor new_scores = new_long_output({p.blocks.batch, num_blocks, p.num_kv_heads, max_seqlen_k},
-                                        ScalarType::Float, sizeof(float));
+    Tensor new_scores =
+        new_long_output({p.blocks.batch, num_blocks, p.num_kv_heads, p.max_seqlen_k},
+                        ScalarType::Float, sizeof(float));
     auto [scores, lse, num_nonfinite] = score_tokens_outputs(&p, std::move(new_scores), Place{});
     std::fill_n(p.num_nonfinite, num_nonfinite.numel(), int64_t{0});
     if (p.hit) std::fill_n(p.lse, lse.numel(), -std::numeric_limits<float>::infinity());
@@ -104,6 +75,54 @@ std::tuple<Tensor, Tensor, Tensor> score_tokens(
             run(ScoreStage::kVote, index, part, part + 1, workspace, scratch);
         });
     return {scores, lse, num_nonfinite};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> score_tokens(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, OptionalTensor hit, int64_t max_seqlen_k,
+    double softcap, OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages) {
+    return score(q, read_score_tokens(q, q_local, k_cache, block_table, cache_seqlens, starts,
+                                      sketch, take_string(sketch_format), q_block_offsets, seqlen_q,
+                                      take_string(window_rule), num_sink_tokens, num_recent_tokens,
+                                      keep, scale, normalise_candidates_only, max_vote, cos, sin,
+                                      rope_start, rope_interleaved, hit, max_seqlen_k, softcap,
+                                      sink_logits, ranking, sketch_in_pages, nullptr, Place{}));
+}
+
+std::tuple<Tensor, Tensor, Tensor> score_tokens_reuse(
+    Tensor q, OptionalTensor q_local, Tensor k_cache, OptionalTensor block_table,
+    Tensor cache_seqlens, OptionalTensor starts, OptionalTensor sketch, StringArg sketch_format,
+    OptionalTensor q_block_offsets, int64_t seqlen_q, StringArg window_rule,
+    int64_t num_sink_tokens, int64_t num_recent_tokens, int64_t keep, double scale,
+    bool normalise_candidates_only, bool max_vote, OptionalTensor cos, OptionalTensor sin,
+    int64_t rope_start, bool rope_interleaved, Tensor hit, int64_t max_seqlen_k, double softcap,
+    OptionalTensor sink_logits, OptionalTensor ranking, bool sketch_in_pages, Tensor compared_q,
+    Tensor cache_nonfinite, StringArg similarity, double similarity_threshold, int64_t max_age,
+    int64_t dense_limit, Tensor anchor_query, Tensor age, Tensor expected_seqlens,
+    Tensor known_nonfinite, Tensor reuse_counts) {
+    const ReuseArgs reuse{compared_q,
+                          cache_nonfinite,
+                          take_string(similarity),
+                          similarity_threshold,
+                          max_age,
+                          dense_limit,
+                          anchor_query,
+                          age,
+                          expected_seqlens,
+                          known_nonfinite,
+                          reuse_counts};
+    return score(q, read_score_tokens(q, q_local, k_cache, block_table, cache_seqlens, starts,
+                                      sketch, take_string(sketch_format), q_block_offsets, seqlen_q,
+                                      take_string(window_rule), num_sink_tokens, num_recent_tokens,
+                                      keep, scale, normalise_candidates_only, max_vote, cos, sin,
+                                      rope_start, rope_interleaved, hit, max_seqlen_k, softcap,
+                                      sink_logits, ranking, sketch_in_pages, &reuse, Place{}));
 }
 
 }  // namespace kvselect::bindings

@@ -29,31 +29,19 @@ inline int64_t compact_positions(const QueryBlocks& blocks, int64_t keep) {
 }
 
 // Tensors and settings of a selection cache, with which the call first decides which lists are
-// reused: all tensors or none.
+// reused.
 struct ReuseArgs {
-    const OptionalTensor &compared_q, &cache_nonfinite;
+    const Tensor &compared_q, &cache_nonfinite;
     std::string similarity;
     double similarity_threshold;
     int64_t max_age, dense_limit;
-    const OptionalTensor &anchor_query, &age, &expected_seqlens, &known_nonfinite, &reuse_counts;
+    const Tensor &anchor_query, &age, &expected_seqlens, &known_nonfinite, &reuse_counts;
 };
 
 // `hit` and `reuse` of the params.
-inline void read_reuse(const ReuseArgs& args, const OptionalTensor& hit,
+inline void read_reuse(const ReuseArgs* args, const OptionalTensor& hit,
                        const Tensor& cache_seqlens, const OptionalTensor& starts,
                        const CacheArg& keys, ScoreTokensParams* p, Place place) {
-    const bool decides = args.anchor_query.has_value();
-    const std::pair<const char*, const OptionalTensor*> others[] = {
-        {"compared_q", &args.compared_q},
-        {"cache_nonfinite", &args.cache_nonfinite},
-        {"age", &args.age},
-        {"expected_seqlens", &args.expected_seqlens},
-        {"known_nonfinite", &args.known_nonfinite},
-        {"reuse_counts", &args.reuse_counts}};
-    for (const auto& [name, tensor] : others)
-        KVS_CHECK(tensor->has_value() == decides, name, ": got ", decides ? "None" : "a tensor",
-                  ", allowed: ", decides ? "a tensor" : "None", ", like anchor_query");
-    KVS_CHECK(hit || !decides, "hit: got None, allowed: a tensor, which receives the decisions");
     if (!hit) return;
     const TensorArg hit_arg("hit", *hit, place);
     hit_arg.require_dtype(ScalarType::Int)
@@ -63,19 +51,19 @@ inline void read_reuse(const ReuseArgs& args, const OptionalTensor& hit,
     KVS_CHECK(p->num_hit_lists == 1 || p->num_hit_lists == p->num_kv_heads, "hit: got ",
               p->num_hit_lists, " lists, allowed: 1 or num_kv_heads = ", p->num_kv_heads);
     p->hit = hit_arg.data<int32_t>();
-    if (!decides) return;
-    KVS_CHECK(p->blocks.num_blocks == 1, "anchor_query: got a tensor with ", p->blocks.num_blocks,
-              " blocks of queries, allowed: None (a decode step has one)");
+    if (!args) return;
+    KVS_CHECK(p->blocks.num_blocks == 1, "q: got ", p->blocks.num_blocks,
+              " blocks of queries, allowed: 1 with a selection cache, as a decode step has");
     SelectionCacheStepParams& reuse = p->reuse;
-    reuse = read_selection_cache_step({"compared_q", "cache_nonfinite"}, *args.compared_q,
-                                      cache_seqlens, starts, *args.cache_nonfinite, args.similarity,
-                                      args.similarity_threshold, args.max_age, args.dense_limit,
-                                      *args.anchor_query, *args.age, *args.expected_seqlens,
-                                      *args.known_nonfinite, *args.reuse_counts, place);
+    reuse = read_selection_cache_step(
+        {"compared_q", "cache_nonfinite"}, args->compared_q, cache_seqlens, starts,
+        args->cache_nonfinite, args->similarity, args->similarity_threshold, args->max_age,
+        args->dense_limit, args->anchor_query, args->age, args->expected_seqlens,
+        args->known_nonfinite, args->reuse_counts, place);
     KVS_CHECK(reuse.batch == p->blocks.batch && reuse.num_kv_heads == p->num_kv_heads,
               "cache_nonfinite: got shape [", reuse.batch, ", ", reuse.num_kv_heads,
               "], allowed: [batch=", p->blocks.batch, ", num_kv_heads=", p->num_kv_heads, "]");
-    TensorArg("compared_q", *args.compared_q, place)
+    TensorArg("compared_q", args->compared_q, place)
         .require_dtype(keys.scalar_type)
         .require_shape({{"batch", p->blocks.batch},
                         {"seqlen_q", 1},
@@ -102,7 +90,9 @@ inline ScoreTokensCall read_score_tokens(
     const OptionalTensor& cos, const OptionalTensor& sin, int64_t rope_start, bool rope_interleaved,
     const OptionalTensor& hit, int64_t max_seqlen_k, double softcap,
     const OptionalTensor& sink_logits, const OptionalTensor& ranking, bool sketch_in_pages,
-    const ReuseArgs& reuse, Place place) {
+    const ReuseArgs* reuse, Place place) {
+    KVS_CHECK(!sketch_in_pages || !place.is_cuda,
+              "sketch_in_pages: got true, allowed: false on CUDA");
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);

@@ -17,7 +17,8 @@
 #define KVS_HAS_BF16_DOT 1
 #define KVS_HAS_TILE_DOT 1
 KVS_TARGET_REGION(
-    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+    "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-"
+    "bf16")
 namespace kvselect::cpu {
 namespace amx {
 namespace {
@@ -35,21 +36,20 @@ KVS_UNTARGET_REGION
 namespace kvselect::cpu {
 
 const Implementation& amx_implementation() {
-    static constexpr Implementation implementation{
-        "amx",
-        nullptr,
-        amx::kv_append,
-        amx::score_tokens,
-        amx::select_tokens,
-        amx::sparse_attention,
-        amx::merge_splits,
-        amx::recovered_mass,
-        amx::selection_cache_step,
-        amx::rolling_sweep,
-        amx::block_sparse_attention,
-        amx::block_mass,
-        amx::list_blocks,
-        amx::gather_tokens};
+    static constexpr Implementation implementation{"amx",
+                                                   nullptr,
+                                                   amx::kv_append,
+                                                   amx::score_tokens,
+                                                   amx::select_tokens,
+                                                   amx::sparse_attention,
+                                                   amx::merge_splits,
+                                                   amx::recovered_mass,
+                                                   amx::selection_cache_step,
+                                                   amx::rolling_sweep,
+                                                   amx::block_sparse_attention,
+                                                   amx::block_mass,
+                                                   amx::list_blocks,
+                                                   amx::gather_tokens};
     return implementation;
 }
 

@@ -815,8 +815,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Where another kernel votes, which has no registers left for it: a block per row and list.
+// Two blocks an SM: left alone, ptxas takes 32 registers and spills.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) remember_kernel(const SelectionCacheStepParams p) {
+__global__ void __launch_bounds__(kThreads, 2) remember_kernel(const SelectionCacheStepParams p) {
     ptx::wait_for_previous_kernel();
     ptx::allow_next_kernel();
     const int64_t row = blockIdx.x, list = blockIdx.y;

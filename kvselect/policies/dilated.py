@@ -77,6 +77,9 @@ class Dilated(Policy):
         require(inner.layer_budget == "fixed", "inner.layer_budget", inner.layer_budget, allowed)
         allowed = "'original' (ranks of compact positions are those of the inner list)"
         require(inner.positions == "original", "inner.positions", inner.positions, allowed)
+        way = inner.prefill_attention
+        allowed = "'sparse_attention' (neighbours lie behind a block, where dense kernels see them)"
+        require(way == "sparse_attention", "inner.prefill_attention", way, allowed)
         for reuse in ("similarity_threshold", "num_segments"):
             allowed = "None (lists that are reused are changed in place)"
             value = getattr(inner, reuse, None)

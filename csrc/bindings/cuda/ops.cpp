@@ -60,6 +60,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvselect, CUDA, m) {
     m.impl("block_sparse_attention", TORCH_BOX(&cuda::block_sparse_attention));
     m.impl("kv_append", TORCH_BOX(&cuda::kv_append));
     m.impl("score_tokens", TORCH_BOX(&cuda::score_tokens));
+    m.impl("score_tokens.reuse", TORCH_BOX(&cuda::score_tokens_reuse));
     m.impl("select_tokens", TORCH_BOX(&cuda::select_tokens));
     m.impl("sparse_attention", TORCH_BOX(&cuda::sparse_attention));
     m.impl("gather_tokens", TORCH_BOX(&cuda::gather_tokens));

@@ -77,9 +77,9 @@ struct CosineEstimate {
 
 __device__ __forceinline__ int64_t defects_of(const SelectionCacheStepParams& p, int64_t row,
                                               int64_t list) {
-    const int64_t kv_heads = p.num_kv_heads / p.num_lists;
+    const int kv_heads = static_cast<int>(p.num_kv_heads) / static_cast<int>(p.num_lists);
     int64_t defects = 0;
-    for (int64_t h = 0; h < kv_heads; ++h)
+    for (int h = 0; h < kv_heads; ++h)
         defects += p.num_nonfinite[row * p.num_kv_heads + list * kv_heads + h];
     return defects;
 }
@@ -144,7 +144,10 @@ template <typename T, int kWarps>
 __device__ __forceinline__ void remember_step(const SelectionCacheStepParams& p, int64_t row,
                                               int64_t list, bool hit) {
     const int thread = static_cast<int>(threadIdx.x);
-    const int64_t num_heads = p.num_q_heads / p.num_lists, first_head = list * num_heads;
+    // In 32 bits: a division in 64 is a call, for which ptxas spills.
+    const int num_lists = static_cast<int>(p.num_lists);
+    const int64_t num_heads = static_cast<int>(p.num_q_heads) / num_lists,
+                  first_head = list * num_heads;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     for (int64_t h = warp; !hit && h < num_heads; h += kWarps) {
         const T* const q = compared_query<T>(p, row, first_head + h);
@@ -160,7 +163,7 @@ __device__ __forceinline__ void remember_step(const SelectionCacheStepParams& p,
         p.expected_seqlens[row] = real > p.dense_limit ? static_cast<int32_t>(seqlen) + 1 : -1;
     if (!hit) return;
     // Whole numbers add up in any order.
-    const int64_t tokens = p.num_kv_heads / p.num_lists * (real > 0 ? real : 0);
+    const int64_t tokens = static_cast<int>(p.num_kv_heads) / num_lists * (real > 0 ? real : 0);
     auto* const counts = reinterpret_cast<unsigned long long*>(p.reuse_counts);
     atomicAdd(counts, 1ull);
     atomicAdd(counts + 1, static_cast<unsigned long long>(tokens));
