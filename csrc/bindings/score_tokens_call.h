@@ -91,8 +91,6 @@ inline ScoreTokensCall read_score_tokens(
     const OptionalTensor& hit, int64_t max_seqlen_k, double softcap,
     const OptionalTensor& sink_logits, const OptionalTensor& ranking, bool sketch_in_pages,
     const ReuseArgs* reuse, Place place) {
-    KVS_CHECK(!sketch_in_pages || !place.is_cuda,
-              "sketch_in_pages: got true, allowed: false on CUDA");
     require_count("num_sink_tokens", num_sink_tokens, 0);
     require_count("num_recent_tokens", num_recent_tokens, 0);
     require_count("keep", keep, 0);
