@@ -54,13 +54,14 @@ struct Steps {
 };
 
 // Scores of an emulated scan, then lists: of the heads' sums where they share one.
-void score_and_select(const Setting& s, ScoreTokensParams p, bool ranked, Steps* steps) {
+void score_and_select(const Setting& s, ScoreTokensParams p, bool ranked, int step, Steps* steps) {
     std::fill(steps->scores.begin(), steps->scores.end(), -3.f);
     p.scores = steps->scores.data();
     p.lse = steps->lse.data();
     p.num_nonfinite = steps->num_nonfinite.data();
     if (ranked) p.ranking = reinterpret_cast<int32_t*>(steps->ranking.data());
-    std::vector<uint8_t> memory(cuda::score_tokens_workspace_bytes(p), 0xff);
+    // Not clean, and not the same: NaN, or numbers.
+    std::vector<uint8_t> memory(cuda::score_tokens_workspace_bytes(p), step % 2 ? 0xff : 0x40);
     cuda::score_tokens(p, memory.data(), kLaunch);
 
     std::vector<float> votes = steps->scores;
@@ -166,10 +167,10 @@ Hits compare_steps(const Setting& s, int64_t head_dim, int32_t first_row, int nu
         ScoreTokensParams plain = p;
         p.hit = scan.hit.data();
         p.reuse = memory(scan);
-        score_and_select(s, p, s.num_lists == s.num_kv_heads && s.group <= 16, &scan);
+        score_and_select(s, p, s.num_lists == s.num_kv_heads && s.group <= 16, step, &scan);
         cpu::scalar_implementation().selection_cache_step(memory(apart), 0, kBatch);
         plain.hit = apart.hit.data();
-        score_and_select(s, plain, false, &apart);
+        score_and_select(s, plain, false, step, &apart);
         EXPECT(scan.hit == apart.hit, "step ", step);
         EXPECT(same_bits(scan.anchor, apart.anchor), "step ", step);
         EXPECT(scan.age == apart.age && scan.known == apart.known, "step ", step);
@@ -178,6 +179,12 @@ Hits compare_steps(const Setting& s, int64_t head_dim, int32_t first_row, int nu
         EXPECT(scan.num_nonfinite == apart.num_nonfinite, "step ", step);
         EXPECT(scan.indices == apart.indices && scan.lengths == apart.lengths, "step ", step);
         EXPECT(same_bits(scan.kept, apart.kept), "step ", step);
+        for (int64_t item = 0; item < kBatch * s.num_kv_heads; ++item) {
+            const int64_t at = s.num_lists == 1 ? item / s.num_kv_heads : item;
+            if (scan.hit[at] == 0) continue;
+            EXPECT(scan.num_nonfinite[item] == 0 && scan.scores[item * kLongest + 40] == -3.f);
+            for (int64_t h = 0; h < s.group; ++h) EXPECT(scan.lse[item * s.group + h] == -kInf);
+        }
         for (const int32_t hit : scan.hit) ++(hit ? found.hits : found.misses);
     }
     return found;

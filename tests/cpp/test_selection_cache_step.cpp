@@ -167,3 +167,42 @@ TEST(selection_cache_step_of_some_rows_leaves_the_others_alone) {
     EXPECT(std::equal(step.anchor.begin() + 2 * row, step.anchor.end(),
                       before.anchor.begin() + 2 * row));
 }
+
+// Where an estimate of a cosine could not tell: one number below, at and above it; and where
+// squares leave float32.
+TEST(selection_cache_step_decides_at_the_very_threshold) {
+    int64_t num_hits = 0, num_misses = 0;
+    for (DType dtype : kDTypes)
+        for (double scale : {1e-38, 1e-12, 1.0, 1e12, 1e36}) {
+            if (scale != 1.0 && dtype != DType::kFloat32) continue;
+            for (int64_t head_dim : {32, 80, 128})
+                for (int64_t heads : {1, 20})
+                    for (uint64_t seed = 0; seed < 3; ++seed) {
+                        Random random(seed);
+                        Step step(dtype, 1, 1, heads, head_dim);
+                        step.similarity = Similarity::kFlat;
+                        step.fill(random, 1.0);
+                        for (int64_t i = 0; i < heads * head_dim; ++i) {
+                            step.q.set(i, scale * step.q.get(i));
+                            const double noise = heads == 1 ? 0.3 * random.normal() : 0.0;
+                            step.anchor[i] =
+                                static_cast<float>(scale * (double{step.anchor[i]} + noise));
+                        }
+                        const double cosine =
+                            step.terms(0, 0, heads, 2) /
+                            std::sqrt(step.terms(0, 0, heads, 0) * step.terms(0, 0, heads, 1));
+                        for (double threshold :
+                             {std::nextafter(cosine, 0.0), cosine, std::nextafter(cosine, 2.0),
+                              cosine * (1.0 - 1e-7), cosine * (1.0 + 1e-7)}) {
+                            step.threshold = threshold;
+                            Step tried = step;
+                            std::vector<int32_t> hit(Step::batch, 77);
+                            ops.selection_cache_step(tried.params(hit), 0, Step::batch);
+                            EXPECT(hit[0] == step.similar(0, 0), static_cast<int>(dtype), " ",
+                                   scale, " ", head_dim, " ", heads, " ", threshold / cosine - 1.0);
+                            ++(hit[0] ? num_hits : num_misses);
+                        }
+                    }
+        }
+    EXPECT(num_hits > 200 && num_misses > 200, num_hits, " hits, ", num_misses, " misses");
+}
