@@ -27,6 +27,7 @@ from kvselect.sketch import encode
 from kvselect.testing import make_qkv, rel_err
 
 TOLERANCE = 2e-6  # float32
+BFLOAT16_TOLERANCE = 1e-2
 # The scan also rounds the query: to 7 bits against int4 codes, to 15 against int8.
 SKETCH_TOLERANCE = {"int4": 3e-2, "int8": 2e-4}
 
@@ -154,6 +155,14 @@ def _calls() -> list[tuple[str, Callable[[], float], float]]:
         expected = reference.sparse_attention(q, cache, selection)
         return max(map(rel_err, sparse_attention(q, cache, selection), expected))
 
+    def attend_block() -> float:  # by tiles, where there are some
+        block = KVCache(1, 2, 64, sketch=None, dtype=torch.bfloat16)
+        queries, *tokens = make_qkv(1, 20, 600, 20, 2, 64, dtype=torch.bfloat16, seed=2)
+        block.append(*tokens)
+        out, lse = sparse_attention(queries, block)
+        expected_out, expected_lse = reference.sparse_attention(queries, block)
+        return max(rel_err(out, expected_out), rel_err(lse, expected_lse))
+
     def merge() -> float:
         parts: Tensor = torch.stack([k, v])
         weights = torch.stack([k[..., 0], v[..., 0]])
@@ -172,6 +181,7 @@ def _calls() -> list[tuple[str, Callable[[], float], float]]:
         ("score_tokens, int8", lambda: scored(cache_int8, "sketch"), SKETCH_TOLERANCE["int8"]),
         ("select_tokens", select, 0.0),
         ("sparse_attention", attend, TOLERANCE),
+        ("sparse_attention in blocks", attend_block, BFLOAT16_TOLERANCE),
         ("merge_splits", merge, TOLERANCE),
         ("recovered_mass", recover, TOLERANCE),
     ]

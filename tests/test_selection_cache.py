@@ -226,6 +226,19 @@ def missed_step(layer: Layer) -> None:
     layer.append(1)
 
 
+def test_ranks_cannot_remember_a_list_they_share() -> None:
+    class TwoRanks:
+        def size(self) -> int:
+            return 2
+
+    group: Any = TwoRanks()
+    layer = Layer(scope="layer")
+    layer.append()
+    message = r"^ranks of process_group: got 2, allowed: 1 with scope='layer' and remembered"
+    with pytest.raises(ValueError, match=message):
+        decode_step(layer.query(), layer.cache, layer.policy, layer.state, process_group=group)
+
+
 def change_settings(layer: Layer) -> None:
     layer.policy = dataclasses.replace(layer.policy, topk=7, similarity_threshold=0.8)
 

@@ -30,6 +30,7 @@ from kvselect.rolling_pools import RollingPools, SweepCounts
 from kvselect.rope import Rope
 from kvselect.selection import Lists, list_width, num_kept
 from kvselect.selection_cache import CapturedSelectionCache, ReuseStep, SelectionCache
+from kvselect.tensor_parallel import num_ranks
 
 __all__ = ["StepLists", "lists_of_call", "prepare_memory", "remember"]
 
@@ -137,6 +138,10 @@ def _lists_with_memory(
     queries: Queries,
     cache: KVCache,
 ) -> StepLists:
+    if settings.scope == "layer":
+        ranks = num_ranks(queries.process_group)
+        allowed = "1 with scope='layer' and remembered lists (ranks would have to agree on them)"
+        require(ranks == 1, "ranks of process_group", ranks, allowed)
     reuse, rolling = state.selection_cache, state.rolling_pools
     statistics = state.statistics(queries.phase)
     longest = longest_list(settings, queries, cache)
