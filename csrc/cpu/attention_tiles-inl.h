@@ -208,8 +208,9 @@ inline void tiled_softmax(const AttentionTiles& t, int64_t row, int64_t seen, in
         store(acc + d, mul(load(acc + d), broadcast(factor)));
 }
 
-// Goes on over `tokens` tokens; row r sees the first seen_of(r) of them (or more: it may ask for
-// what lies behind). Meanwhile the rows of `upcoming` are fetched.
+// Goes on over `tokens` tokens. Row r sees the first seen_of(r) of them (below 0: none, above
+// `tokens`: all), which is asked once per row, in order. Meanwhile the rows of `upcoming` are
+// fetched.
 template <typename SeenOf>
 inline void attend_tiles(const AttentionTiles& t, const BFloat16* const* key_rows,
                          const BFloat16* const* value_rows, int64_t tokens, float scale,
