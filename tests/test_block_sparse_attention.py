@@ -165,6 +165,29 @@ def test_nan_in_masked_blocks_has_no_effect(dtype: torch.dtype) -> None:
 
 @BOTH
 @pytest.mark.parametrize("where", ["k", "v"])
+def test_queries_between_kept_blocks_do_not_meet_the_later_one(
+    where: str, dtype: torch.dtype
+) -> None:
+    q, k, v = make_qkv(1, 128, 128, 2, 1, 64, dtype=dtype)
+    mask = torch.zeros(1, 2, 1, 8, dtype=torch.bool)
+    mask[..., [0, 7]] = True
+    clean = block_sparse_attention(q, k, v, mask, kv_block_size=16)
+    (k if where == "k" else v)[:, 112:] = torch.nan
+    out, lse = block_sparse_attention(q, k, v, mask, kv_block_size=16)
+    assert rel_err(out[:, :112], clean[0][:, :112].double()) <= TOLERANCE[dtype]
+    assert torch.equal(lse[:, :112], clean[1][:, :112])
+    assert not out[:, 112:].isfinite().any()
+
+
+@BOTH
+@pytest.mark.parametrize("magnitude", [1e3, 1e5, 1e15])
+def test_huge_logits_leave_the_most_likely_token(magnitude: float, dtype: torch.dtype) -> None:
+    q, k, v = make_qkv(1, 40, 300, 2, 1, 64, dtype=dtype)
+    check(magnitude * q, magnitude * k, v, torch.ones(1, 2, 1, 3).bool())
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_shows_to_those_who_see_it_and_nobody_else(
     where: str, bad: float, dtype: torch.dtype

@@ -287,6 +287,34 @@ def test_a_query_sees_no_later_entry(dtype: torch.dtype) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("group_size", [16, 32, 33])
+def test_heads_that_all_end_before_a_defect_do_not_meet_it(
+    group_size: int, dtype: torch.dtype
+) -> None:
+    """So many heads that some work on rows that all see the same tokens, but not the last ones."""
+    q, k, v = make_qkv(1, 4, 90, group_size, 1, 64, dtype=dtype)
+    clean = attend(make_case(k, v, int32(90)), q)
+    for bad in (torch.nan, torch.inf):
+        v[:, 87:] = bad
+        out, lse = attend(make_case(k, v, int32(90)), q)
+        assert rel_err(out[:, :1], clean[0][:, :1].double()) <= TOLERANCE[dtype]
+        assert torch.equal(lse, clean[1])
+        assert not out[:, 1:].isfinite().any()
+
+
+@BOTH
+@pytest.mark.parametrize("magnitude", [1e3, 1e5, 1e15])
+def test_huge_logits_leave_the_most_likely_token(magnitude: float, dtype: torch.dtype) -> None:
+    """Logits that lie further apart than float32 knows exponents."""
+    q, k, v = make_qkv(1, 20, 300, 2, 1, 64, dtype=dtype)
+    case = make_case(magnitude * k, v, int32(300))
+    out, lse = attend(case, magnitude * q)
+    expected_out, expected_lse = reference.sparse_attention(magnitude * q, case.plain, None)
+    assert rel_err(out, expected_out) <= TOLERANCE[dtype]
+    assert rel_err(lse, expected_lse) <= LSE_TOLERANCE
+
+
+@BOTH
 @pytest.mark.parametrize("seqlen_q", [1, 6, 20])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])

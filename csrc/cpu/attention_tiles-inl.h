@@ -8,11 +8,10 @@
 //         32 rows x 256 tokens at head_dim 128 take 4096 cycles on the unit, 512 registers of
 //         logits some ten instructions each.
 // Plan    256 tokens at a time are laid out once for all rows: keys transposed by pairs of
-// channels,
-//         values by pairs of tokens. A panel of 32 rows then takes three steps in the first-level
-//         cache: logits, softmax (float32), weighted values, whose sums stay in float32 between the
-//         passes. Weights are rounded to bfloat16 (relative error 2^-9 each), as fused attention
-//         kernels do; their sum is that of the weights before.
+//         channels, values by pairs of tokens. A panel of 32 rows then takes three steps in the
+//         first-level cache: logits, softmax (float32), weighted values, whose sums stay in float32
+//         between the passes. Weights are rounded to bfloat16 (by at most 2^-8 of each), as fused
+//         attention kernels do; their sum is that of the weights before.
 
 struct AttentionTiles {
     int64_t rows, padded_rows, head_dim, channels;
@@ -190,7 +189,8 @@ inline void tiled_softmax(const AttentionTiles& t, int64_t row, int64_t seen, in
     }
     F32 sum = broadcast(0.f);
     for (int64_t i = 0; i < tokens; i += kLanes) {
-        const F32 weight = exp2(fma(load(x + i), broadcast(scale), broadcast(-now)));
+        // Not fma(): its product is exact, `now` is not, and huge logits would differ from it.
+        const F32 weight = exp2(sub(mul(load(x + i), broadcast(scale)), broadcast(now)));
         sum = add(sum, weight);
         store_weights(weights + i, weight);
     }
@@ -208,8 +208,9 @@ inline void tiled_softmax(const AttentionTiles& t, int64_t row, int64_t seen, in
         store(acc + d, mul(load(acc + d), broadcast(factor)));
 }
 
-// Goes on over `tokens` tokens; row r sees the first seen_of(r) of them (or more: it may ask for
-// what lies behind). Meanwhile the rows of `upcoming` are fetched.
+// Goes on over `tokens` tokens. Row r sees the first seen_of(r) of them (below 0: none, above
+// `tokens`: all), which is asked once per row, in order. Meanwhile the rows of `upcoming` are
+// fetched.
 template <typename SeenOf>
 inline void attend_tiles(const AttentionTiles& t, const BFloat16* const* key_rows,
                          const BFloat16* const* value_rows, int64_t tokens, float scale,
@@ -234,7 +235,7 @@ inline void attend_tiles(const AttentionTiles& t, const BFloat16* const* key_row
             tiled_softmax(t, first + i, seen[i], padded, scale, softcap);
             for (int64_t n = 0; n < rows_a_step; ++n) upcoming.fetch(fetched++);
         }
-        if (!finite && least < most) {
+        if (!finite && least < tokens) {
             for (int64_t i = 0; i < kTiledRows; ++i) {
                 float weights[kTiledTokens];
                 for (int64_t at = 0; at < padded; at += kLanes)

@@ -193,7 +193,7 @@ inline void attend_blocks_by_tiles(const BlockSparseAttentionParams& p, const Qu
                                    int64_t num_blocks) {
     using Tile = TokenTile<BFloat16, kTiledTokens>;
     const BlockGrid& g = p.grid;
-    TileScope tiles(kTileBytes);
+    TileScope tiles(kTileBytes);  // rows of 64 bytes: full tiles, of any type
     tiles.use(kTileRows, kTileRows);
     const auto begin = [&](const Tile&) {
         t.begin([&](int64_t i) {

@@ -232,7 +232,7 @@ inline void attend_queries_by_tiles(const SparseAttentionParams& p, const Attent
                (first + r / group) * p.q_strides[1] +
                (a.kv_head * group + r % group) * p.q_strides[2];
     });
-    TileScope tiles(kTileBytes);
+    TileScope tiles(kTileBytes);  // rows of 64 bytes: full tiles, of any type
     tiles.use(kTileRows, kTileRows);
     const int64_t count = a.listed_up_to(first_position + num - 1);
     const BFloat16* rows[2][2 * kTiledTokens];  // keys, then values, of this pass and the next
