@@ -65,7 +65,9 @@ def test_groups_and_head_dims(group_size: int, head_dim: int, dtype: torch.dtype
 @BOTH
 @pytest.mark.parametrize("seqlen_q", [1, 15, 16, 17, 127, 128, 129])
 @pytest.mark.parametrize("seqlen_k", [1, 63, 64, 65, 130, 257])
-def test_ends_that_are_no_multiple_of_a_block(seqlen_q: int, seqlen_k: int, dtype: torch.dtype) -> None:
+def test_ends_that_are_no_multiple_of_a_block(
+    seqlen_q: int, seqlen_k: int, dtype: torch.dtype
+) -> None:
     q, k, v = make_qkv(1, seqlen_q, seqlen_k, 2, 1, 32, dtype=dtype)
     for causal in (True, False):
         check(q, k, v, random_mask(grid(q, k, 128, 64)), kv_block_size=64, causal=causal)
@@ -164,7 +166,9 @@ def test_nan_in_masked_blocks_has_no_effect(dtype: torch.dtype) -> None:
 @BOTH
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_shows_to_those_who_see_it_and_nobody_else(where: str, bad: float, dtype: torch.dtype) -> None:
+def test_nan_shows_to_those_who_see_it_and_nobody_else(
+    where: str, bad: float, dtype: torch.dtype
+) -> None:
     q, k, v = make_qkv(1, 64, 64, 2, 1, 64, dtype=dtype)
     mask = torch.ones(1, 2, 1, 1, dtype=torch.bool)
     expected = block_sparse_attention(q, k, v, mask)
