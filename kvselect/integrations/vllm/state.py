@@ -65,7 +65,9 @@ class Rows:
         once, for all layers."""
         if after not in self._lengths:
             counts = self.after if after else self.before
-            self._lengths[after] = _on(self.block_table.device, counts, torch.int32)
+            self._lengths[after] = _on(
+                self.block_table.device, torch.tensor(counts, dtype=torch.int32)
+            )
         return self._lengths[after].clone()
 
 
@@ -121,8 +123,8 @@ class Step:
             tokens: slice | Tensor = slice(starts[0], starts[0] + count)
             return Rows(tokens, self.block_table[first : first + count], before, 1, False)
         device = self.block_table.device
-        picked = _on(device, rows, torch.int64)
-        tokens = _on(device, starts, torch.int64)
+        picked = _on(device, torch.tensor(rows))
+        tokens = _on(device, torch.tensor(starts))
         return Rows(tokens, self.block_table[picked], before, 1, False)
 
     @property
@@ -134,7 +136,7 @@ class Step:
                 torch.arange(length - starts[row + 1] + starts[row], length)
                 for row, length in enumerate(self.seq_lens)
             ]
-            self._positions = torch.cat(parts).to(self.block_table.device)
+            self._positions = _on(self.block_table.device, torch.cat(parts))
         return self._positions
 
     def pages(self, rows: Rows, page_block_size: int) -> tuple[list[int], list[int]]:
@@ -173,7 +175,7 @@ class Step:
     @staticmethod
     def _part(rows: Rows, dense: list[bool], wanted: bool) -> Rows:
         picked = [row for row, is_dense in enumerate(dense) if is_dense is wanted]
-        index = _on(rows.block_table.device, picked, torch.int64)
+        index = _on(rows.block_table.device, torch.tensor(picked))
         if isinstance(rows.tokens, slice):
             tokens = index + rows.tokens.start
         else:
@@ -182,8 +184,7 @@ class Step:
         return Rows(tokens, rows.block_table[index], before, rows.num_new, rows.of_prompt)
 
 
-def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Numbers of the host on the device, which is not waited for."""
+def _on(device: torch.device, host: Tensor) -> Tensor:
+    """What the host knows, on the device, which is not waited for."""
     pinned = device.type == "cuda" and torch.cuda.is_available()
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=pinned)
-    return host.to(device, non_blocking=pinned)
+    return (host.pin_memory() if pinned else host).to(device, non_blocking=pinned)
