@@ -101,13 +101,17 @@ def sparse_attention(
         require(selection is not None, "selection", selection, allowed)
         assert selection is not None
         given = selection.q_block_offsets
+        borders = (0, q.shape[1]) if given is None else tuple(given.tolist())
+        allowed = f"ascending from 0 to seqlen_q = {q.shape[1]}"
+        covers = (*borders[:1], *borders[-1:]) == (0, q.shape[1])
+        require(covers and list(borders) == sorted(borders), "q_block_offsets", borders, allowed)
         queries = Queries(
             q=q,
             phase="prefill",
             softmax_scale=scale,
             cache_seqlens=cache.cache_seqlens,
             max_seqlen=cache.max_seqlen,
-            offsets=(0, q.shape[1]) if given is None else tuple(given.tolist()),
+            offsets=borders,
             q_block_offsets=given,
             softcap=cap,
             sink_logits=sink_logits,

@@ -126,6 +126,11 @@ def attend_gathered(
             ranks = _ranks(cu_seqlens, num_queries).clamp(min=0)
             queries = rope.rotate(queries, ranks).to(q.dtype)
         found, found_lse = kernel(queries, k, v, cu_seqlens, width, softmax_scale, softcap)
+        if not q.is_cpu:  # where nobody has looked at the lists
+            position = torch.arange(begin, end, device=q.device) - q.shape[1]
+            start = 0 if cache.starts is None else cache.starts[:, None]
+            seeing = (cache_seqlens[:, None] + position >= start).view(batch, -1, num_queries)
+            found, found_lse = _nan_where_short(found, found_lse, cu_seqlens, seeing)
         for whole, part in ((out, found), (lse, found_lse)):
             to = whole[:, begin:end].view(sizes[: whole.dim() + 2]).movedim(3, 0)
             to.copy_(part.reshape(to.shape))
@@ -323,6 +328,18 @@ def _as_ours(out: Tensor, lse: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tens
     blind = (_ranks(cu_seqlens, out.shape[1]) < 0)[..., None]
     lse = lse.masked_fill(lse == torch.inf, torch.nan).masked_fill(blind, -torch.inf)
     return out.masked_fill(blind[..., None], 0.0), lse
+
+
+def _nan_where_short(
+    out: Tensor, lse: Tensor, cu_seqlens: Tensor, seeing: Tensor
+) -> tuple[Tensor, Tensor]:
+    """NaN for queries that see their own token, but have a list without room for it.
+
+    ``seeing`` [batch, num_blocks, num_queries]: whether a query's own token is one of its row.
+    """
+    blind = (_ranks(cu_seqlens, out.shape[1]) < 0).view(-1, *seeing.shape)
+    short = (blind & seeing).view(*out.shape[:2], 1)
+    return out.masked_fill(short[..., None], torch.nan), lse.masked_fill(short, torch.nan)
 
 
 def _of_rows(lse: Tensor, q: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ class EngineBlockStatistics(BlockStatistics):
             like = torch.empty(0, dtype=dtype or cache.dtype, device=cache.device)
             self._in_pages[name] = zeros_in_huge_pages(like, (*shape, width))
         self._rows_seen: int | None = None
+        self._some_are_shorter = False  # than the blocks that are written
 
     @property
     def nbytes(self) -> int:
@@ -72,19 +73,25 @@ class EngineBlockStatistics(BlockStatistics):
         assert cache is self._cache_of_pages
         num_new = cache.num_appended
         if num_new:
-            self._compute(cache, (num_new + self._block_size - 2) // self._block_size + 1)
+            changed = (num_new + self._block_size - 2) // self._block_size + 1
+            changed = min(changed, self.num_blocks)
+            fewest = -(-min(cache.num_real_tokens) // self._block_size)
+            self._some_are_shorter = fewest < changed
+            self._compute(cache, changed)
 
     def _write(self, name: str, block: Tensor, values: Tensor) -> None:
         """Values [batch, num_kv_heads, n, width] of blocks [batch, n]."""
         cache = self._cache_of_pages
         table = cache.block_table
         assert table is not None
-        # Shorter rows have fewer blocks than were asked for: behind them is somebody else's page.
-        there = block * self._block_size < cache.cache_seqlens[:, None]
         column = (block // self._per_page).clamp(max=table.shape[1] - 1)
         page, slot = table.gather(1, column).long(), block % self._per_page
-        values = values.transpose(1, 2)[there].to(self._in_pages[name].dtype)
-        self._in_pages[name][page[there], :, slot[there]] = values
+        values = values.transpose(1, 2).to(self._in_pages[name].dtype)
+        if self._some_are_shorter:  # never in a server's steps: a mask waits for the device
+            # They have fewer blocks than were asked for: behind them is somebody else's page.
+            there = block * self._block_size < cache.cache_seqlens[:, None]
+            page, slot, values = page[there], slot[there], values[there]
+        self._in_pages[name][page, :, slot] = values
 
     @property
     def min_max_pages(self) -> tuple[Tensor, Tensor | None]:

@@ -258,6 +258,21 @@ def test_what_a_dense_kernel_cannot_do_is_refused() -> None:
         sparse_attention(q, evictable, selection, **COPIES)
 
 
+@pytest.mark.parametrize("offsets", [[0, 5], [2, 10], [0, 8, 4, 10], [0, 12], [0]])
+def test_every_query_belongs_to_one_block(offsets: list[int]) -> None:
+    """Nothing would be written for the others."""
+    q, k, v = make_qkv(1, 10, 30, 2, 1, 64)
+    cache = filled(k, v, [30])
+    lists = torch.arange(30).int().expand(1, len(offsets) - 1, 1, 30)
+    lengths = torch.full(lists.shape[:3], 30, dtype=torch.int32)
+    selection = Selection(lists, lengths, q_block_offsets=int32(*offsets))
+    with pytest.raises(ValueError, match=r"q_block_offsets: got .*, allowed: "):
+        sparse_attention(q, cache, selection)
+    message = r"q_block_offsets: got \(.*\), allowed: ascending from 0 to seqlen_q = 10"
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(q, cache, selection, **COPIES)
+
+
 def test_a_policy_knows_two_ways() -> None:
     with pytest.raises(ValueError, match="prefill_attention: got 'sdpa', allowed: "):
         TokenSelect(prefill_attention="sdpa")  # type: ignore[arg-type]
@@ -408,6 +423,20 @@ def test_an_infinite_sum_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dense_kernel, "_flash_attn_package", lambda: package)
     out, lse = sparse_attention(q, cache, draw_lists(cache, 10, [0, 10]), **COPIES)
     assert out[0, 3].isnan().all() and lse[0, 3].isnan().all() and lse[0, 4:].isfinite().all()
+
+
+def test_lists_shorter_than_their_blocks_give_nan_where_nobody_looks() -> None:
+    """As a GPU's gather leaves them: no row for the first queries, for which kernels say 0."""
+    cu_seqlens = int32(0, 3, 3, 7, 9)  # 2 heads, a row, 2 blocks of 4 queries
+    out, lse = torch.zeros(4, 4, 2, 32), torch.zeros(4, 4, 2)
+    lse[0, 0] = lse[1] = lse[3, :2] = -torch.inf
+    seeing = torch.tensor([[[True] * 4, [False, False, True, True]]])
+    got = dense_kernel._nan_where_short(out, lse, cu_seqlens, seeing)
+    short = torch.zeros(4, 4, dtype=torch.bool)
+    short[0, 0] = short[1, 2:] = True
+    assert torch.equal(got[1].isnan(), short[..., None].expand(4, 4, 2))
+    assert torch.equal(got[0].isnan(), short[..., None, None].expand(4, 4, 2, 32))
+    assert (got[1][3, :2] == -torch.inf).all()  # before its row
 
 
 @pytest.mark.usefixtures("stand_in")

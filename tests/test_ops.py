@@ -438,8 +438,7 @@ def test_build_info_names_versions_and_implementations() -> None:
         ops.cpu_implementations()
     )
     notes = info["cpu_notes"]
-    assert isinstance(notes, dict) and notes.keys() == {"amx"} & set(compiled)
-    assert all(note.endswith("not run on AMX hardware") for note in notes.values())
+    assert isinstance(notes, dict) and not notes  # every implementation has met its hardware
     assert all(value not in (None, "") for key, value in info.items() if key != "cuda_runtime")
 
 

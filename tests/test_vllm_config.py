@@ -39,6 +39,8 @@ LAYER: dict[str, Any] = {
     "has_alibi": False,
     "shares_kv": False,
     "page_block_size": 128,
+    "device_type": "cpu",
+    "softcap": 0.0,
 }
 SERVER: dict[str, Any] = {
     "architecture": "LlamaForCausalLM",
@@ -132,6 +134,15 @@ def test_a_layer_that_can_be_served() -> None:
 def test_a_layer_that_cannot(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         require_layer(POLICY, LayerFacts(**LAYER | change))
+
+
+def test_a_cap_that_a_dense_kernel_does_not_know_is_refused_before_anything_is_served() -> None:
+    capped = LAYER | {"softcap": 50.0}
+    require_layer(POLICY, LayerFacts(**capped))
+    copying = dataclasses.replace(POLICY, prefill_attention="dense_kernel")
+    require_layer(copying, LayerFacts(**LAYER))
+    with pytest.raises(ValueError, match=r"^softcap: got 50.0, allowed: none with torch's dense k"):
+        require_layer(copying, LayerFacts(**capped))
 
 
 @pytest.mark.parametrize(

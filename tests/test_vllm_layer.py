@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import fake_cuda
 from torch import Tensor
 
 import kvselect
@@ -268,6 +269,38 @@ def test_a_step_without_tokens_does_nothing() -> None:
     server.layer.store(step, torch.zeros(0, KV_HEADS, DIM), torch.zeros(0, KV_HEADS, DIM))
     server.layer.attend(step, out, out)
     assert step.rows == [] and step.num_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        kvselect.TokenSelect(**SMALL, average_queries="after_rope"),
+        kvselect.Quest(token_budget=128, dense_layers=()),
+        kvselect.Landmark(block_size=16, num_recent_tokens=64, attention="residual"),
+        kvselect.ActQKV(layer_budget="fixed"),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_a_gpu_is_told_lengths_once_a_step_and_asked_for_nothing(policy: Policy) -> None:
+    """However many layers: a copy from the host, or a mask, in each of them would wait for it."""
+    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM))
+    with fake_cuda() as noted:
+        table = torch.empty(2, 8, dtype=torch.int32, device="cuda")
+        layers = []
+        for _ in range(2):
+            both = torch.empty(16, PAGE, KV_HEADS, 2 * DIM, device="cuda")
+            sizes: dict[str, Any] = {"num_q_heads": HEADS, "softmax_scale": 0.1}
+            layers.append(ServedLayer(policy, *both.split(DIM, -1), **sizes))
+        for before, new in (((0, 0), (400, 300)), ((400, 300), (1, 1))):
+            lengths = [old + more for old, more in zip(before, new)]
+            step = Step([0, new[0], sum(new)], lengths, table, [new[0] > 1, new[1] > 1])
+            noted.forget()
+            for layer in layers:
+                q, k, v = (torch.empty(sum(new), *shape, device="cuda") for shape in shapes)
+                layer.store(step, k, v)
+                layer.attend(step, q, torch.empty_like(q))
+            assert not noted.reads
+        assert len(noted.copies) == 2  # of the decode step: before, and after
 
 
 def test_ranks_that_vote_together_follow_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

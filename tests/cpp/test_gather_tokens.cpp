@@ -222,3 +222,20 @@ TEST(gather_tokens_on_cuda_marks_what_it_cannot_serve) {
             EXPECT(!std::isnan(v.get(row * 32 + d)), "value of row ", row);
         }
 }
+
+TEST(gather_tokens_stays_in_its_room) {
+    const int32_t indices[] = {0, 1, 2, 3, 4, 5}, lengths[] = {7, -2, 1};
+    GatherTokensParams p{};
+    p.num_kv_heads = 1;
+    p.blocks.batch = 1;
+    p.blocks.num_blocks = 3;
+    p.indices = indices;
+    p.topk_length = lengths;
+    p.indices_strides[1] = 2;
+    p.topk_length_strides[1] = 1;
+    p.width = 2;
+    const int64_t want[] = {2, 0, 1};
+    for (int64_t number = 0; number < 3; ++number)
+        EXPECT(gathered_list(p, number).count == want[number], "list ", number);
+    (void)ops;
+}

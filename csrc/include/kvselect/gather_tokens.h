@@ -45,9 +45,11 @@ struct GatheredList {
     list.kv_head = number / p.blocks.num_blocks / p.blocks.batch;
     list.entries = p.indices + list.row * p.indices_strides[0] + list.block * p.indices_strides[1] +
                    list.kv_head * p.indices_strides[2];
-    list.count =
+    const int64_t count =
         p.topk_length[list.row * p.topk_length_strides[0] + list.block * p.topk_length_strides[1] +
                       list.kv_head * p.topk_length_strides[2]];
+    // Nobody has looked at the lengths on a GPU: what is written must not leave its room.
+    list.count = count < 0 ? 0 : count > p.width ? p.width : count;
     return list;
 }
 

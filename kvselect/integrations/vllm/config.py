@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvselect.checks import HEAD_DIMS, STORAGE_DTYPES, require
+from kvselect.dense_kernel import dense_kernel
 from kvselect.engine_block_statistics import require_whole_blocks
 from kvselect.engine_cache import require_page_block_size, sketch_share
 from kvselect.ops import build_info
@@ -180,6 +181,8 @@ class LayerFacts:
     has_alibi: bool
     shares_kv: bool
     page_block_size: int
+    device_type: str
+    softcap: float
 
 
 def require_layer(policy: Policy, facts: LayerFacts) -> None:
@@ -202,6 +205,8 @@ def require_layer(policy: Policy, facts: LayerFacts) -> None:
     allowed = "None under kvselect (each layer selects from its own keys)"
     require(not facts.shares_kv, "kv_sharing_target_layer_name", "a layer", allowed)
     require_pages(policy, facts.page_block_size)
+    if policy.prefill_attention == "dense_kernel":
+        dense_kernel(torch.device(facts.device_type), facts.dtype, facts.softcap)
 
 
 def require_pages(policy: Policy, page_block_size: int) -> None:

@@ -169,6 +169,8 @@ class SelectingImpl:
             has_alibi=alibi_slopes is not None,
             shares_kv=kv_sharing_target_layer_name is not None,
             page_block_size=self.page_block_size(vllm_config),
+            device_type=self.device_type,
+            softcap=logits_soft_cap or 0.0,
         )
         self._check(self._policy, facts, vllm_config)
 

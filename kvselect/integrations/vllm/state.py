@@ -37,6 +37,7 @@ class Rows:
     before: tuple[int, ...]
     num_new: int
     of_prompt: bool
+    _lengths: dict[bool, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def batch(self) -> int:
@@ -60,9 +61,14 @@ class Rows:
         flat[self.tokens] = values.flatten(0, 1)
 
     def lengths(self, after: bool) -> Tensor:
-        """Host lengths for the ops, int32 [batch]; nobody else's to change."""
-        counts = self.after if after else self.before
-        return torch.tensor(counts, dtype=torch.int32, device=self.block_table.device)
+        """Host lengths for the ops, int32 [batch]; nobody else's to change. Brought to the device
+        once, for all layers."""
+        if after not in self._lengths:
+            counts = self.after if after else self.before
+            self._lengths[after] = _on(
+                self.block_table.device, torch.tensor(counts, dtype=torch.int32)
+            )
+        return self._lengths[after].clone()
 
 
 @dataclass(slots=True, eq=False)
@@ -117,8 +123,8 @@ class Step:
             tokens: slice | Tensor = slice(starts[0], starts[0] + count)
             return Rows(tokens, self.block_table[first : first + count], before, 1, False)
         device = self.block_table.device
-        picked = torch.tensor(rows, dtype=torch.int64, device=device)
-        tokens = torch.tensor(starts, dtype=torch.int64, device=device)
+        picked = _on(device, torch.tensor(rows))
+        tokens = _on(device, torch.tensor(starts))
         return Rows(tokens, self.block_table[picked], before, 1, False)
 
     @property
@@ -130,15 +136,15 @@ class Step:
                 torch.arange(length - starts[row + 1] + starts[row], length)
                 for row, length in enumerate(self.seq_lens)
             ]
-            self._positions = torch.cat(parts).to(self.block_table.device)
+            self._positions = _on(self.block_table.device, torch.cat(parts))
         return self._positions
 
     def pages(self, rows: Rows, page_block_size: int) -> tuple[list[int], list[int]]:
         """Pages of the last token but one of decoding ``rows``, and of their last."""
         if id(rows) not in self._pages:
-            ends = torch.tensor([rows.before, rows.after], device=rows.block_table.device)
+            ends = torch.stack([rows.lengths(after=False), rows.lengths(after=True)], dim=1)
             places = (ends - 1).div(page_block_size, rounding_mode="floor")
-            before, after = rows.block_table.gather(1, places.T).T.tolist()
+            before, after = rows.block_table.gather(1, places.long()).T.tolist()
             self._pages[id(rows)] = (rows, before, after)  # with the rows, that no other has its id
         return self._pages[id(rows)][1:]
 
@@ -169,10 +175,16 @@ class Step:
     @staticmethod
     def _part(rows: Rows, dense: list[bool], wanted: bool) -> Rows:
         picked = [row for row, is_dense in enumerate(dense) if is_dense is wanted]
-        index = torch.tensor(picked, dtype=torch.int64, device=rows.block_table.device)
+        index = _on(rows.block_table.device, torch.tensor(picked))
         if isinstance(rows.tokens, slice):
             tokens = index + rows.tokens.start
         else:
             tokens = rows.tokens[index]
         before = tuple(rows.before[row] for row in picked)
         return Rows(tokens, rows.block_table[index], before, rows.num_new, rows.of_prompt)
+
+
+def _on(device: torch.device, host: Tensor) -> Tensor:
+    """What the host knows, on the device, which is not waited for."""
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return (host.pin_memory() if pinned else host).to(device, non_blocking=pinned)
