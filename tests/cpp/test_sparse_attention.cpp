@@ -328,42 +328,97 @@ TEST(sparse_attention_of_nothing_is_zero) {
     attend_and_compare(ops, {.seqlens = {0, 6}, .starts = {0, 6}}, __LINE__);
 }
 
+namespace {
+
+// One block of queries over everything that one KV head holds.
+struct Attended {
+    Attended(const cpu::Implementation& ops, Cache& cache, const Elements& q, int64_t heads,
+             int64_t seqlen_q, int64_t head_dim)
+        : out(cache.dtype, seqlen_q * heads * head_dim), lse(seqlen_q * heads, 0.f) {
+        SparseAttentionParams p{};
+        p.dtype = cache.dtype;
+        p.num_q_heads = heads;
+        p.num_kv_heads = 1;
+        p.head_dim = head_dim;
+        p.blocks = QueryBlocks{
+            1, 1, seqlen_q, nullptr, cache.seqlens.data(), nullptr, WindowRule::kDecode, 0, 0};
+        p.q = q.data();
+        p.q_strides[0] = seqlen_q * heads * head_dim;
+        p.q_strides[1] = heads * head_dim;
+        p.q_strides[2] = head_dim;
+        p.keys = cache.keys();
+        p.values = cache.values();
+        p.softmax_scale = 0.125f;
+        p.out = out.data();
+        p.lse = lse.data();
+        std::vector<float> scratch(sparse_attention_scratch_floats(p), NAN);
+        ops.sparse_attention(p, AttentionStage::kWhole, 0, 0, 0, nullptr, scratch.data());
+    }
+    Elements out;
+    std::vector<float> lse;
+};
+
+}  // namespace
+
 TEST(sparse_attention_shows_defects) {
     // A NaN key, alone with its part of the list or not, and a NaN query: never a healthy number.
     for (DType dtype : kDTypes)
         for (int64_t seqlen_q : {1, 40})
             for (int64_t bad : {0, 16, 49, 600}) {
-                const int64_t length = 700, head_dim = 64, heads = 4;
+                const int64_t head_dim = 64, heads = 4, q_stride = heads * head_dim;
                 Random random(static_cast<uint64_t>(bad + seqlen_q));
-                Cache cache(dtype, Layout::kHeadMajor, {static_cast<int32_t>(length)}, 1, head_dim);
+                Cache cache(dtype, Layout::kHeadMajor, {700}, 1, head_dim);
                 cache.fill(random);
                 if (bad != 600) cache.k.set(cache.keys().offset(0, bad, 0) + 5, kNaN);
-                const int64_t q_stride = heads * head_dim;
-                Elements q(dtype, seqlen_q * q_stride), out(dtype, seqlen_q * q_stride);
+                Elements q(dtype, seqlen_q * q_stride);
                 for (int64_t i = 0; i < seqlen_q * q_stride; ++i) q.set(i, random.normal());
                 if (bad == 600) q.set((seqlen_q - 1) * q_stride + 3, kNaN);
-                std::vector<float> lse(seqlen_q * heads, 0.f);
-                const std::vector<int32_t> seqlens{static_cast<int32_t>(length)};
-                SparseAttentionParams p{};
-                p.dtype = dtype;
-                p.num_q_heads = heads;
-                p.num_kv_heads = 1;
-                p.head_dim = head_dim;
-                p.blocks = QueryBlocks{
-                    1, 1, seqlen_q, nullptr, seqlens.data(), nullptr, WindowRule::kDecode, 0, 0};
-                p.q = q.data();
-                p.q_strides[0] = seqlen_q * q_stride;
-                p.q_strides[1] = q_stride;
-                p.q_strides[2] = head_dim;
-                p.keys = cache.keys();
-                p.values = cache.values();
-                p.softmax_scale = 0.125f;
-                p.out = out.data();
-                p.lse = lse.data();
-                std::vector<float> scratch(sparse_attention_scratch_floats(p), NAN);
-                ops.sparse_attention(p, AttentionStage::kWhole, 0, 0, 0, nullptr, scratch.data());
+                const Attended got(ops, cache, q, heads, seqlen_q, head_dim);
                 const int64_t last = (seqlen_q - 1) * heads;
-                EXPECT(std::isnan(lse[last]) && std::isnan(out.get(last * head_dim)), "defect at ",
-                       bad, ", ", seqlen_q, " queries: lse ", lse[last]);
+                EXPECT(std::isnan(got.lse[last]) && std::isnan(got.out.get(last * head_dim)),
+                       "defect at ", bad, ", ", seqlen_q, " queries: lse ", got.lse[last]);
             }
+}
+
+// Heads of one query fill a panel of rows: all of them see as much, and less than there is.
+TEST(sparse_attention_shows_a_value_to_those_who_see_it_and_nobody_else) {
+    const int64_t length = 300, head_dim = 64, heads = 32, seqlen_q = 2;
+    for (DType dtype : kDTypes) {
+        Random random(5);
+        Cache cache(dtype, Layout::kHeadMajor, {static_cast<int32_t>(length)}, 1, head_dim);
+        cache.fill(random);
+        cache.v.set(cache.values().offset(0, length - 1, 0) + 1, kNaN);
+        Elements q(dtype, seqlen_q * heads * head_dim);
+        for (int64_t i = 0; i < seqlen_q * heads * head_dim; ++i) q.set(i, random.normal());
+        const Attended got(ops, cache, q, heads, seqlen_q, head_dim);
+        for (int64_t row = 0; row < seqlen_q * heads; ++row)
+            EXPECT(std::isnan(got.out.get(row * head_dim + 1)) == (row >= heads), "row ", row);
+    }
+}
+
+TEST(sparse_attention_of_huge_logits_gives_the_likeliest_value) {
+    const int64_t length = 300, head_dim = 64, heads = 4, seqlen_q = 20;
+    for (DType dtype : kDTypes) {
+        Random random(6);
+        Cache cache(dtype, Layout::kHeadMajor, {static_cast<int32_t>(length)}, 1, head_dim);
+        cache.fill(random);
+        const double size = 8e3;
+        for (int64_t t = 0; t < length; ++t)
+            for (int64_t d = 0; d < head_dim; ++d)
+                cache.k.set(cache.keys().offset(0, t, 0) + d, size * random.normal());
+        Elements q(dtype, seqlen_q * heads * head_dim);
+        for (int64_t i = 0; i < seqlen_q * heads * head_dim; ++i) q.set(i, size * random.normal());
+        const Attended got(ops, cache, q, heads, seqlen_q, head_dim);
+        for (int64_t row = 0; row < seqlen_q * heads; ++row) {
+            int64_t likeliest = 0;
+            double largest = -kInf;
+            for (int64_t t = 0; t < length - seqlen_q + 1 + row / heads; ++t) {
+                double logit = 0.0;
+                for (int64_t d = 0; d < head_dim; ++d)
+                    logit += q.get(row * head_dim + d) * cache.key(0, t, 0, d);
+                if (logit > largest) largest = logit, likeliest = t;
+            }
+            EXPECT(got.out.get(row * head_dim) == cache.value(0, likeliest, 0, 0), "row ", row);
+        }
+    }
 }
