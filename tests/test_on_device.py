@@ -57,7 +57,8 @@ CPU_OPS = sorted(
 @pytest.mark.skipif(bool(ops.build_info()["cuda_loaded"]), reason="the CUDA module is loaded")
 @pytest.mark.parametrize("name", CPU_OPS)
 def test_without_the_cuda_module_cuda_tensors_are_refused(name: str) -> None:
-    op = getattr(torch.ops.kvselect, name.removeprefix("kvselect::")).default
+    packet, _, overload = name.removeprefix("kvselect::").partition(".")
+    op = getattr(getattr(torch.ops.kvselect, packet), overload or "default")
     arguments = [
         None if "None" in str(a.type) or a.type.kind() == "OptionalType" else example(a)
         for a in op._schema.arguments
