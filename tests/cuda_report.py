@@ -45,6 +45,8 @@ COLD = {
     "block_mass_kernel<float, 96>": "float32: three products for one",
     "block_mass_kernel<float, 128>": "float32: three products for one",
     "block_mass_kernel<float, 256>": "float32: three products for one",
+    "logits_kernel<BFloat, 4, 4>": "12 to 20 bytes: reuse and pages in one kernel",
+    "logits_kernel<BFloat, 8, 4>": "12 to 20 bytes: reuse and pages in one kernel",
 }
 
 

@@ -404,7 +404,7 @@ __device__ __forceinline__ void logits_from_sketch(const ScoreTokensParams& p,
 // All logits of the warp's block, which may have a record, for the queries in shared memory.
 template <typename T, SketchFormat kFormat, int kHeadDim32, typename Emit>
 __device__ __forceinline__ void logits_of_block(const ScoreTokensParams& p, const Item& item,
-                                                int64_t begin, const uint8_t* record,
+                                                int64_t begin, const uint8_t* const* found,
                                                 const Queries& queries, const Emit& emit) {
     const int64_t left = item.visible_end - begin;
     const int end = left < kBlockTokens ? static_cast<int>(left) : kBlockTokens;
@@ -421,7 +421,8 @@ __device__ __forceinline__ void logits_of_block(const ScoreTokensParams& p, cons
     bool has_codes = false;
     if constexpr (kFormat != SketchFormat::kNone) {
         // A block without codes has NaN as its first step.
-        if (record != nullptr && sinks < recent) {
+        const uint8_t* record = sinks < recent ? *found : nullptr;
+        if (record != nullptr) {
             has_codes = is_finite(ptx::from_half(*reinterpret_cast<const uint16_t*>(record)));
             if (has_codes)
                 logits_from_sketch<kFormat, kHeadDim32>(p, record, Span{sinks, recent, true},
@@ -721,7 +722,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, kFormat, kHeadDim32>
                 }
             };
             logits_of_block<T, kFormat, kHeadDim32>(p, item, item.begin + warp * kBlockTokens,
-                                                    shared.records[warp], shared.queries, take);
+                                                    &shared.records[warp], shared.queries, take);
             if (voting) {
                 if ((product + 1) % w.columns.products_per_set != 0) continue;
                 __syncthreads();  // the set is complete
